@@ -1,0 +1,84 @@
+"""The order of an epoch and every random number in it, as pure functions of (seed, epoch, position).
+
+`position` counts an epoch's images in the order they are read, over all ranks. Nothing here keeps state, so an epoch
+resumes at any position and at any number of ranks with the same draws. Philox is a counter-based generator (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): jumping to a position costs nothing.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.config import AugmentConfig
+
+ORDER, AUGMENT, WEIGHTS = range(3)  # streams of random numbers; WEIGHTS is the trainer's
+
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
+_FLIP, _ANGLE, _TOP, _LEFT = range(2 * CROP_TRIES, 2 * CROP_TRIES + 4)
+
+
+class Geometry(NamedTuple):
+    """What happens to the shape of each image of a batch of B."""
+
+    roi: NDArray[np.float32]
+    """[B, 4] window in source pixels: top, left, bottom, right; left > right asks for a mirror image."""
+    angle_deg: NDArray[np.float32]
+    """[B] counter-clockwise rotation after the resize."""
+
+
+def philox(seed: int, stream: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=[seed, stream], counter=[0, 0, 0, epoch])
+
+
+def order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """[count] sample indices in the order in which the epoch reads them."""
+    return np.random.Generator(philox(seed, ORDER, epoch)).permutation(count)
+
+
+def uniforms(seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[B, 32] numbers in [0, 1): row i belongs to `positions[i]` alone. Positions must ascend."""
+    first, last = int(positions[0]), int(positions[-1])
+    bits = philox(seed, AUGMENT, epoch).advance(first * _WIDTH // 4)
+    table = np.random.Generator(bits).random((last - first + 1, _WIDTH))
+    return table[positions - first]
+
+
+def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: AugmentConfig) -> Geometry:
+    """Random resized crop (Szegedy et al. 2014, sec. 6, with torchvision's ten tries), flip and rotation.
+
+    `u` [B, 32] from `uniforms`; `sizes` [B, 2] height and width of the sources in pixels.
+    """
+    height, width = sizes[:, 0:1].astype(np.float64), sizes[:, 1:2].astype(np.float64)
+    area = height * width * (cfg.min_area + (cfg.max_area - cfg.min_area) * u[:, 0 : 2 * CROP_TRIES : 2])
+    ratio = np.exp(np.log(cfg.max_ratio) * (2 * u[:, 1 : 2 * CROP_TRIES : 2] - 1))
+    crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
+    pick = fits.argmax(axis=1)[:, None]
+    found = np.take_along_axis(fits, pick, axis=1)
+    # None of the tries fits: the largest centred window of an allowed ratio.
+    widest, highest = (
+        np.minimum(width, np.rint(height * cfg.max_ratio)),
+        np.minimum(height, np.rint(width * cfg.max_ratio)),
+    )
+    w = np.where(found, np.take_along_axis(crop_w, pick, axis=1), widest)
+    h = np.where(found, np.take_along_axis(crop_h, pick, axis=1), highest)
+    top = np.where(found, np.floor(u[:, _TOP, None] * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(u[:, _LEFT, None] * (width - w + 1)), (width - w) // 2)
+    mirrored = u[:, _FLIP, None] < cfg.flip
+    roi = np.hstack([top, left + mirrored * w, top + h, left + ~mirrored * w])
+    angle = cfg.rotate_deg * (2 * u[:, _ANGLE] - 1)
+    return Geometry(roi.astype(np.float32), angle.astype(np.float32))
+
+
+def centre_geometry(sizes: NDArray[np.int32], size_px: int, crop: float) -> Geometry:
+    """torchvision's Resize(size_px / crop) and CenterCrop(size_px), as one window in each source. `sizes` [B, 2]."""
+    short = max(size_px, round(size_px / crop))
+    resized = np.floor(
+        short * sizes / sizes.min(axis=1, keepdims=True)
+    )  # the long side is cut to whole pixels there too
+    start = np.rint((resized - size_px) / 2)
+    scale = sizes / resized
+    roi = np.hstack([start * scale, (start + size_px) * scale])
+    return Geometry(roi.astype(np.float32), np.zeros(len(sizes), np.float32))

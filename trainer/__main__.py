@@ -1,0 +1,18 @@
+"""python -m trainer [--config RECIPE] [--OPTION VALUE ...]; under torchrun, one process a GPU."""
+
+import sys
+
+from trainer.config import load, run_command
+from trainer.loop import fit
+from trainer.machine import open_machine
+from trainer.preempt import StopFlag
+
+
+def main() -> None:
+    cfg = load(sys.argv[1:])
+    with StopFlag() as stop, open_machine() as machine:
+        fit(cfg, machine, stop)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,132 @@
+"""The run folder: its configuration, and checkpoints that are either complete or not there.
+
+DIR/config.yaml
+DIR/metrics.jsonl
+DIR/checkpoints/step-00000120/{model.safetensors, training.pt, progress.json}
+DIR/checkpoints/last -> step-00000120
+DIR/checkpoints/best -> step-00000080
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Cursor
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, and all that it must know beside weights and optimiser to continue exactly."""
+
+    step: int = 0
+    """Weight updates so far."""
+    cursor: Cursor = field(default_factory=Cursor)
+    sums: list[float] = field(default_factory=list)
+    """What the epoch has added up so far, over all ranks (see `engine.SUMS`)."""
+    best_top1_pct: float = -1.0
+    finished: bool = False
+
+
+class Store:
+    """The checkpoints of one run. Rank 0 writes; all ranks may read."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+
+    def newest(self) -> Path | None:
+        """Folder of the last complete checkpoint, if there is one."""
+        return self._target("last")
+
+    def chosen(self) -> Path | None:
+        """Folder of the best checkpoint, or else of the last."""
+        return self._target("best") or self._target("last")
+
+    def progress(self) -> Progress:
+        """Progress of the newest checkpoint, or that of a run which has not begun."""
+        newest = self.newest()
+        if newest is None:
+            return Progress()
+        state = json.loads((newest / PROGRESS).read_text())
+        return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
+
+    def save(self, progress: Progress, write: Callable[[Path], None], *, best: bool) -> None:
+        """Write a checkpoint beside the others, force it to disk, and only then let `last` (and `best`) point to it."""
+        partial = self.folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        name = self._fresh_name(progress.step)
+        partial.rename(self.folder / name)
+        for link in ("last", "best") if best else ("last",):
+            self._point(link, name)
+        _sync(self.folder)
+        self._prune()
+
+    def _target(self, link: str) -> Path | None:
+        target = (self.folder / link).resolve()
+        return target if (target / PROGRESS).is_file() else None
+
+    def _fresh_name(self, step: int) -> str:
+        name = f"step-{step:08d}"
+        taken = sum(1 for _ in self.folder.glob(f"{name}*"))
+        return f"{name}.{taken}" if taken else name
+
+    def _point(self, link: str, name: str) -> None:
+        beside = self.folder / f".{link}"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(name)
+        os.replace(beside, self.folder / link)
+
+    def _prune(self) -> None:
+        kept = {self._target("last"), self._target("best")}
+        for folder in self.folder.glob("step-*"):
+            if folder.resolve() not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the content of `path`, so that a reader or a crash sees the old text or the new one."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    _sync(beside)
+    os.replace(beside, path)
+
+
+def open_run(run: Path, config: str, differences: Callable[[str], str | None]) -> None:
+    """Make the run folder and record its configuration, or continue in one that was started with the same.
+
+    `differences(saved)` names the first option that makes the saved configuration another run. Raises `UserError`.
+    """
+    saved = run / "config.yaml"
+    try:
+        if saved.is_file():
+            changed = differences(saved.read_text())
+            if changed:
+                raise UserError(
+                    f"run.dir: {run} was started with other options ({changed}); "
+                    "repeat them to resume, or give another --run.dir"
+                )
+        elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(saved, config)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

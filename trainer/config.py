@@ -1,0 +1,192 @@
+"""The configuration of a run: one dataclass for each part, files and dotted options on top, one line for a mistake."""
+
+import difflib
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from data_pipeline.config import DataConfig, require
+from data_pipeline.errors import UserError
+from trainer.engine import EngineConfig
+from trainer.optim import OptimConfig
+from trainer.resnet import ModelConfig
+from trainer.tracker import TrackingConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called, how long it is, how often it reports and saves."""
+
+    name: str = "run"
+    """Name of the run, in runs/NAME and on dashboards."""
+    dir: str | None = None
+    """Run folder; runs/NAME if not given. The same command resumes the run that is in it."""
+    epochs: int = 8
+    """Passes over the training images. The learning rate's schedule spans all of them."""
+    max_steps: int | None = None
+    """End after this many updates, evaluate and save: for a dry run, or to go on later."""
+    seed: int = 0
+    """Seed of the weights, the order and the augmentation."""
+    log_every: int = 10
+    """Updates between two rows of metrics; also how often the ranks look whether to stop."""
+    save_every: int = 200
+    """Updates between two checkpoints within an epoch; one is always written at its end."""
+
+    def __post_init__(self) -> None:
+        require(self.name != "" and "/" not in self.name, f"run.name: {self.name!r} is no folder name")
+        require(self.epochs > 0, f"run.epochs: {self.epochs} is not positive; give the number of passes")
+        require(
+            self.max_steps is None or self.max_steps > 0,
+            f"run.max_steps: {self.max_steps} is not positive; leave it out to train all epochs",
+        )
+        require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of updates")
+        require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of updates")
+        require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+
+FREE = {"run.name", "run.dir", "run.max_steps", "run.log_every", "run.save_every", "data.path", "data.threads"}
+"""Options, beside those of `engine` and `tracking`, that a resumed run may change: they do not decide its weights."""
+
+
+def load(arguments: list[str]) -> Config:
+    """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`."""
+    if "-h" not in arguments and "--help" not in arguments:
+        arguments = _with_recipe(arguments)
+    return _parse(arguments)
+
+
+def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
+    """The run folder that a command line begins with, and the options behind it. Raises `UserError`."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"RUN: no run folder given; call {command} RUN [--data.path FOLDER], as with runs/builtin")
+    return Path(arguments[0]), arguments[1:]
+
+
+def load_run(folder: Path, overrides: list[str]) -> Config:
+    """The configuration that a run folder records, with dotted options on top. Raises `UserError`."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml; give one such as runs/builtin")
+    return _parse(["--config", str(saved), *overrides])
+
+
+def to_yaml(cfg: Config) -> str:
+    """Every option with its value; read back equal by `load_run`."""
+    return yaml.safe_dump(asdict(cfg), sort_keys=False)
+
+
+def first_difference(saved: str, cfg: Config) -> str | None:
+    """The first option in which a saved configuration is another run than `cfg`, as "KEY was A, now B"."""
+    old, new = _flat(yaml.safe_load(saved)), _flat(asdict(cfg))
+    for key, value in new.items():
+        free = key in FREE or key.split(".")[0] in ("engine", "tracking")
+        if not free and key in old and old[key] != value:
+            return f"{key} was {old[key]}, now {value}"
+    return None
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run an entry point: a `UserError` becomes one line, printed once, and exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """Spell out the recipe's file: `--config NAME` may name a shipped one, and none at all means `builtin`."""
+    arguments = [part for argument in arguments for part in _split_config(argument)]
+    if "--config" not in arguments:
+        return ["--config", str(RECIPES / "builtin.yaml"), *arguments]
+    at = arguments.index("--config")
+    if any(argument.startswith("--") and argument != "--print_config" for argument in arguments[:at]):
+        raise UserError("--config: it comes after other options and would undo them; put it first")
+    if at + 1 < len(arguments) and not Path(arguments[at + 1]).exists():
+        recipe = RECIPES / f"{arguments[at + 1]}.yaml"
+        if not recipe.is_file():
+            shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+            raise UserError(f"--config: {arguments[at + 1]} is neither a file nor a recipe; the recipes are {shipped}")
+        arguments[at + 1] = str(recipe)
+    return arguments
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _parse(arguments: list[str]) -> Config:
+    parser = ArgumentParser(
+        prog="python -m trainer",
+        description="Train a ResNet. A recipe or file comes first, dotted options override it.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file, or the name of a shipped recipe.")
+    parser.add_class_arguments(Config)
+    quiet = int(os.environ.get("RANK", 0)) > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
+    try:
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            parts = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), parser)) from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(_one_line(str(error), parser)) from None
+    return Config(**{section.name: parts[section.name] for section in fields(Config)})
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '(\S+?)'", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).split("=")[0]
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(f"--{name.lstrip('-')}", options, 1, 0.7)
+        return f"{name}: no such option; " + (f"did you mean {close[0]}?" if close else "see --help")
+    return " ".join(message.replace("Parser key", "").split())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

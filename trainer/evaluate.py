@@ -1,0 +1,60 @@
+"""Scores over a whole split: every sample once, whatever the number of ranks and the batch.
+
+python -m trainer.evaluate RUN [--data.path FOLDER]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from data_pipeline.catalog import open_catalog
+from data_pipeline.errors import UserError
+from data_pipeline.loader import UNCOUNTED, Cursor, Loader
+from trainer.checkpoint import Store
+from trainer.config import load_run, run_command, run_folder
+from trainer.engine import Normalise, Predictor, count, load_weights, read_metadata
+from trainer.machine import Machine, open_machine
+from trainer.meter import Scores
+from trainer.resnet import build_resnet
+
+
+def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, machine: Machine) -> Scores:
+    """Score `predict` (images to logits [B, classes]) on everything that `loader` holds. Collective."""
+    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
+    loader.seek(Cursor())
+    for batch in loader:
+        logits = predict(batch.images)
+        loss = functional.cross_entropy(logits, batch.labels, ignore_index=UNCOUNTED, reduction="sum")
+        sums += count(logits, batch.labels, loss)
+    total = machine.sum(sums).tolist()
+    if not total[3]:
+        raise UserError("data.path: none of the validation images could be read")
+    return Scores.of(total)
+
+
+def main() -> None:
+    folder, overrides = run_folder(sys.argv[1:], "python -m trainer.evaluate")
+    cfg = load_run(folder, overrides)
+    checkpoint = Store(folder).chosen()
+    if checkpoint is None:
+        raise UserError(f"{folder} has no complete checkpoint yet; train it first")
+    with open_machine() as machine:
+        classes = json.loads(read_metadata(checkpoint)["classes"])
+        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", classes))
+        network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
+        load_weights(network, checkpoint)
+        normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+        loader = Loader(catalog, cfg.data, machine, training=False)
+        scores = evaluate(Predictor(network, normalise, cfg.engine, machine.device), loader, machine)
+    if machine.primary:
+        print(
+            f"{checkpoint.resolve()} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
+            f"loss {scores.loss:.4f}  top-1 {scores.top1_pct:.2f} %  top-5 {scores.top5_pct:.2f} %"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

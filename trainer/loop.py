@@ -1,0 +1,204 @@
+"""fit(): the training loop, and what it needs to be opened."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+
+import torch
+
+from data_pipeline.catalog import Catalog, open_catalog
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Batch, Cursor, Loader
+from trainer.checkpoint import Progress, Store, open_run
+from trainer.config import Config, first_difference, to_yaml
+from trainer.engine import DdpEngine, Normalise, read_metadata
+from trainer.evaluate import evaluate
+from trainer.machine import Machine
+from trainer.meter import Meter
+from trainer.optim import lr_at
+from trainer.preempt import StopFlag
+from trainer.resnet import build_resnet
+from trainer.tracker import Tracker
+
+
+def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
+    """Train until all epochs are done, `run.max_steps` is reached or `stop` is raised; resume the run that is there.
+
+    Collective. Raises `UserError`, on every rank, for what a user can mend.
+    """
+    machine.agree(lambda: _open_run(cfg, machine))
+    train, val = machine.agree(lambda: _open_data(cfg))
+    store = Store(cfg.folder)
+    progress = machine.agree(lambda: _resume_point(store, train))
+    if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
+        if machine.primary:
+            done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
+            print(
+                f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; to train anew give another --run.name"
+            )
+        return progress
+    session = Session(cfg, machine, train, val, store, progress)
+    with session.tracker:
+        return _train(cfg, session, stop)
+
+
+def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
+    loader, engine, meter = session.loader, session.engine, session.meter
+    while not session.progress.finished:
+        loader.seek(session.progress.cursor)
+        for micro_batches in _grouped(meter.waiting(loader), cfg.optim.accumulate):
+            step = session.progress.step
+            lr = lr_at(step, cfg.optim, session.total_steps)
+            meter.add(engine.step(micro_batches, lr))
+            session.progress = replace(session.progress, step=step + 1, cursor=loader.cursor)
+
+            save_due = (step + 1) % cfg.run.save_every == 0 and not session.epoch_read
+            last_step = step + 1 == cfg.run.max_steps
+            if (step + 1) % cfg.run.log_every == 0 or save_due or last_step:
+                stopping = session.log(lr, stop.raised)
+                if last_step:
+                    return session.end_early()
+                if save_due or stopping:
+                    session.save()
+                if stopping:
+                    return session.hand_over()
+        session.end_epoch()
+    return session.progress
+
+
+class Session:
+    """A run opened for training: its parts, and what happens between its steps."""
+
+    def __init__(
+        self, cfg: Config, machine: Machine, train: Catalog, val: Catalog, store: Store, progress: Progress
+    ) -> None:
+        self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
+        self.images = len(train)
+        self.loader = Loader(
+            train,
+            cfg.data,
+            machine,
+            training=True,
+            seed=cfg.run.seed,
+            epochs=cfg.run.epochs,
+            accumulate=cfg.optim.accumulate,
+        )
+        self.val_loader = Loader(val, cfg.data, machine, training=False)
+        self.total_steps = cfg.run.epochs * self.loader.updates
+        torch.manual_seed(cfg.run.seed)
+        model = build_resnet(cfg.model, len(train.classes))
+        normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+        self.engine = DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
+        newest = store.newest()
+        if newest:
+            self.engine.load(newest)
+        self.metadata = {"model": cfg.model.name, "classes": json.dumps(train.classes), "data": train.fingerprint()}
+        self.tracker = Tracker(
+            cfg.tracking,
+            cfg.folder,
+            name=cfg.run.name,
+            run_config=asdict(cfg),
+            total_steps=self.total_steps,
+            epochs=cfg.run.epochs,
+            resume_step=progress.step,
+            primary=machine.primary,
+        )
+        for catalog in (train, val):
+            for path, why in catalog.bad.items():
+                self.tracker.note(f"left out {catalog.root / path}: {why}")
+        if newest:
+            self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
+        self.meter = Meter(machine, progress.sums)
+
+    @property
+    def epoch_read(self) -> bool:
+        return self.progress.cursor.seen >= self.images
+
+    @property
+    def epoch(self) -> float:
+        """Epochs trained so far, with the part of the one under way."""
+        return self.progress.cursor.epoch + self.progress.cursor.seen / self.images
+
+    def log(self, lr: float, stop: bool) -> bool:
+        """Write a row of metrics; whether any rank was asked to stop. Collective."""
+        for path, why in self.loader.take_bad():
+            print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
+        scalars, stopping = self.meter.reduce(stop or self.tracker.stop_requested)
+        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
+        return stopping
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint. Collective."""
+        start = time.perf_counter()
+        if self.machine.primary:
+            self.store.save(self.progress, lambda folder: self.engine.save(folder, self.metadata), best=best)
+        self.tracker.log({"perf/ckpt_save_s": time.perf_counter() - start}, self.progress.step, self.epoch)
+        self.meter.pause()
+
+    def validate(self) -> tuple[dict[str, float], bool]:
+        """Scores on the validation images, and whether they are the best so far. Collective."""
+        self.engine.agree()
+        scores = evaluate(self.engine.predict, self.val_loader, self.machine)
+        best = scores.top1_pct > self.progress.best_top1_pct
+        if best:
+            self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
+        self.meter.pause()
+        return {**scores.named("val"), "val/best_top1_pct": self.progress.best_top1_pct}, best
+
+    def end_epoch(self) -> None:
+        """Evaluate, report, move on to the next epoch, save. Collective."""
+        self.meter.reduce()
+        scalars, best = self.validate()
+        epoch = self.progress.cursor.epoch + 1
+        self.tracker.epoch({**self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
+        self.progress = replace(
+            self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
+        )
+        self.save(best)
+
+    def end_early(self) -> Progress:
+        """`run.max_steps` is reached: evaluate and save as it stands. Collective."""
+        scalars, best = self.validate()
+        self.tracker.log(scalars, self.progress.step, self.epoch)
+        self.save(best)
+        self.tracker.note(
+            f"stopped after run.max_steps: {self.progress.step} of {self.total_steps} steps, "
+            f"val top-1 {scalars['val/top1_pct']:.2f} %, saved in {self.cfg.folder}"
+        )
+        return self.progress
+
+    def hand_over(self) -> Progress:
+        self.tracker.note(f"asked to stop: saved step {self.progress.step}; the same command goes on from there")
+        return self.progress
+
+
+def _open_run(cfg: Config, machine: Machine) -> None:
+    if machine.primary:
+        open_run(cfg.folder, to_yaml(cfg), lambda saved: first_difference(saved, cfg))
+
+
+def _open_data(cfg: Config) -> tuple[Catalog, Catalog]:
+    train = open_catalog(cfg.data, "train")
+    return train, open_catalog(cfg.data, "val", train.classes)
+
+
+def _resume_point(store: Store, train: Catalog) -> Progress:
+    newest = store.newest()
+    if newest and read_metadata(newest).get("data") != train.fingerprint():
+        raise UserError(
+            f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started; "
+            "restore them, or give another --run.dir"
+        )
+    return store.progress()
+
+
+def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []

@@ -1,0 +1,104 @@
+"""The processes and the processor that a run works on. The only file that asks whether there is CUDA."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import UserError
+
+T = TypeVar("T")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This process among the `world` processes of a run."""
+
+    device: torch.device
+    rank: int
+    world: int
+    cores: int
+    """Processor cores that are this process's share of its node."""
+
+    @property
+    def primary(self) -> bool:
+        """Whether this is the one process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` added up over all ranks, in place. Collective."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite `tensors` with those of rank 0. Collective."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """`act()` on this rank; if any rank meets a `UserError`, every rank raises the first of them. Collective."""
+        result, message = None, None
+        try:
+            result = act()
+        except UserError as error:
+            message = str(error)
+        messages: list[str | None] = [message] * self.world
+        if self.world > 1:
+            dist.all_gather_object(messages, message)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise UserError(message if rank == 0 else f"rank {rank}: {message}")
+        return result  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_machine() -> Iterator[Machine]:
+    """Join the processes that torchrun started, or stand alone; leave them at the end."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
+    torch.set_num_threads(cores)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node: {local_world} processes on a node with {torch.cuda.device_count()} GPUs; "
+                "start one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    try:
+        yield Machine(device, rank, world, cores)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What `auto` means here: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
+
+    On a CPU only AMX makes bf16 faster: ResNet-18 at 128 px trains 2.4 times as fast as in fp32 with it, and eighteen
+    times slower on a Zen 3 without.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpuinfo = Path("/proc/cpuinfo")
+    return "bf16" if cpuinfo.exists() and " amx_bf16 " in cpuinfo.read_text() else "fp32"

@@ -1,0 +1,154 @@
+"""Residual networks for images: ResNet-18, 34, 50, 101 and 152.
+
+After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), table 1, with a projection
+shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
+convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
+order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+
+ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained."""
+
+    name: ModelName = "resnet18"
+    """Architecture; the number is its depth in weighted layers."""
+
+    zero_init_gamma: bool = False
+    """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ModelName):
+            raise UserError(f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}")
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+def rectify(x: Tensor) -> Tensor:
+    # In place: neither batch norm nor the sum before it keeps its output for the backward pass.
+    return F.relu(x, inplace=True)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: [B,inputs,H,W] to [B,width,H/stride,W/stride]."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = convolution(inputs, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = convolution(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(inputs, width, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rectify(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return rectify(y.add_(self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions: [B,inputs,H,W] to [B,4*width,H/stride,W/stride]."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1 = convolution(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = convolution(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = convolution(width, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = shortcut(inputs, outputs, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rectify(self.bn1(self.conv1(x)))
+        y = rectify(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return rectify(y.add_(self.downsample(x)))
+
+
+Block = BasicBlock | Bottleneck
+
+# Table 1 of the paper: the kind of block, and how many of them each of the four stages has.
+ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def stage(block: type[Block], inputs: int, width: int, count: int, stride: int) -> nn.Sequential:
+    first = block(inputs, width, stride)
+    return nn.Sequential(first, *(block(width * block.expansion, width) for _ in range(count - 1)))
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, global average pooling and a linear classifier."""
+
+    def __init__(self, block: type[Block], counts: tuple[int, int, int, int], classes: int) -> None:
+        super().__init__()
+        self.conv1 = convolution(3, 64, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = stage(block, 64, 64, counts[0], stride=1)
+        self.layer2 = stage(block, 64 * block.expansion, 128, counts[1], stride=2)
+        self.layer3 = stage(block, 128 * block.expansion, 256, counts[2], stride=2)
+        self.layer4 = stage(block, 256 * block.expansion, 512, counts[3], stride=2)
+        self.fc = nn.Linear(512 * block.expansion, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
+        x = rectify(self.bn1(self.conv1(images)))
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
+
+
+def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
+    """A freshly initialised network; its weights are drawn from torch's global generator.
+
+    Convolutions: normal, fan out (He et al. 2015, arXiv 1502.01852). Batch norm: gamma 1, beta 0. Classifier: torch's
+    default for a linear layer.
+    """
+    block, counts = ARCHITECTURES[cfg.name]
+    network = ResNet(block, counts, classes)
+    if cfg.zero_init_gamma:
+        for module in network.modules():
+            if isinstance(module, Block):
+                nn.init.zeros_(module.last_norm.weight)
+    return network

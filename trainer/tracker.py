@@ -1,0 +1,325 @@
+"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard and Weights & Biases.
+
+`metrics.jsonl` in the run folder is the source of truth and always on. Every destination is a sink behind one small
+protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
+Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,best_top1_pct}`,
+`perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from data_pipeline.errors import UserError
+
+PLAIN_INTERVAL_S = 10.0
+"""Least time between two progress lines where the console is no terminal."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run's numbers go besides the console and `metrics.jsonl`."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases. `auto` obeys WANDB_MODE where it is set; otherwise it is online where an API key is configured,
+    and offline, to be uploaded later, where none is."""
+    project: str = "sluice"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user that owns the project; null means the account's default."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder's `tensorboard`."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise UserError(
+                f"tracking.project: {self.project!r} is no W&B project name; give 1 to 128 characters, none of /\\#?%:"
+            )
+
+
+class Sink(Protocol):
+    """One destination of rows. Any method may raise: the tracker then drops the sink."""
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None: ...
+
+    def close(self, failed: bool) -> None:
+        """Flush and let go; `failed` when an exception ends the training."""
+
+
+class Tracker:
+    """Gives every row of scalars to every sink, and closes them as a context manager.
+
+    On a rank that is not `primary` there are no sinks and every call is a no-op. `total_steps` and `epochs` scale the
+    progress bar. Rows after `resume_step`, left by a run that was stopped past its last checkpoint, are removed; with
+    0 every row is.
+
+    Raises:
+        UserError: W&B is to be online without a usable API key, or WANDB_MODE has an unknown value.
+    """
+
+    def __init__(
+        self,
+        cfg: TrackingConfig,
+        folder: Path,
+        *,
+        name: str,
+        run_config: dict[str, Any],
+        total_steps: int,
+        epochs: int,
+        resume_step: int,
+        primary: bool,
+    ) -> None:
+        self._sinks: dict[str, Sink] = {}
+        self._console: Console | None = None
+        self._stop = threading.Event()
+        if not primary:
+            return
+        on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._console = (BarConsole if on_terminal else Console)(total_steps, epochs, resume_step)
+
+        def open_wandb(mode: str) -> Sink:
+            from trainer.tracker_wandb import WandbSink  # here, for its import takes up to two seconds
+
+            return WandbSink(mode, cfg.project, cfg.entity, folder, name, run_config, self.note, self._stop.set)
+
+        # W&B first: it alone may refuse to start, and the others alter what an earlier attempt left in the folder.
+        wandb_mode = os.environ.get("WANDB_MODE") or "auto" if cfg.wandb == "auto" else cfg.wandb
+        if wandb_mode not in ("off", "disabled"):
+            self._open("wandb", lambda: open_wandb(wandb_mode))
+        self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
+        if cfg.tensorboard:
+            self._open("tensorboard", lambda: TensorBoard(folder / "tensorboard", resume_step))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody pressed Stop on the run's W&B page; only the primary rank knows."""
+        return self._stop.is_set()
+
+    def log(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        """One row at a logging interval, and the progress so far; `epoch` 2.5 is the middle of the third epoch."""
+        self._tell(lambda console: console.progress(scalars, step, epoch))
+        self._write(scalars, step, epoch)
+
+    def epoch(self, scalars: Mapping[str, float], step: int, epoch: int, best: bool) -> None:
+        """One row and one console line at the end of an epoch, counted from 1; `best`: it became the saved best."""
+        self._tell(lambda console: console.epoch(scalars, epoch, best))
+        self._write(scalars, step, epoch)
+
+    def note(self, text: str) -> None:
+        """One console line, information or a warning, that leaves the progress bar whole."""
+        encoding = sys.stdout.encoding or "utf-8"  # a file name in the text may hold what it cannot say
+        line = " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
+        self._tell(lambda console: console.line(line))
+
+    def close(self, failed: bool = False) -> None:
+        """Close every sink; `failed` marks the W&B run as failed. More calls do nothing."""
+        for name, sink in self._sinks.items():
+            try:
+                sink.close(failed)
+            except Exception as error:
+                self._say_dropped(name, error)
+        self._sinks = {}
+        self._tell(lambda console: console.close())
+        self._console = None
+
+    def __enter__(self) -> Self:
+        self._tell(lambda console: console.open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _open(self, name: str, sink: Callable[[], Sink]) -> None:
+        try:
+            self._sinks[name] = sink()
+        except UserError:
+            raise
+        except Exception as error:
+            self._say_dropped(name, error)
+
+    def _write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        row = {name: float(value) for name, value in scalars.items()}
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.write(row, step, epoch)
+            except Exception as error:
+                del self._sinks[name]
+                with contextlib.suppress(Exception):
+                    sink.close(failed=True)
+                self._say_dropped(name, error)
+
+    def _say_dropped(self, name: str, error: Exception) -> None:
+        self.note(f"{name} failed and is dropped: {type(error).__name__}: {error}")
+
+    def _tell(self, act: Callable[["Console"], None]) -> None:
+        try:
+            if self._console is not None:
+                act(self._console)
+        except (OSError, ValueError):  # a closed pipe, file or terminal: nowhere is left to say so
+            self._console = None
+
+
+class JsonLines:
+    """`metrics.jsonl`: a row a line, `{"step": int, "epoch": float, "time": Unix seconds, ...scalars}`, flushed at once.
+
+    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        if resume_step and path.exists():
+            # A kill may tear the last line: what is no whole row is dropped too.
+            kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
+            beside = path.with_name(path.name + ".new")
+            with beside.open("w") as file:
+                file.writelines(line + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        self._file = path.open("a" if resume_step else "w")
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> int:
+    """The step of a row of `metrics.jsonl`, or -1 where the line is no whole row."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+class TensorBoard:
+    """TensorBoard events, one record a row.
+
+    Written here rather than by `SummaryWriter`, whose thread prints a traceback of its own when the disk fails, and
+    which makes a record of every scalar.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(path.open("xb"))
+        self._record(file_version="brain.Event:2")
+        # A session's start makes readers drop what earlier files hold from this step on (`purge_step`).
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._record(step=resume_step + 1, session_log=start)
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        values.append(self._summary.Value(tag="epoch", simple_value=epoch))
+        self._record(step=step, summary=self._summary(value=values))
+
+    def close(self, failed: bool) -> None:
+        self._records.close()
+
+    def _record(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
+
+
+class Console:
+    """What a person reads where the output is a file or a pipe: plain lines on stdout, never wrapped, no ANSI codes."""
+
+    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
+        self._total_steps, self._epochs = total_steps, epochs
+        self._start_step, self._start_s = resume_step, time.monotonic()
+        self._last_s = -math.inf
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        now = time.monotonic()
+        if now - self._last_s < PLAIN_INTERVAL_S:
+            return
+        self._last_s = now
+        left_s = (self._total_steps - step) * (now - self._start_s) / max(step - self._start_step, 1)
+        at = f"step {step:{len(str(self._total_steps))}}/{self._total_steps}  epoch {epoch:6.2f}/{self._epochs}"
+        self.line(f"{at}{_figures(scalars, _PROGRESS)}  eta {timedelta(seconds=round(left_s))}")
+
+    def epoch(self, scalars: Mapping[str, float], epoch: int, best: bool) -> None:
+        at = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
+        self.line(at + _figures(scalars, _EPOCH) + "  saved best" * best)
+
+
+class BarConsole(Console):
+    """What a person watches on a terminal: the same lines, above a progress bar instead of progress lines."""
+
+    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        super().__init__(total_steps, epochs, resume_step)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        # Speed over minutes: an estimate over rich's half minute jumps at every evaluation.
+        self._bar = Progress(*columns, expand=True, transient=True, refresh_per_second=2, speed_estimate_period=300)
+        self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step, figures="")
+
+    def open(self) -> None:
+        self._bar.start()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        description = f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}"
+        figures = _figures(scalars, _PROGRESS).strip()
+        self._bar.update(self._task, completed=step, description=description, figures=figures)
+
+
+_PROGRESS = (
+    ("train/loss", "  loss {:6.3f}"),
+    ("perf/images_per_s", "  {:5.0f} img/s"),
+    ("perf/data_wait_pct", "  data wait {:4.1f} %"),
+)
+_EPOCH = (
+    ("train/loss", "  train {:6.3f} loss"),
+    ("train/top1_pct", " {:5.1f} % top-1"),
+    ("val/loss", "  val {:6.3f} loss"),
+    ("val/top1_pct", " {:5.1f} % top-1"),
+    ("val/top5_pct", " {:5.1f} % top-5"),
+    *_PROGRESS[1:],
+)
+
+
+def _figures(scalars: Mapping[str, float], layout: tuple[tuple[str, str], ...]) -> str:
+    """The scalars that are there, each in its place of the layout."""
+    return "".join(template.format(scalars[name]) for name, template in layout if name in scalars)
