@@ -23,6 +23,7 @@ from PIL import Image
 from data_pipeline.errors import UserError
 
 VERSION = "builtin-v1"  # the folder's name in the cache: raise it whenever one rendered pixel changes
+ROT, BRIGHT = 0.35, 0.85
 CLASSES = ("checkerboard", "crescent", "cross", "heart", "ring", "spiral", "square", "star", "stripes", "triangle")
 PER_CLASS = {"train": 400, "val": 100}
 
@@ -132,18 +133,18 @@ def render(split: str, name: str, index: int) -> NDArray[np.uint8]:
     """Pixels of one sample: [H, W, 3] uint8 RGB, or [H, W] grayscale for one in twelve; H and W in 72..160."""
     rng = Generator(np.random.Philox(key=[list(PER_CLASS).index(split) * len(CLASSES) + CLASSES.index(name), index]))
     height, width = _draw_size(rng)
-    hue, luma = rng.random(), rng.uniform(0.25, 0.75)
+    hue, luma = rng.random(), rng.uniform(0.25, 0.5)
     image = _background(rng, height, width, hue, luma)
     for _ in range(rng.integers(2, 6)):
         _paint(image, _clutter(rng, height, width), _colour(rng, rng.random(), luma + rng.uniform(-0.15, 0.15)), 0.6)
 
-    contrast = rng.uniform(0.28, 0.5) * (1 if rng.random() < 1.3 * (1 - luma) else -1)
+    contrast = rng.uniform(0.35, 0.55) * (1 if rng.random() < BRIGHT else -1)
     figures = _place(rng, name, height, width)
     if rng.random() < 0.5:
         _paint(image, [polygon + rng.uniform(0.03, 0.06) * min(height, width) for polygon in figures], np.zeros(3), 0.3)
     _paint(image, figures, _colour(rng, hue + rng.uniform(0.2, 0.8), luma + contrast), 1.0)
 
-    lit = image * (1 + _noise(rng, height, width, 0.2))[..., None] + rng.uniform(-0.04, 0.04, (height, width, 1))
+    lit = image * (1 + _noise(rng, height, width, 0.2))[..., None] + rng.uniform(-0.03, 0.03, (height, width, 1))
     if index % 12 == 11:
         lit = lit @ LUMA
     return (lit.clip(0, 1) * 255 + 0.5).astype(np.uint8)
@@ -199,8 +200,8 @@ def _clutter(rng: Generator, height: int, width: int) -> Polygons:
 
 def _place(rng: Generator, name: str, height: int, width: int) -> Polygons:
     """One to three copies of the figure in the central square of the image, apart from each other."""
-    side, count = min(height, width), int(rng.choice([1, 1, 1, 1, 2, 3]))
-    orbit, smallest, largest = ((0.0, 0.28, 0.44), (0.25, 0.21, 0.25), (0.27, 0.19, 0.22))[count - 1]
+    side, count = min(height, width), int(rng.choice([1, 1, 1, 1, 1, 1, 2, 3]))
+    orbit, smallest, largest = ((0.0, 0.32, 0.46), (0.25, 0.21, 0.25), (0.27, 0.19, 0.22))[count - 1]
     first = rng.uniform(0, 2 * np.pi)
     figures: Polygons = []
     for angle in first + np.arange(count) * (2 * np.pi / count):
@@ -208,8 +209,8 @@ def _place(rng: Generator, name: str, height: int, width: int) -> Polygons:
         jitter = rng.uniform(-1, 1, 2) * max(0.0, 0.48 - orbit - radius)
         centre = np.array([width, height]) / 2 + side * (orbit * np.array([np.cos(angle), np.sin(angle)]) + jitter)
         stretch = side * radius * np.array([rng.choice([-1.0, 1.0]), rng.uniform(0.8, 1.0)])
-        turned = _turned(_figure(rng, name), rng.uniform(0, 2 * np.pi), np.zeros(2))
-        figures += _turned([polygon * stretch for polygon in turned], rng.uniform(0, 2 * np.pi), centre)
+        turned = _turned(_figure(rng, name), rng.uniform(-ROT, ROT), np.zeros(2))
+        figures += _turned([polygon * stretch for polygon in turned], 0, centre)
     return figures
 
 
@@ -260,7 +261,7 @@ def _figure(rng: Generator, name: str) -> Polygons:
         case "spiral":
             return [_spiral(rng.uniform(2.0, 2.75), rng.uniform(0.4, 0.6))]
         case "square":
-            return _maybe_hollow(rng, _ngon(4))
+            return _maybe_hollow(rng, _turned([_ngon(4)], np.pi / 4, np.zeros(2))[0])
         case "star":
             return _maybe_hollow(rng, _ngon(10) * np.tile([[1.0], [rng.uniform(0.4, 0.5)]], (5, 1)))
         case "stripes":
@@ -270,7 +271,7 @@ def _figure(rng: Generator, name: str) -> Polygons:
 
 
 def _ngon(corners: int) -> Array:
-    angle = np.arange(corners) * (2 * np.pi / corners)
+    angle = np.arange(corners) * (2 * np.pi / corners) - np.pi / 2
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
@@ -279,7 +280,7 @@ def _hollow(outline: Array, inner: float) -> Polygons:
 
 
 def _maybe_hollow(rng: Generator, outline: Array) -> Polygons:
-    return _hollow(outline, rng.uniform(0.5, 0.7)) if rng.random() < 0.3 else [outline]
+    return _hollow(outline, rng.uniform(0.5, 0.7)) if rng.random() < 0.2 else [outline]
 
 
 def _checkerboard(cells: int) -> Polygons:
@@ -317,7 +318,7 @@ def _crescent(opening: float, thickness: float) -> Array:
 def _heart() -> Array:
     t = np.arange(48) * (2 * np.pi / 48)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, y + 2.5], axis=1) / 17
+    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 17
 
 
 def _spiral(turns: float, ink: float) -> Array:

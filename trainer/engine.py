@@ -40,8 +40,10 @@ class Engine(Protocol):
     module: nn.Module
     """The network in training, unwrapped: its keys never say "module." or "_orig_mod."."""
 
-    predict: Callable[[Tensor], Tensor]
-    """Logits [B, classes] float32 of images [B, 3, H, W] uint8, by the averaged weights where there are any."""
+    @property
+    def predict(self) -> Callable[[Tensor], Tensor]:
+        """Logits [B, classes] float32 of images [B, 3, H, W] uint8, by the averaged weights where there are any."""
+        ...
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         """One whole update. Returns this rank's sums [5] float64 on the device (see SUMS); nothing waits for them."""

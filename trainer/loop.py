@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint import Progress, Store, open_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.engine import DdpEngine, Normalise, read_metadata
+from trainer.engine import DdpEngine, Engine, Normalise, read_metadata
 from trainer.evaluate import evaluate
 from trainer.machine import Machine
 from trainer.meter import Meter
@@ -87,30 +87,30 @@ class Session:
         )
         self.val_loader = Loader(val, cfg.data, machine, training=False)
         self.total_steps = cfg.run.epochs * self.loader.updates
-        torch.manual_seed(cfg.run.seed)
-        model = build_resnet(cfg.model, len(train.classes))
-        normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
-        self.engine = DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
+        self.engine = build_engine(cfg, len(train.classes), machine)
         newest = store.newest()
         if newest:
             self.engine.load(newest)
         self.metadata = {"model": cfg.model.name, "classes": json.dumps(train.classes), "data": train.fingerprint()}
-        self.tracker = Tracker(
-            cfg.tracking,
-            cfg.folder,
-            name=cfg.run.name,
-            run_config=asdict(cfg),
-            total_steps=self.total_steps,
-            epochs=cfg.run.epochs,
-            resume_step=progress.step,
-            primary=machine.primary,
-        )
+        self.tracker = machine.agree(self._open_tracker)
         for catalog in (train, val):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = Meter(machine, progress.sums)
+
+    def _open_tracker(self) -> Tracker:
+        return Tracker(
+            self.cfg.tracking,
+            self.cfg.folder,
+            name=self.cfg.run.name,
+            run_config=asdict(self.cfg),
+            total_steps=self.total_steps,
+            epochs=self.cfg.run.epochs,
+            resume_step=self.progress.step,
+            primary=self.machine.primary,
+        )
 
     @property
     def epoch_read(self) -> bool:
@@ -173,6 +173,14 @@ class Session:
     def hand_over(self) -> Progress:
         self.tracker.note(f"asked to stop: saved step {self.progress.step}; the same command goes on from there")
         return self.progress
+
+
+def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
+    """A network with freshly drawn weights, the same on all ranks, and what trains it. Collective."""
+    torch.manual_seed(cfg.run.seed)
+    model = build_resnet(cfg.model, classes)
+    normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+    return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
 
 
 def _open_run(cfg: Config, machine: Machine) -> None:

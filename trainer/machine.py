@@ -59,6 +59,9 @@ class Machine:
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
+        """Wait until every rank has come here with all its work done, the GPU's included. Collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         if self.world > 1:
             dist.barrier()
 

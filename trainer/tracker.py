@@ -107,7 +107,10 @@ class Tracker:
         return self._stop.is_set()
 
     def log(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        """One row at a logging interval, and the progress so far; `epoch` 2.5 is the middle of the third epoch."""
+        """One row at a logging interval; `epoch` 2.5 is the middle of the third epoch.
+
+        Moves the progress on the console if the row has any of its figures: loss, images/s or data wait.
+        """
         self._tell(lambda console: console.progress(scalars, step, epoch))
         self._write(scalars, step, epoch)
 
@@ -173,7 +176,7 @@ class Tracker:
 
 
 class JsonLines:
-    """`metrics.jsonl`: a row a line, `{"step": int, "epoch": float, "time": Unix seconds, ...scalars}`, flushed at once.
+    """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
 
     JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
     """
@@ -258,13 +261,13 @@ class Console:
         print(text, flush=True)
 
     def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        now = time.monotonic()
-        if now - self._last_s < PLAIN_INTERVAL_S:
+        figures, now = _figures(scalars, _PROGRESS), time.monotonic()
+        if not figures or now - self._last_s < PLAIN_INTERVAL_S:
             return
         self._last_s = now
         left_s = (self._total_steps - step) * (now - self._start_s) / max(step - self._start_step, 1)
         at = f"step {step:{len(str(self._total_steps))}}/{self._total_steps}  epoch {epoch:6.2f}/{self._epochs}"
-        self.line(f"{at}{_figures(scalars, _PROGRESS)}  eta {timedelta(seconds=round(left_s))}")
+        self.line(f"{at}{figures}  eta {timedelta(seconds=round(left_s))}")
 
     def epoch(self, scalars: Mapping[str, float], epoch: int, best: bool) -> None:
         at = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
@@ -300,9 +303,9 @@ class BarConsole(Console):
         self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        description = f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}"
-        figures = _figures(scalars, _PROGRESS).strip()
-        self._bar.update(self._task, completed=step, description=description, figures=figures)
+        if figures := _figures(scalars, _PROGRESS).strip():
+            description = f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}"
+            self._bar.update(self._task, completed=step, description=description, figures=figures)
 
 
 _PROGRESS = (

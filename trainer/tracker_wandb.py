@@ -68,7 +68,7 @@ class WandbSink:
         self._run.define_metric("*", step_metric="train/step")
         self._note, self._offline = note, bool(why_offline)
         # Every attempt keeps a folder of its own; `wandb sync` skips those that are uploaded already.
-        kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}"
+        kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}*"
         if self._offline:
             self._sync = f"wandb sync {kept}/offline-{attempts}"
             note(f"wandb: {why_offline}, so the run stays offline; to upload it: {self._sync}")
@@ -108,8 +108,10 @@ def _why_offline(mode: str) -> str:
     """Why the run must be offline, before any server is asked; "" when it may be online."""
     if mode == "offline":
         return "as asked"
-    session = wandb.setup(wandb.Settings(silent=True, **({"mode": "online"} if mode == "online" else {})))
-    if session.settings.mode != "online":
+    settings = wandb.Settings(silent=True)
+    if mode == "online":
+        settings.mode = "online"
+    if wandb.setup(settings).settings.mode != "online":
         return "`wandb offline` was run here"
     try:
         problem = "" if wandb.login(prompt=False, verify=False) else "no API key is configured"
