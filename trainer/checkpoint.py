@@ -12,12 +12,15 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Cursor
 
 PROGRESS = "progress.json"
+PARTIAL = ".partial"
+"""What is being written, in its folder; left behind by a crash, it is of no worth."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,20 @@ class Store:
         return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
 
     def save(self, progress: Progress, write: Callable[[Path], None], *, best: bool) -> None:
-        """Write a checkpoint beside the others, force it to disk, and only then let `last` (and `best`) point to it."""
-        partial = self.folder / ".partial"
+        """Write a checkpoint beside the others, force it to disk, and only then let `last` (and `best`) point to it.
+
+        Raises `UserError` where the disk does not take it; the checkpoints before it stay.
+        """
+        try:
+            self._save(progress, write, best)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write step {progress.step} to {self.folder} ({error.strerror}); "
+                "make room, and the same command goes on from the checkpoint before"
+            ) from None
+
+    def _save(self, progress: Progress, write: Callable[[Path], None], best: bool) -> None:
+        partial = self.folder / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
@@ -65,10 +80,9 @@ class Store:
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
-        name = self._fresh_name(progress.step)
-        partial.rename(self.folder / name)
+        complete = partial.rename(self._fresh_name(progress.step))
         for link in ("last", "best") if best else ("last",):
-            self._point(link, name)
+            self._point(link, complete.name)
         _sync(self.folder)
         self._prune()
 
@@ -76,10 +90,10 @@ class Store:
         target = (self.folder / link).resolve()
         return target if (target / PROGRESS).is_file() else None
 
-    def _fresh_name(self, step: int) -> str:
+    def _fresh_name(self, step: int) -> Path:
         name = f"step-{step:08d}"
-        taken = sum(1 for _ in self.folder.glob(f"{name}*"))
-        return f"{name}.{taken}" if taken else name
+        names = chain([name], (f"{name}.{again}" for again in count(1)))
+        return next(self.folder / name for name in names if not (self.folder / name).exists())
 
     def _point(self, link: str, name: str) -> None:
         beside = self.folder / f".{link}"
@@ -94,16 +108,8 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path`, so that a reader or a crash sees the old text or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
-    _sync(beside)
-    os.replace(beside, path)
-
-
-def open_run(run: Path, config: str, differences: Callable[[str], str | None]) -> None:
-    """Make the run folder and record its configuration, or continue in one that was started with the same.
+def check_run(run: Path, differences: Callable[[str], str | None]) -> None:
+    """Make sure that `run` is new, or holds a run that was started with the same options. Writes nothing.
 
     `differences(saved)` names the first option that makes the saved configuration another run. Raises `UserError`.
     """
@@ -116,10 +122,20 @@ def open_run(run: Path, config: str, differences: Callable[[str], str | None]) -
                     f"run.dir: {run} was started with other options ({changed}); "
                     "repeat them to resume, or give another --run.dir"
                 )
-        elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        elif run.exists() and (not run.is_dir() or any(entry.name != PARTIAL for entry in run.iterdir())):
             raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
+    except OSError as error:
+        raise UserError(f"run.dir: cannot read {run} ({error.strerror}); give another --run.dir") from None
+
+
+def record_run(run: Path, config: str) -> None:
+    """Make the run folder, if it is not there, and record its configuration. Raises `UserError`."""
+    try:
         run.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, config)
+        partial = run / PARTIAL
+        partial.write_text(config)
+        _sync(partial)
+        partial.replace(run / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
 
 from data_pipeline.config import DataConfig, require
 from data_pipeline.errors import UserError
@@ -47,7 +47,10 @@ class RunConfig:
     """Updates between two checkpoints within an epoch; one is always written at its end."""
 
     def __post_init__(self) -> None:
-        require(self.name != "" and "/" not in self.name, f"run.name: {self.name!r} is no folder name")
+        require(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            f"run.name: {self.name!r} is no folder name; give a word such as first",
+        )
         require(self.epochs > 0, f"run.epochs: {self.epochs} is not positive; give the number of passes")
         require(
             self.max_steps is None or self.max_steps > 0,
@@ -80,9 +83,7 @@ FREE = {"run.name", "run.dir", "run.max_steps", "run.log_every", "run.save_every
 
 def load(arguments: list[str]) -> Config:
     """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`."""
-    if "-h" not in arguments and "--help" not in arguments:
-        arguments = _with_recipe(arguments)
-    return _parse(arguments)
+    return _parse(_with_recipe(arguments))
 
 
 def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
@@ -102,12 +103,12 @@ def load_run(folder: Path, overrides: list[str]) -> Config:
 
 def to_yaml(cfg: Config) -> str:
     """Every option with its value; read back equal by `load_run`."""
-    return yaml.safe_dump(asdict(cfg), sort_keys=False)
+    return _dump(asdict(cfg))
 
 
 def first_difference(saved: str, cfg: Config) -> str | None:
     """The first option in which a saved configuration is another run than `cfg`, as "KEY was A, now B"."""
-    old, new = _flat(yaml.safe_load(saved)), _flat(asdict(cfg))
+    old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
     for key, value in new.items():
         free = key in FREE or key.split(".")[0] in ("engine", "tracking")
         if not free and key in old and old[key] != value:
@@ -122,7 +123,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
         sys.exit(2)
@@ -134,22 +135,44 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def _with_recipe(arguments: list[str]) -> list[str]:
     """Spell out the recipe's file: `--config NAME` may name a shipped one, and none at all means `builtin`."""
     arguments = [part for argument in arguments for part in _split_config(argument)]
-    if "--config" not in arguments:
-        return ["--config", str(RECIPES / "builtin.yaml"), *arguments]
-    at = arguments.index("--config")
-    if any(argument.startswith("--") and argument != "--print_config" for argument in arguments[:at]):
+    files = [at + 1 for at, argument in enumerate(arguments) if argument == "--config" and at + 1 < len(arguments)]
+    before = arguments[: files[-1] - 1] if files else []
+    if any(argument.startswith("--") and argument not in ("--config", "--print_config") for argument in before):
         raise UserError("--config: it comes after other options and would undo them; put it first")
-    if at + 1 < len(arguments) and not Path(arguments[at + 1]).exists():
-        recipe = RECIPES / f"{arguments[at + 1]}.yaml"
-        if not recipe.is_file():
-            shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-            raise UserError(f"--config: {arguments[at + 1]} is neither a file nor a recipe; the recipes are {shipped}")
-        arguments[at + 1] = str(recipe)
-    return arguments
+    for at in files:
+        arguments[at] = str(_config_file(arguments[at]))
+    return arguments if "--config" in arguments else ["--config", str(RECIPES / "builtin.yaml"), *arguments]
 
 
 def _split_config(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _config_file(name: str) -> Path:
+    """The file or shipped recipe of that name, once every option in it is known to exist."""
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(f"--config: {name} is neither a file nor a recipe; the recipes are {shipped}")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {path} cannot be read: {error}") from None
+    for key in _flat(_tree(text, str(path))):
+        if key not in _flat(asdict(Config())):
+            raise UserError(f"{path}: {_no_such_option(key)}")
+    return path
+
+
+def _tree(text: str, file: str) -> dict[str, Any]:
+    """What YAML `text` says, a table of options."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: it is no YAML: {_one_line(str(error))}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: it holds no options; write them as in {RECIPES / 'builtin.yaml'}")
+    return tree
 
 
 def _parse(arguments: list[str]) -> Config:
@@ -166,20 +189,50 @@ def _parse(arguments: list[str]) -> Config:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
             parts = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise UserError(_one_line(str(error), parser)) from None
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(_one_line(str(error), parser)) from None
+        raise UserError(_remedy(str(error))) from None
     return Config(**{section.name: parts[section.name] for section in fields(Config)})
 
 
-def _one_line(message: str, parser: ArgumentParser) -> str:
-    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '(\S+?)'", message)
+def _remedy(message: str) -> str:
+    """The parser's message in our words."""
+    message = _one_line(message.replace("Parser key", ""))
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
-        name = (unknown[1] or unknown[2]).split("=")[0]
-        options = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(f"--{name.lstrip('-')}", options, 1, 0.7)
-        return f"{name}: no such option; " + (f"did you mean {close[0]}?" if close else "see --help")
-    return " ".join(message.replace("Parser key", "").split())
+        return _no_such_option(unknown[1].split("=")[0])
+    wrong = re.match(r'"([\w.]+)": .*value: (.*)', message)
+    kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d elements)", message)
+    if wrong and kinds:
+        wanted = " or ".join(
+            re.sub(r"<class '|'>|\]$", "", kind.replace("typing.Literal[", "one of ")) for kind in kinds
+        )
+        return f"{wrong[1]}: {wrong[2]} does not fit; give {wanted.replace('NoneType', 'null')}"
+    return message.removeprefix("argument ")
+
+
+def _no_such_option(name: str) -> str:
+    dashes = "--" if name.startswith("-") else ""
+    close = difflib.get_close_matches(name.lstrip("-"), _flat(asdict(Config())), 1, 0.7)
+    return f"{name}: no such option; " + (f"did you mean {dashes}{close[0]}?" if close else "see --help")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the parser would read back as a number: to it, unlike YAML 1.1, a run named 1e3 is one."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _dump(tree: dict[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+set_dumper("yaml", _dump)  # for --print_config
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What turns batches into weights: forward, backward, all-reduce, update."""
 
+import io
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +20,7 @@ from trainer.machine import Machine, Precision, resolve_precision
 from trainer.optim import Ema, OptimConfig, build_optimizer
 
 WEIGHTS, STATE = "model.safetensors", "training.pt"
+_METADATA = "sluice"
 
 SUMS = ("loss", "top1", "top5", "images", "grad_norm")
 """What `Engine.step` adds up, in this order."""
@@ -144,7 +147,7 @@ class DdpEngine:
             with self._no_sync() if number < len(micro_batches) else nullcontext():
                 with self.autocast():
                     logits = self._forward(self.normalise(batch.images)).float()
-                losses = self._loss(logits, batch.labels)
+                losses = self._loss(logits, batch)
                 # DDP averages over ranks; this makes the average the mean over the images of the whole update.
                 self.scaler.scale(losses * self.machine.world / batch.total).backward()
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
@@ -158,11 +161,15 @@ class DdpEngine:
         if not self.machine.primary:
             return
         weights = {name: tensor.detach().contiguous() for name, tensor in self.judged.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata)
+        # A single entry, since safetensors writes several in random order: equal weights make equal files. And files are
+        # written by Python, whose error names a full disk as such.
+        (folder / WEIGHTS).write_bytes(save(weights, {_METADATA: json.dumps(metadata)}))
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "updates": self.updates}
         if self.ema:
             state["module"] = self.module.state_dict()
-        torch.save(state, folder / STATE)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        (folder / STATE).write_bytes(buffer.getbuffer())
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
@@ -170,17 +177,21 @@ class DdpEngine:
         if self.ema:
             self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run has been in another precision up to now
+            self.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) else nullcontext()
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Sum over the counted rows of cross-entropy with label smoothing (Szegedy et al. 2015, sec. 7)."""
-        return functional.cross_entropy(
-            logits, labels, ignore_index=UNCOUNTED, label_smoothing=self.optim.label_smoothing, reduction="sum"
+        targets = batch.labels if batch.targets is None else batch.targets
+        losses = functional.cross_entropy(
+            logits, targets, ignore_index=UNCOUNTED, label_smoothing=self.optim.label_smoothing, reduction="none"
         )
+        # Label smoothing gives a loss to rows without any target too.
+        return torch.where(batch.labels != UNCOUNTED, losses, 0).sum()
 
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of the gradient before clipping."""
@@ -223,7 +234,8 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 def read_metadata(folder: Path) -> dict[str, str]:
     """What a checkpoint's weights say of themselves: the model's name, and the names of its classes as JSON."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return dict(file.metadata() or {})
+        metadata: dict[str, str] = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        return metadata
 
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ def main() -> None:
     if checkpoint is None:
         raise UserError(f"{folder} has no complete checkpoint yet; train it first")
     with open_machine() as machine:
-        classes = json.loads(read_metadata(checkpoint)["classes"])
+        metadata = read_metadata(checkpoint)
+        if metadata["model"] != cfg.model.name:
+            raise UserError(f"model.name: {folder} holds a {metadata['model']}, not a {cfg.model.name}")
+        classes = json.loads(metadata["classes"])
         catalog = machine.agree(lambda: open_catalog(cfg.data, "val", classes))
         network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
         load_weights(network, checkpoint)

@@ -11,7 +11,7 @@ import torch
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
-from trainer.checkpoint import Progress, Store, open_run
+from trainer.checkpoint import Progress, Store, check_run, record_run
 from trainer.config import Config, first_difference, to_yaml
 from trainer.engine import DdpEngine, Engine, Normalise, read_metadata
 from trainer.evaluate import evaluate
@@ -28,10 +28,10 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
 
     Collective. Raises `UserError`, on every rank, for what a user can mend.
     """
-    machine.agree(lambda: _open_run(cfg, machine))
-    train, val = machine.agree(lambda: _open_data(cfg))
+    machine.on_primary(lambda: check_run(cfg.folder, lambda saved: first_difference(saved, cfg)))
+    train, val = machine.agree(lambda: _open_data(cfg, machine))
     store = Store(cfg.folder)
-    progress = machine.agree(lambda: _resume_point(store, train))
+    progress = machine.agree(lambda: _resume_point(store, train.catalog))
     if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
         if machine.primary:
             done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
@@ -39,6 +39,7 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
                 f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; to train anew give another --run.name"
             )
         return progress
+    machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
     session = Session(cfg, machine, train, val, store, progress)
     with session.tracker:
         return _train(cfg, session, stop)
@@ -49,14 +50,16 @@ def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
     while not session.progress.finished:
         loader.seek(session.progress.cursor)
         for micro_batches in _grouped(meter.waiting(loader), cfg.optim.accumulate):
-            step = session.progress.step
-            lr = lr_at(step, cfg.optim, session.total_steps)
+            lr = lr_at(session.progress.step, cfg.optim, session.total_steps)
             meter.add(engine.step(micro_batches, lr))
-            session.progress = replace(session.progress, step=step + 1, cursor=loader.cursor)
+            step = session.progress.step + 1
+            session.progress = replace(session.progress, step=step, cursor=loader.cursor)
+            if session.epoch_read:
+                continue  # the loader ends here, and the end of the epoch reports and saves
 
-            save_due = (step + 1) % cfg.run.save_every == 0 and not session.epoch_read
-            last_step = step + 1 == cfg.run.max_steps
-            if (step + 1) % cfg.run.log_every == 0 or save_due or last_step:
+            save_due = step % cfg.run.save_every == 0
+            last_step = step == cfg.run.max_steps
+            if step % cfg.run.log_every == 0 or save_due or last_step:
                 stopping = session.log(lr, stop.raised)
                 if last_step:
                     return session.end_early()
@@ -64,7 +67,10 @@ def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
                     session.save()
                 if stopping:
                     return session.hand_over()
-        session.end_epoch()
+        if session.end_epoch(stop.raised):
+            return session.hand_over()
+        if session.progress.step == cfg.run.max_steps:
+            return session.say_early()
     return session.progress
 
 
@@ -72,28 +78,23 @@ class Session:
     """A run opened for training: its parts, and what happens between its steps."""
 
     def __init__(
-        self, cfg: Config, machine: Machine, train: Catalog, val: Catalog, store: Store, progress: Progress
+        self, cfg: Config, machine: Machine, train: Loader, val: Loader, store: Store, progress: Progress
     ) -> None:
         self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
-        self.images = len(train)
-        self.loader = Loader(
-            train,
-            cfg.data,
-            machine,
-            training=True,
-            seed=cfg.run.seed,
-            epochs=cfg.run.epochs,
-            accumulate=cfg.optim.accumulate,
-        )
-        self.val_loader = Loader(val, cfg.data, machine, training=False)
-        self.total_steps = cfg.run.epochs * self.loader.updates
-        self.engine = build_engine(cfg, len(train.classes), machine)
+        self.loader, self.val_loader = train, val
+        self.images, classes = len(train.catalog), train.catalog.classes
+        self.total_steps = cfg.run.epochs * train.updates
+        self.engine = build_engine(cfg, len(classes), machine)
         newest = store.newest()
         if newest:
             self.engine.load(newest)
-        self.metadata = {"model": cfg.model.name, "classes": json.dumps(train.classes), "data": train.fingerprint()}
+        self.metadata = {
+            "model": cfg.model.name,
+            "classes": json.dumps(classes),
+            "data": train.catalog.fingerprint(),
+        }
         self.tracker = machine.agree(self._open_tracker)
-        for catalog in (train, val):
+        for catalog in (train.catalog, val.catalog):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")
         if newest:
@@ -123,18 +124,22 @@ class Session:
 
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics; whether any rank was asked to stop. Collective."""
-        for path, why in self.loader.take_bad():
-            print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
+        self.name_bad(self.loader)
         scalars, stopping = self.meter.reduce(stop or self.tracker.stop_requested)
         self.progress = replace(self.progress, sums=self.meter.epoch_sums)
         self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
         return stopping
 
+    def name_bad(self, loader: Loader) -> None:
+        for path, why in loader.take_bad():
+            print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
+
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Collective."""
         start = time.perf_counter()
-        if self.machine.primary:
-            self.store.save(self.progress, lambda folder: self.engine.save(folder, self.metadata), best=best)
+        self.machine.on_primary(
+            lambda: self.store.save(self.progress, lambda folder: self.engine.save(folder, self.metadata), best=best)
+        )
         self.tracker.log({"perf/ckpt_save_s": time.perf_counter() - start}, self.progress.step, self.epoch)
         self.meter.pause()
 
@@ -142,15 +147,24 @@ class Session:
         """Scores on the validation images, and whether they are the best so far. Collective."""
         self.engine.agree()
         scores = evaluate(self.engine.predict, self.val_loader, self.machine)
+        self.name_bad(self.val_loader)
         best = scores.top1_pct > self.progress.best_top1_pct
         if best:
             self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
         self.meter.pause()
         return {**scores.named("val"), "val/best_top1_pct": self.progress.best_top1_pct}, best
 
-    def end_epoch(self) -> None:
-        """Evaluate, report, move on to the next epoch, save. Collective."""
-        self.meter.reduce()
+    def end_epoch(self, stop: bool) -> bool:
+        """Evaluate, report, move on to the next epoch, save; whether any rank was asked to stop. Collective.
+
+        One that is to stop leaves the evaluation to the run that goes on, for it may be short of time.
+        """
+        self.name_bad(self.loader)
+        _, stopping = self.meter.reduce(stop or self.tracker.stop_requested)
+        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        if stopping:
+            self.save()
+            return True
         scalars, best = self.validate()
         epoch = self.progress.cursor.epoch + 1
         self.tracker.epoch({**self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
@@ -158,15 +172,19 @@ class Session:
             self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
         )
         self.save(best)
+        return False
 
     def end_early(self) -> Progress:
-        """`run.max_steps` is reached: evaluate and save as it stands. Collective."""
+        """`run.max_steps` is reached within an epoch: evaluate and save as it stands. Collective."""
         scalars, best = self.validate()
         self.tracker.log(scalars, self.progress.step, self.epoch)
         self.save(best)
+        return self.say_early()
+
+    def say_early(self) -> Progress:
         self.tracker.note(
             f"stopped after run.max_steps: {self.progress.step} of {self.total_steps} steps, "
-            f"val top-1 {scalars['val/top1_pct']:.2f} %, saved in {self.cfg.folder}"
+            f"best val top-1 {self.progress.best_top1_pct:.2f} %, saved in {self.cfg.folder}"
         )
         return self.progress
 
@@ -183,14 +201,20 @@ def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
     return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
 
 
-def _open_run(cfg: Config, machine: Machine) -> None:
-    if machine.primary:
-        open_run(cfg.folder, to_yaml(cfg), lambda saved: first_difference(saved, cfg))
-
-
-def _open_data(cfg: Config) -> tuple[Catalog, Catalog]:
+def _open_data(cfg: Config, machine: Machine) -> tuple[Loader, Loader]:
+    """What reads the training and the validation images."""
     train = open_catalog(cfg.data, "train")
-    return train, open_catalog(cfg.data, "val", train.classes)
+    val = open_catalog(cfg.data, "val", train.classes)
+    loader = Loader(
+        train,
+        cfg.data,
+        machine,
+        training=True,
+        seed=cfg.run.seed,
+        epochs=cfg.run.epochs,
+        accumulate=cfg.optim.accumulate,
+    )
+    return loader, Loader(val, cfg.data, machine, training=False)
 
 
 def _resume_point(store: Store, train: Catalog) -> Progress:

@@ -58,6 +58,10 @@ class Machine:
                 raise UserError(message if rank == 0 else f"rank {rank}: {message}")
         return result  # type: ignore[return-value]
 
+    def on_primary(self, act: Callable[[], object]) -> None:
+        """`act()` on rank 0 alone; every rank waits for it, and raises its `UserError` if it meets one. Collective."""
+        self.agree(lambda: act() if self.primary else None)
+
     def barrier(self) -> None:
         """Wait until every rank has come here with all its work done, the GPU's included. Collective."""
         if self.device.type == "cuda":

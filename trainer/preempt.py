@@ -2,21 +2,26 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
+ECHO_S = 2.0
+"""The same signal again within this time is one: SLURM sends it to all processes, and torchrun passes its own on."""
+
 
 class StopFlag:
     """Context manager: the first SIGTERM, SIGINT or SIGUSR2 sets `raised`, and is sent on when the context ends.
 
-    A second one goes at once to the handler that this one replaced.
+    A second one, unless it echoes the first, goes at once to the handler that this one replaced.
     """
 
     def __init__(self) -> None:
         self.raised = False
         self._signal: int | None = None
+        self._signal_s = 0.0
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -33,8 +38,12 @@ class StopFlag:
             signal.raise_signal(self._signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.raised or os.getpid() != self._pid  # a forked child must not take the signal for its parent
-        self.raised, self._signal = True, number
+        forked = os.getpid() != self._pid  # a forked child must not take the signal for its parent
+        now_s = time.monotonic()
+        if number == self._signal and now_s - self._signal_s < ECHO_S and not forked:
+            return
+        again = self.raised or forked
+        self.raised, self._signal, self._signal_s = True, number, now_s
         if again:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)

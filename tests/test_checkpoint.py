@@ -1,0 +1,263 @@
+"""Checkpoints are complete or not there, whenever the process dies and whatever the disk does."""
+
+import errno
+import io
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Cursor
+from tests.runs import tree
+from trainer.checkpoint import PARTIAL, Progress, Store, check_run, record_run
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, Cursor(1, 12 * step), [1.5 * step, 0.1, 2.0, 3.0, 1e300], best_top1_pct=100 / 3)
+
+
+def writer(step: int) -> Callable[[Path], None]:
+    """Two files, as an engine writes them."""
+
+    def write(folder: Path) -> None:
+        for name in ("model.safetensors", "training.pt"):
+            (folder / name).write_bytes(content(step, name))
+
+    return write
+
+
+def content(step: int, name: str) -> bytes:
+    return f"{name} of step {step}\n".encode() * 20_000
+
+
+def save(store: Store, step: int, best: bool = False) -> None:
+    store.save(progress(step), writer(step), best=best)
+
+
+def assert_holds(store: Store, folder: Path | None, step: int) -> None:
+    """The checkpoint is complete, and it is that of `step`."""
+    assert folder is not None
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "training.pt", "progress.json"}
+    for name in ("model.safetensors", "training.pt"):
+        assert (folder / name).read_bytes() == content(step, name)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.newest() is None and store.chosen() is None
+    assert store.progress() == Progress(0, Cursor(0, 0), [], -1.0, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_newest_best_and_the_rest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 3)
+    assert_holds(store, store.chosen(), 3)
+    save(store, 6, best=True)
+    save(store, 9)
+    save(store, 12)
+    assert_holds(store, store.newest(), 12)
+    assert_holds(store, store.chosen(), 6)
+    assert Store(tmp_path).progress() == progress(12), "floats, sums and the cursor come back exactly"
+    assert names(tmp_path) == ["best", "last", "step-00000006", "step-00000012"]
+    assert os.readlink(tmp_path / "checkpoints/last") == "step-00000012", "a run folder may be moved"
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert_holds(Store(moved), Store(moved).chosen(), 6)
+
+
+def test_the_same_step_again_and_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for times in range(4):
+        store.save(progress(5), writer(100 + times), best=times == 1)
+        assert_holds(store, store.newest(), 100 + times)
+    assert_holds(store, store.chosen(), 101)
+    assert len(names(tmp_path)) == 4, "last, best and their two folders"
+
+
+def test_names_of_steps_do_not_touch(tmp_path: Path) -> None:
+    """10 begins with 1, and 1000000010 with eight digits that are another step."""
+    store = Store(tmp_path)
+    for step in (1, 10, 100_000_001, 1_000_000_010):
+        save(store, step)
+        assert_holds(store, store.newest(), step)
+
+
+# ---- a crash at every operation -------------------------------------------------------------------------------------
+
+OPERATIONS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync")
+
+
+def traced(act: Callable[[], None], before: Callable[[int, str, Any], None]) -> None:
+    """`act()`, with `before(n, name, argument)` ahead of its n-th operation on files."""
+    count = 0
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if name != "open" or "w" in str(args[1:2]) or "w" in str(kwargs.get("mode")):
+                count += 1
+                before(count, name, args[0])
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPERATIONS:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        patch.setattr(io, "open", wrap("open", io.open))
+        act()
+
+
+def dies_at(operation: int, act: Callable[[], None]) -> bool:
+    """Run `act()` in a process that kills itself ahead of its n-th operation; False if it got through."""
+    child = os.fork()
+    if not child:
+        try:
+            traced(act, lambda n, name, argument: os.kill(os.getpid(), signal.SIGKILL) if n == operation else None)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, best: bool) -> None:
+    outcomes, operation, died = [], 0, True
+    while died:
+        operation += 1
+        run = tmp_path / f"run {operation}"
+        store = Store(run)
+        save(store, 3, best=True)
+        save(store, 6)
+        died = dies_at(operation, lambda store=store: save(store, 9, best))  # type: ignore[misc]
+
+        store = Store(run)
+        step = store.progress().step
+        assert step in (6, 9)
+        assert_holds(store, store.newest(), step)
+        chosen = store.chosen()
+        assert_holds(store, chosen, 9 if best and chosen and chosen.name == "step-00000009" else 3)
+        outcomes.append(step)
+
+        save(store, 9, best)  # what the resumed run does
+        save(store, 12)
+        assert_holds(store, store.newest(), 12)
+        assert_holds(store, store.chosen(), 9 if best else 3)
+        assert len(names(run)) == 4 and PARTIAL not in names(run), "what the dead one left is cleared away"
+    assert len(outcomes) > 15 and outcomes == sorted(outcomes) and set(outcomes) == {6, 9}
+
+
+def test_everything_is_on_disk_before_it_is_pointed_to(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 3)
+    done: list[tuple[str, str]] = []
+
+    def note(_: int, name: str, argument: Any) -> None:
+        path = os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else argument
+        done.append((name, Path(path).name))
+
+    traced(lambda: save(store, 6), note)
+    renamed, pointed = done.index(("rename", PARTIAL)), done.index(("replace", ".last"))
+    synced = {at for name, at in done[:renamed] if name == "fsync"}
+    assert synced == {"model.safetensors", "training.pt", "progress.json", PARTIAL}
+    removed = min(at for at, (name, _) in enumerate(done) if name == "rmdir")
+    assert renamed < pointed < done.index(("fsync", "checkpoints")) < removed, "the old one goes last"
+
+
+# ---- a disk that is full ---------------------------------------------------------------------------------------------
+
+
+def test_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 3)
+    before = tree(tmp_path)
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, room[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            save(store, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    why = os.strerror(errno.EFBIG)
+    assert str(error.value) == (
+        f"run.dir: cannot write step 6 to {tmp_path / 'checkpoints'} ({why}); "
+        "make room, and the same command goes on from the checkpoint before"
+    )
+    assert_holds(store, store.newest(), 3)
+    assert {name: value for name, value in tree(tmp_path).items() if PARTIAL not in name} == before
+    save(store, 6)
+    assert_holds(store, store.newest(), 6)
+
+
+# ---- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def same(saved: str) -> str | None:
+    return None
+
+
+def test_run_folder_is_made_and_recorded(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a run"
+    check_run(run, same)
+    assert not run.exists(), "checking writes nothing"
+    record_run(run, "run: {}\n")
+    assert tree(run) == {"config.yaml": b"run: {}\n"}
+    check_run(run, same)
+    record_run(run, "run: {max_steps: 3}\n")
+    assert tree(run) == {"config.yaml": b"run: {max_steps: 3}\n"}
+
+
+def test_death_while_recording_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    operation, died = 0, True
+    while died:
+        operation += 1
+        run = tmp_path / f"run {operation}"
+        died = dies_at(operation, lambda run=run: record_run(run, "run: {}\n"))  # type: ignore[misc]
+        check_run(run, same)
+        record_run(run, "run: {}\n")
+        assert tree(run) == {"config.yaml": b"run: {}\n"}
+    assert operation > 3
+
+
+def test_an_empty_folder_may_be_a_run(tmp_path: Path) -> None:
+    check_run(tmp_path, same)
+
+
+def test_other_options_are_refused(tmp_path: Path) -> None:
+    record_run(tmp_path, "old\n")
+    with pytest.raises(UserError) as error:
+        check_run(tmp_path, lambda saved: f"optim.lr was {saved.strip()}, now 1.0")
+    assert str(error.value) == (
+        f"run.dir: {tmp_path} was started with other options (optim.lr was old, now 1.0); "
+        "repeat them to resume, or give another --run.dir"
+    )
+    assert tree(tmp_path) == {"config.yaml": b"old\n"}
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", ".git", "checkpoints/last"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    with pytest.raises(UserError, match=r"is in use and holds no run; give another --run\.dir"):
+        check_run(tmp_path, same)
+    with pytest.raises(UserError, match="is in use and holds no run"):
+        check_run(file, same)
+    assert tree(tmp_path)[name] == b"precious"
+
+
+@pytest.mark.parametrize("place", ["FILE/run", "/proc/run", "/dev/null/run"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    run = Path(place.replace("FILE", str(tmp_path / "file")))
+    check_run(run, same)
+    with pytest.raises(UserError, match=rf"run\.dir: cannot write to {run} \(.+\); give another --run\.dir"):
+        record_run(run, "run: {}\n")
