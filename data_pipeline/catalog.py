@@ -1,139 +1,229 @@
-"""From a folder of images to one table of samples: where each lies, its size in pixels, its label."""
+"""From a dataset on disk to one table of samples: where each lies, and its label."""
 
+import fcntl
 import hashlib
-import os
-from collections.abc import Iterator
+import io
+import json
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.builtin import builtin_dataset
+from data_pipeline import packed
+from data_pipeline.builtin import builtin_dataset, cache_root
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.headers import SUFFIXES, BadImage, Size, inspect
+from data_pipeline.faults import quarantined
+from data_pipeline.files import replace_file
+from data_pipeline.headers import BadImage, inspect
+from data_pipeline.layouts import TABLES, Listing, list_samples
+from data_pipeline.workers import progress
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
+_CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
+_VERSION = 1  # of the cache: raise it when a scan would find something else
+_NO_SPANS = np.empty((0, 3), np.int64)
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """The samples of one split, N in all, sorted by path; a sample's id is its row."""
+    """The samples of one split, N in all; a sample's id is its row."""
 
     root: Path
     paths: list[str]
-    """Path of each sample below `root`."""
+    """Path of each sample below `root`; of one inside a shard, SHARD/MEMBER."""
     labels: NDArray[np.int64]
     """[N] row of the sample's class in `classes`."""
-    sizes: NDArray[np.int32]
-    """[N, 2] height and width in pixels, as stored."""
     classes: list[str]
     bad: dict[str, str]
     """Files left out, path below `root` -> why."""
+    shards: list[str] = field(default_factory=list)
+    """Paths of tar files below `root`; none where each sample is a file."""
+    spans: NDArray[np.int64] = field(default_factory=lambda: _NO_SPANS)
+    """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, sample: int) -> bytes:
         """The encoded bytes of one sample. Raises OSError."""
-        with open(self.root / self.paths[sample], "rb", buffering=0) as file:
-            return file.readall()
+        if not self.shards:
+            with open(self.root / self.paths[sample], "rb", buffering=0) as file:
+                return file.readall()
+        shard, offset, length = self.spans[sample].tolist()
+        return packed.read_slice(self.root / self.shards[shard], offset, length)
 
     def fingerprint(self) -> str:
         """Hash of names and labels: equal where an interrupted epoch can be continued."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path, label in zip(self.paths, self.labels, strict=True):
-            digest.update(f"{path}\0{label}\n".encode(errors="surrogateescape"))
+        digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)
+        digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
 
 def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) -> Catalog:
-    """The samples of `split` ("train" or "val").
+    """The samples of `split` ("train" or "val"), in any layout (see `layouts`) or from a pack.
 
-    A folder with train/ and val/ is taken as it is; in any other, each CLASS/ folder is divided: a file is for validation
-    when a hash of its path falls below `val_share`, so that files added later move none of the others.
-    Labels follow `classes`, or the sorted class folders of the training split. Raises `UserError`.
+    Labels follow `classes`, or the classes of the training split. What was scanned once is remembered, until a folder or
+    file of it changes. Raises `UserError`.
     """
     root = builtin_dataset() if cfg.path == "builtin" else Path(cfg.path)
-    if not root.is_dir():
-        raise UserError(f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ and val/CLASS/ images")
-    divided = (root / "train").is_dir()
-    if divided and not (root / split).is_dir():
+    if not (root.is_dir() or (root.is_file() and root.suffix in TABLES)):
         raise UserError(
-            f"data.path: {root} has train/ but no {split}/; add it, or give a folder of CLASS/ folders only"
+            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, or a table ({', '.join(TABLES)})"
         )
-    if classes is None:
-        classes = _folders(root / "train" if divided else root)
-    base = root / split if divided else root
-    unknown = sorted(set(_folders(base)) - set(classes))
+    if packed.is_pack(root):
+        catalog = _from_pack(root, split, classes)
+    else:
+        key = [str(root.resolve()), split, classes, cfg.val_share, cfg.images, cfg.image_column, cfg.label_column]
+        catalog = _remembered([*key, cfg.split_column], lambda: list_samples(root, cfg, split, classes))
+    return _without(catalog, quarantined(cfg, catalog.root))
+
+
+def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
+    index = packed.Pack.open(root).index(split)
+    names = classes or index.classes
+    unknown = sorted(set(index.classes) - set(names))
     if unknown:
-        raise UserError(f"data.path: {base / unknown[0]} is a class that training lacks; remove it or add it to train/")
-    files = [
-        (path, label)
-        for path, label in _walk(base, classes)
-        if divided or _held_out(path, cfg.val_share) == (split == "val")
-    ]
-    return _scan(base, files, classes, split)
+        raise UserError(f"data.path: {root} has a class that training lacks: {unknown[0]}; pack the same classes")
+    renumbered = np.array([names.index(name) for name in index.classes], np.int64)
+    shards = [packed.shard_name(number) for number in range(int(index.shard.max(initial=-1)) + 1)]
+    spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
+    return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans)
 
 
-def _folders(base: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/")
-    return names
-
-
-def _walk(base: Path, classes: list[str]) -> Iterator[tuple[str, int]]:
-    """Path below `base` and label of every image file, in sorted order, sub-folders of a class included."""
-    for label, name in enumerate(classes):
-        found = []
-        for folder, _, files in os.walk(base / name, followlinks=True):
-            found += [os.path.relpath(os.path.join(folder, file), base) for file in files]
-        for path in sorted(found):
-            if os.path.splitext(path)[1].lower() in SUFFIXES:
-                yield path, label
-
-
-def _held_out(path: str, share: float) -> bool:
-    digest = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
-
-
-def _scan(base: Path, files: list[tuple[str, int]], classes: list[str], split: str) -> Catalog:
-    if not files:
-        raise UserError(f"data.path: no images for {split} in {base}; looked for {', '.join(sorted(SUFFIXES))}")
-    with ThreadPoolExecutor(4) as pool:
-        sizes = list(pool.map(_size_or_reason, (base / path for path, _ in files), chunksize=256))
-    good = [(path, label, size) for (path, label), size in zip(files, sizes, strict=True) if isinstance(size, Size)]
-    bad = {path: why for (path, _), why in zip(files, sizes, strict=True) if isinstance(why, str)}
-    if not good:
-        path, why = next(iter(bad.items()))
-        raise UserError(f"data.path: none of the {len(files)} images for {split} in {base} can be read: {path}: {why}")
-    return Catalog(
-        root=base,
-        paths=[path for path, _, _ in good],
-        labels=np.array([label for _, label, _ in good], np.int64),
-        sizes=np.array([size for _, _, size in good], np.int32),
-        classes=classes,
-        bad=bad,
+def _without(catalog: Catalog, left_out: set[str]) -> Catalog:
+    kept = [row for row, path in enumerate(catalog.paths) if path not in left_out] if left_out else range(len(catalog))
+    if len(kept) == len(catalog):
+        return catalog
+    return replace(
+        catalog,
+        paths=[catalog.paths[row] for row in kept],
+        labels=catalog.labels[kept],
+        spans=catalog.spans[kept] if catalog.shards else catalog.spans,
+        bad={**catalog.bad, **{path: "in quarantine" for path in catalog.paths if path in left_out}},
     )
 
 
-def _size_or_reason(path: Path) -> Size | str:
+# ---- what was scanned before ----------------------------------------------------------------------------------------
+
+
+def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
+    """The catalog that `list_now` leads to, from the cache where nothing of it has changed since."""
+    name = hashlib.blake2b(json.dumps([_VERSION, *key]).encode(), digest_size=16).hexdigest()
     try:
-        with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            data = file.read(_HEAD)
-            if length > _HEAD:
-                file.seek(max(_HEAD, length - _TAIL))
-                data += file.read()
+        file = cache_root() / "scans" / f"{name}.npz"
+        file.parent.mkdir(exist_ok=True)
+        lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
+    except (OSError, UserError) as error:
+        print(f"scanning {key[0]} anew each time: {error}", file=sys.stderr)
+        return _scan(list_now())
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process scans, the others of its machine wait and read
+        known = _load(file)
+        if known is None:
+            listing = list_now()
+            known = _scan(listing)
+            with suppress(OSError):  # a full disk costs a scan each time, no more
+                replace_file(file, _dump(known, listing.watched))
+        return known
+
+
+def _dump(catalog: Catalog, watched: list[Path]) -> bytes:
+    """An .npz of plain arrays; what is no array is in it as JSON."""
+    text = {
+        "root": str(catalog.root),
+        "classes": catalog.classes,
+        "bad": catalog.bad,
+        "shards": catalog.shards,
+        # Bad files are watched one by one, so that a mended one is taken up.
+        "watched": {str(path): _changed(path) for path in [*watched, *(catalog.root / name for name in catalog.bad)]},
+    }
+    names, ends = packed.joined(catalog.paths)
+    about = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    stream = io.BytesIO()
+    np.savez(stream, about=about, paths=names, path_ends=ends, labels=catalog.labels, spans=catalog.spans)
+    return stream.getvalue()
+
+
+def _load(file: Path) -> Catalog | None:
+    """What `_dump` wrote; None where there is nothing, or something that no longer holds."""
+    try:
+        with np.load(file) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if any(_changed(Path(path)) != then for path, then in about["watched"].items()):
+                return None
+            return Catalog(
+                Path(about["root"]),
+                packed.parted(arrays["paths"], arrays["path_ends"]),
+                arrays["labels"],
+                about["classes"],
+                about["bad"],
+                about["shards"],
+                arrays["spans"],
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def _changed(path: Path) -> int:
+    """When a file or the entries of a folder changed, in ns; -1 where there is nothing."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _scan(listing: Listing) -> Catalog:
+    """Look into the first and last bytes of every image, and leave out what must not be decoded."""
+    pieces = [range(at, min(at + _CHUNK, len(listing.paths))) for at in range(0, len(listing.paths), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool, progress("scanning", len(listing.paths)) as advance:
+        faults: list[str | None] = []
+        for found in pool.map(lambda rows: [_fault(listing, row) for row in rows], pieces):
+            faults += found
+            advance(len(found))
+    good = [row for row, why in enumerate(faults) if why is None]
+    bad = {path: why for path, why in zip(listing.paths, faults, strict=True) if why is not None}
+    if not good:
+        path, why = next(iter(bad.items()))
+        raise UserError(
+            f"data.path: none of the {len(bad)} images in {listing.root} can be read, as {path}: {why}; give intact ones"
+        )
+    return Catalog(
+        listing.root,
+        [listing.paths[row] for row in good],
+        np.array(listing.labels, np.int64)[good],
+        listing.classes,
+        bad,
+        listing.shards,
+        listing.spans[good] if listing.shards else _NO_SPANS,
+    )
+
+
+def _fault(listing: Listing, row: int) -> str | None:
+    """Why an image must not be decoded, if so."""
+    try:
+        if listing.shards:
+            shard, start, length = listing.spans[row].tolist()
+            path = listing.root / listing.shards[shard]
+        else:
+            path, start = listing.root / listing.paths[row], 0
+            length = path.stat().st_size
+        data = packed.read_slice(path, start, min(length, _HEAD))
+        if length > _HEAD:
+            tail = max(_HEAD, length - _TAIL)
+            data += packed.read_slice(path, start + tail, length - tail)
         try:
-            return inspect(data, length)
+            inspect(data, length)
         except BadImage:
-            return inspect(path.read_bytes())  # a header beyond the first bytes, or much behind the image
+            inspect(packed.read_slice(path, start, length))  # a header beyond the first bytes, or much behind the image
     except BadImage as error:
         return str(error)
     except OSError as error:
         return error.strerror or type(error).__name__
+    return None

@@ -1,6 +1,7 @@
 """Every option of the data: where it lies, how it is cut and augmented, how it is batched."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from data_pipeline.errors import UserError
 
@@ -11,9 +12,17 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+Decode = Literal["auto", "gpu", "cpu"]
+Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to a training image. Every draw is a function of (seed, epoch, position), see `draws`."""
+    """Random changes to a training image. Every draw is a function of (seed, epoch, position), see `draws`.
+
+    They happen in this order: crop and flips, rotation, policy, colour jitter, erasing, mixup or cutmix. What is off
+    costs nothing.
+    """
 
     min_area: float = 0.35
     """Smallest share of the image's area that a random crop keeps (Szegedy et al. 2014 use 0.08; short runs like more)."""
@@ -23,8 +32,30 @@ class AugmentConfig:
     """Most extreme width:height ratio of a crop; its inverse is the least."""
     flip: float = 0.5
     """Chance of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Chance of a vertical flip."""
     rotate_deg: float = 0.0
     """Rotation by a uniform angle in ± this many degrees, corners filled with black; 0 leaves it out."""
+    policy: Policy = "none"
+    """RandAugment (Cubuk et al. 2020), TrivialAugmentWide (Müller and Hutter 2021) or AutoAugment's policy for ImageNet
+    (Cubuk et al. 2019)."""
+    randaugment_n: int = 2
+    """Operations in a row that RandAugment applies, 1 to 4."""
+    randaugment_m: int = 9
+    """Magnitude of RandAugment's operations, 0 to 30."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strengths b, c, s, h as in torchvision: brightness, contrast and saturation are multiplied by a uniform factor in
+    1 ± b, 1 ± c, 1 ± s (never below 0), and the hue is turned by a uniform share in ± h of the colour circle."""
+    erase: float = 0.0
+    """Chance that a random rectangle takes the colour data.mean (Zhong et al. 2017): .02 to .33 of the area, ratio .3 to 3.3."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al. 2018): blend images in pairs, and their labels, by a share from Beta(alpha, alpha)."""
+    cutmix: float = 0.0
+    """Alpha of cutmix (Yun et al. 2019): swap a rectangle between images in pairs, of a share of the area that comes from
+    Beta(alpha, alpha). With mixup also on, each update takes one of the two, evenly."""
+    repeats: int = 1
+    """Times that an image stands in the order, each time changed otherwise (Hoffer et al. 2020). An epoch keeps its length:
+    it reads 1 of `repeats` images, and so many epochs in a row read each of them equally often."""
 
     def __post_init__(self) -> None:
         require(
@@ -34,9 +65,43 @@ class AugmentConfig:
         require(self.max_ratio >= 1, f"data.augment.max_ratio: {self.max_ratio} is below 1; give a ratio such as 1.333")
         require(0 <= self.flip <= 1, f"data.augment.flip: {self.flip} is not a chance; give a number from 0 to 1")
         require(
+            0 <= self.vertical_flip <= 1,
+            f"data.augment.vertical_flip: {self.vertical_flip} is not a chance; give a number from 0 to 1",
+        )
+        require(
             0 <= self.rotate_deg <= 180,
             f"data.augment.rotate_deg: {self.rotate_deg} is out of range; give degrees from 0 to 180",
         )
+        require(
+            self.policy in get_args(Policy),
+            f"data.augment.policy: {self.policy!r} is unknown; choose one of {', '.join(get_args(Policy))}",
+        )
+        require(
+            1 <= self.randaugment_n <= 4,
+            f"data.augment.randaugment_n: {self.randaugment_n} is out of range; give a number from 1 to 4",
+        )
+        require(
+            0 <= self.randaugment_m <= 30,
+            f"data.augment.randaugment_m: {self.randaugment_m} is out of range; give a number from 0 to 30",
+        )
+        jitter = self.color_jitter
+        require(
+            len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5,
+            f"data.augment.color_jitter: {jitter} does not fit; give brightness, contrast, saturation from 0, hue from 0 to 0.5",
+        )
+        require(0 <= self.erase <= 1, f"data.augment.erase: {self.erase} is not a chance; give a number from 0 to 1")
+        require(
+            self.mixup >= 0, f"data.augment.mixup: {self.mixup} is negative; give an alpha such as 0.2, or 0 for off"
+        )
+        require(
+            self.cutmix >= 0, f"data.augment.cutmix: {self.cutmix} is negative; give an alpha such as 1, or 0 for off"
+        )
+        require(self.repeats >= 1, f"data.augment.repeats: {self.repeats} is below 1; give 1 for every image once")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -44,9 +109,21 @@ class DataConfig:
     """Which images, at which size, in which batches."""
 
     path: str = "builtin"
-    """Folder with train/CLASS/ and val/CLASS/, or with CLASS/ folders only (see val_share); "builtin" is the built-in set."""
+    """Folder with train/CLASS/ and val/CLASS/, or with CLASS/ folders only (see val_share); with *.tar shards in WebDataset
+    layout in their place; a pack; a CSV or Parquet table of images and labels; "builtin" is the built-in set."""
+    images: str | None = None
+    """Folder of the images that a table names; the table's own folder if not given."""
+    image_column: str | None = None
+    """Column of a table with the images' names; their suffix may be missing. Found by its usual names, or the first."""
+    label_column: str | None = None
+    """Column of a table with the classes. Found by its usual names, or the second."""
+    split_column: str | None = None
+    """Column of a table that says train or val; "split" if there is one, else val_share decides."""
     val_share: float = 0.1
     """Share held out for validation when the folder has no train/ and val/: decided by a hash of each file's path."""
+    quarantine: str | None = None
+    """A list of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path a line,
+    relative to data.path."""
     batch: int = 64
     """Global batch: images per weight update, over all ranks and micro-batches."""
     size_px: int | list[int] = 64
@@ -59,12 +136,21 @@ class DataConfig:
     """Mean of R, G, B that normalisation subtracts, for pixels in 0..1."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of R, G, B that normalisation divides by, for pixels in 0..1."""
+    decode: Decode = "auto"
+    """Where images are decoded and resized: auto is the GPU if there is one. cpu spares the GPU where processors are idle."""
+    hw_decoder_load: float = 0.75
+    """Share of a batch that goes to the decoder for JPEG which an A100 or H100 has; its cores decode the rest."""
+    preallocate_width_hint: int = 0
+    """Width in pixels of the largest images, for the memory of that decoder to be reserved once; 0 lets it grow."""
+    preallocate_height_hint: int = 0
+    """Height in pixels, likewise."""
     threads: int | None = None
     """Decoding threads of each rank; its share of the processors it may use if not given."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         require(self.path != "", 'data.path: it is empty; give a folder of images or "builtin"')
+        require(self.quarantine != "", "data.quarantine: it is empty; give a list that verify wrote, or leave it out")
         require(0 < self.val_share <= 1, f"data.val_share: {self.val_share} is not a share; give a number in (0, 1]")
         require(self.batch > 0, f"data.batch: {self.batch} is not positive; give the number of images per update")
         sizes = self.sizes_px + ([] if self.eval_size_px is None else [self.eval_size_px])
@@ -76,6 +162,16 @@ class DataConfig:
         for name, triple in (("mean", self.mean), ("std", self.std)):
             require(len(triple) == 3, f"data.{name}: {triple} has {len(triple)} numbers; give three, for R, G, B")
         require(min(self.std) > 0, f"data.std: {self.std} must be positive")
+        require(
+            self.decode in get_args(Decode),
+            f"data.decode: {self.decode!r} is unknown; choose one of {', '.join(get_args(Decode))}",
+        )
+        require(
+            0 <= self.hw_decoder_load <= 1,
+            f"data.hw_decoder_load: {self.hw_decoder_load} is not a share; give a number from 0 to 1",
+        )
+        hints = (self.preallocate_width_hint, self.preallocate_height_hint)
+        require(min(hints) >= 0, f"data.preallocate_width_hint, preallocate_height_hint: {hints} must not be negative")
         require(
             self.threads is None or self.threads > 0,
             f"data.threads: {self.threads} is not positive; leave it out to use the processors there are",

@@ -12,41 +12,52 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import AugmentConfig
 
-ORDER, AUGMENT, WEIGHTS = range(3)  # streams of random numbers; WEIGHTS is the trainer's
+ORDER, AUGMENT, WEIGHTS, LOOK, MIX = range(5)  # streams of random numbers; WEIGHTS is the trainer's
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 _WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
-_FLIP, _ANGLE, _TOP, _LEFT = range(2 * CROP_TRIES, 2 * CROP_TRIES + 4)
+_FLIP, _ANGLE, _TOP, _LEFT, _VERTICAL_FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
+_APART = 3  # images whose repetitions take turns; an odd number, so that mixing pairs them with others each time
 
 
 class Geometry(NamedTuple):
     """What happens to the shape of each image of a batch of B."""
 
     roi: NDArray[np.float32]
-    """[B, 4] window in source pixels: top, left, bottom, right; left > right asks for a mirror image."""
+    """[B, 4] window in source pixels: top, left, bottom, right; left > right asks for a mirror image, top > bottom for
+    one upside down."""
     angle_deg: NDArray[np.float32]
     """[B] counter-clockwise rotation after the resize."""
 
 
-def philox(seed: int, stream: int, epoch: int) -> np.random.Philox:
-    return np.random.Philox(key=[seed, stream], counter=[0, 0, 0, epoch])
+def philox(seed: int, stream: int, epoch: int, place: int = 0) -> np.random.Philox:
+    return np.random.Philox(key=[seed, stream], counter=[0, 0, place, epoch])
 
 
-def order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """[count] sample indices in the order in which the epoch reads them."""
-    return np.random.Generator(philox(seed, ORDER, epoch)).permutation(count)
+def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int64]:
+    """[count] sample indices in the order in which the epoch reads them.
+
+    With `repeats` (Hoffer et al. 2020, arXiv 1901.09335) each index stands there so many times, close together: one
+    permutation serves `repeats` epochs, of which each reads its share, a b c a b c d e f d e f ... where `repeats` is 2.
+    """
+    permutation = np.random.Generator(philox(seed, ORDER, epoch // repeats)).permutation(count)
+    if repeats == 1:
+        return permutation
+    places = epoch % repeats * count + np.arange(count)  # in the order of all `repeats` epochs
+    first = places // (_APART * repeats) * _APART
+    return permutation[first + places % (_APART * repeats) % np.minimum(_APART, count - first)]
 
 
-def uniforms(seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:
     """[B, 32] numbers in [0, 1): row i belongs to `positions[i]` alone. Positions must ascend."""
     first, last = int(positions[0]), int(positions[-1])
-    bits = philox(seed, AUGMENT, epoch).advance(first * _WIDTH // 4)
+    bits = philox(seed, stream, epoch).advance(first * _WIDTH // 4)
     table = np.random.Generator(bits).random((last - first + 1, _WIDTH))
     return table[positions - first]
 
 
 def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: AugmentConfig) -> Geometry:
-    """Random resized crop (Szegedy et al. 2014, sec. 6, with torchvision's ten tries), flip and rotation.
+    """Random resized crop (Szegedy et al. 2014, sec. 6, with torchvision's ten tries), flips and rotation.
 
     `u` [B, 32] from `uniforms`; `sizes` [B, 2] height and width of the sources in pixels.
     """
@@ -66,19 +77,17 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
     h = np.where(found, np.take_along_axis(crop_h, pick, axis=1), highest)
     top = np.where(found, np.floor(u[:, _TOP, None] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(u[:, _LEFT, None] * (width - w + 1)), (width - w) // 2)
-    mirrored = u[:, _FLIP, None] < cfg.flip
-    roi = np.hstack([top, left + mirrored * w, top + h, left + ~mirrored * w])
+    mirrored, upturned = u[:, _FLIP, None] < cfg.flip, u[:, _VERTICAL_FLIP, None] < cfg.vertical_flip
+    roi = np.hstack([top + upturned * h, left + mirrored * w, top + ~upturned * h, left + ~mirrored * w])
     angle = cfg.rotate_deg * (2 * u[:, _ANGLE] - 1)
     return Geometry(roi.astype(np.float32), angle.astype(np.float32))
 
 
 def centre_geometry(sizes: NDArray[np.int32], size_px: int, crop: float) -> Geometry:
     """torchvision's Resize(size_px / crop) and CenterCrop(size_px), as one window in each source. `sizes` [B, 2]."""
-    short = max(size_px, round(size_px / crop))
-    resized = np.floor(
-        short * sizes / sizes.min(axis=1, keepdims=True)
-    )  # the long side is cut to whole pixels there too
+    sources, short = sizes.astype(np.float64), round(size_px / crop)
+    resized = np.floor(short * sources / sources.min(axis=1, keepdims=True))  # cut to whole pixels as there
     start = np.rint((resized - size_px) / 2)
-    scale = sizes / resized
+    scale = sources / resized
     roi = np.hstack([start * scale, (start + size_px) * scale])
     return Geometry(roi.astype(np.float32), np.zeros(len(sizes), np.float32))

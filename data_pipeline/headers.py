@@ -1,18 +1,23 @@
-"""What a file claims to be, read from its first and last bytes: a few microseconds instead of a decode.
+"""What a file claims to be, read from its structure: a few microseconds instead of a decode.
 
-DALI's CPU decoder can end the process on streams that it cannot parse (garbage, GIF, an empty or header-only file, a cut
-PNG), so nothing reaches it that `inspect` refuses. Damage inside the entropy-coded data is not seen here.
+DALI's parsers can end the process, now and then, on a stream that they cannot parse (garbage, GIF, an empty or header-only
+file, a cut PNG), so nothing reaches them that `inspect` refuses, and `inspect` refuses what they do. Damage inside the
+compressed data is not seen here; DALI reports that as an error of the batch.
 """
 
 import struct
 from typing import NamedTuple
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+MAX_PIXELS = 1 << 27  # 400 MB decoded: beyond it a damaged header is likelier than a photograph
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what decoders support
-_OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
-_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length: TEM and restarts
+_SCAN = 0xDA
+_SEGMENTS = _FRAMES | {0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # with tables, applications' data, comments
+
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # bits, by kind of colour
 
 
 class BadImage(Exception):
@@ -27,50 +32,47 @@ class Size(NamedTuple):
 def inspect(data: bytes, length: int | None = None) -> Size:
     """Size in pixels as stored (EXIF rotation not applied). Raises `BadImage`.
 
-    `data` is the whole stream, or its beginning followed by its end when `length` gives the true number of bytes.
+    `data` is the whole stream, or its beginning followed by its end when `length` gives the true number of bytes; the
+    chunks of a PNG or WebP are then not followed.
     """
     length = len(data) if length is None else length
     try:
         if data[:2] == b"\xff\xd8":
             size = _jpeg(data)
-        elif data[:8] == _PNG:
-            size = _png(data)
+        elif data[:16] == _PNG:
+            size = _png(data, length)
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             size = _webp(data, length)
         elif data[:2] == b"BM":
             size = _bmp(data, length)
         else:
-            raise BadImage("the file is empty" if not data else "not a JPEG, PNG, BMP or WebP stream")
+            raise BadImage("not a JPEG, PNG, BMP or WebP stream" if data else "the file is empty")
     except (IndexError, struct.error):
-        raise BadImage("cut off in the header") from None
-    if not (size.height and size.width):
-        raise BadImage("zero height or width")
+        raise BadImage("cut off") from None
+    if not 0 < size.height * size.width <= MAX_PIXELS:
+        raise BadImage(f"claims {size.width} x {size.height} pixels")
     return size
 
 
 def _jpeg(data: bytes) -> Size:
-    """Walk the markers up to the first scan (ITU-T T.81, annex B), then look for the end of the image behind it."""
+    """Walk the segments up to the first scan (ITU-T T.81, annex B), then look for the end of the image behind it."""
     at, size = 2, None
     while True:
         if data[at] != 0xFF:
-            raise BadImage("broken JPEG marker")
+            raise BadImage("broken JPEG segment")
         while data[at] == 0xFF:
             at += 1
         marker = data[at]
-        at += 1
-        if marker in _ALONE:
-            continue
-        if marker == 0xD9:
-            raise BadImage("JPEG without image data")
-        (length,) = struct.unpack_from(">H", data, at)
-        if length < 2:
-            raise BadImage("broken JPEG segment")
+        if marker not in _SEGMENTS:
+            raise BadImage(f"JPEG marker {marker:#04x} is misplaced or not supported")
+        (length,) = struct.unpack_from(">H", data, at + 1)
         if marker in _FRAMES:
-            size = Size(*struct.unpack_from(">HH", data, at + 3))
-        elif marker in _OTHER_FRAMES:
-            raise BadImage("lossless, hierarchical or arithmetic JPEG")
-        at += length
-        if marker == 0xDA:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 3)
+            if bits != 8 or components not in (1, 3, 4):
+                raise BadImage(f"JPEG of {components} components with {bits} bits")
+            size = Size(height, width)
+        at += 1 + length
+        if marker == _SCAN:
             break
     if size is None:
         raise BadImage("JPEG scan without a frame")
@@ -79,33 +81,55 @@ def _jpeg(data: bytes) -> Size:
     return size
 
 
-def _png(data: bytes) -> Size:
-    if data[12:16] != b"IHDR":
-        raise BadImage("PNG without its header")
-    width, height = struct.unpack_from(">II", data, 16)
-    if data.rfind(b"IEND") < 33 or b"IDAT" not in data:
+def _png(data: bytes, length: int) -> Size:
+    width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
+    if bits not in _PNG_DEPTHS.get(colour, ()):
+        raise BadImage(f"PNG of colour type {colour} with {bits} bits")
+    if data.rfind(_PNG_END) < 33 or b"IDAT" not in data:
         raise BadImage("truncated PNG")
+    if len(data) == length:
+        at, kind = 33, b""
+        while kind != b"IEND":
+            size, kind = struct.unpack_from(">I4s", data, at)
+            at += size + 12
     return Size(height, width)
 
 
 def _webp(data: bytes, length: int) -> Size:
-    (claimed,) = struct.unpack_from("<I", data, 4)
+    claimed, kind = struct.unpack_from("<I4x4s", data, 4)
     if length < claimed + 8:
         raise BadImage("truncated WebP")
-    if data[12:16] == b"VP8 ":
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", data, 26)
         return Size(height & 0x3FFF, width & 0x3FFF)
-    if data[12:16] == b"VP8L":
+    if kind == b"VP8L" and data[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", data, 21)
         return Size((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
-    if data[12:16] == b"VP8X":
-        return Size(*(int.from_bytes(data[at : at + 3], "little") + 1 for at in (27, 24)))
-    raise BadImage("unknown kind of WebP")
+    if kind != b"VP8X":
+        raise BadImage("unknown kind of WebP")
+    if data[20] & 8 and len(data) == length:
+        # The flag promises EXIF data. DALI's parser looks for it chunk by chunk and forgets that odd ones are padded.
+        at = 12
+        while kind != b"EXIF":
+            kind, size = struct.unpack_from("<4sI", data, at)
+            at += size + 8
+        if at > length:
+            raise BadImage("cut off")
+    return Size(*(int.from_bytes(data[at : at + 3], "little") + 1 for at in (27, 24)))
 
 
 def _bmp(data: bytes, length: int) -> Size:
-    (claimed,) = struct.unpack_from("<I", data, 2)
-    width, height = struct.unpack_from("<ii", data, 18)
+    claimed, header = struct.unpack_from("<I8xI", data, 2)
+    compression = colours = 0
+    if header == 12:  # OS/2
+        width, height, bits = struct.unpack_from("<HH2xH", data, 18)
+    elif header >= 40:
+        width, height, bits, compression, colours = struct.unpack_from("<ii2xHI12xI", data, 18)
+    else:
+        raise BadImage("unknown kind of BMP")
     if length < claimed:
         raise BadImage("truncated BMP")
+    plain = compression == 0 and (bits in (24, 32) or (bits in (1, 4, 8) and colours <= 1 << bits))
+    if not plain and not (compression == 3 and bits in (16, 32)):
+        raise BadImage(f"BMP of {bits} bits, compression {compression}")
     return Size(abs(height), width)

@@ -7,7 +7,7 @@ continuing is computing, not replaying.
 
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from PIL import Image
 
-from data_pipeline import draws, graph
+from data_pipeline import augment, draws, graph, mix
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.headers import BadImage, inspect
+from data_pipeline.headers import BadImage, Size, inspect
 
 UNCOUNTED = -1  # the label of a row that no loss and no score may count
 
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     """One micro-batch of one rank, B rows, of which the first `valid` are samples and the rest padding."""
 
     images: torch.Tensor
-    """[B, 3, H, W] uint8 RGB in channels-last memory, on the rank's device."""
+    """[B, 3, H, W] RGB in channels-last memory on the rank's device, uint8; float32 in 0..255 where mixup blends."""
     labels: torch.Tensor
     """[B] int64 on the rank's device; UNCOUNTED for padding and for images that could not be read."""
     ids: torch.Tensor
@@ -62,6 +62,12 @@ class Batch(NamedTuple):
     valid: int
     total: int
     """Samples in the whole update, over its micro-batches and all ranks: what a mean loss is divided by."""
+    targets: torch.Tensor | None = None
+    """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
+    `ids` the image that the row began with."""
+
+
+_Inputs = tuple[list[NDArray[Any]], ...]
 
 
 class _MicroBatch(NamedTuple):
@@ -76,11 +82,12 @@ class _MicroBatch(NamedTuple):
 class _Rows(NamedTuple):
     """One micro-batch on its way through DALI."""
 
-    inputs: tuple[list[NDArray[Any]], ...]
+    inputs: _Inputs
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
     valid: int
     total: int
+    update: int
     cursor: Cursor
 
 
@@ -106,18 +113,23 @@ class Loader:
         self.catalog, self.cfg, self.place = catalog, cfg, place
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
-        shares = place.world * self.micro_batches
-        if training and cfg.batch % shares:
+        self._mixes = training and cfg.augment.mixes
+        shares, turn = place.world * self.micro_batches, 2 if self._mixes else 1
+        if training and cfg.batch % (shares * turn):
+            how = " in pairs, as mixup and cutmix need" if self._mixes else ""
             raise UserError(
-                f"data.batch: {cfg.batch} images cannot be shared by {place.world} ranks x {self.micro_batches} "
-                f"micro-batches; choose a multiple of {shares}"
+                f"data.batch: {cfg.batch} images cannot be shared{how} by {place.world} ranks x {self.micro_batches} "
+                f"micro-batches; choose a multiple of {shares * turn}"
             )
         self.rows = -(-cfg.batch // shares)
         self.cursor = Cursor()
         self._bad: dict[str, str] = {}
         self._told = 0
         self._update = self.rows * shares  # images
+        # Where this rank's rows stand in a micro-batch: the ranks take turns, with one image or with the two of a pair.
+        self._dealt = np.arange(self.rows * place.world).reshape(-1, place.world, turn)[:, place.rank].ravel()
         self._rotate = training and cfg.augment.rotate_deg > 0
+        self._operators = augment.operators(cfg) if training else []
         self._pipeline: Pipeline | None = None
         self._size_px = 0
         self._ahead: Iterator[_Rows] = iter(())
@@ -139,9 +151,10 @@ class Loader:
         return new
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the cursor to the end of its epoch. The cursor stands behind the batch handed out last."""
+        """Batches from the cursor to the end of its epoch. The cursor stands behind the update handed out last."""
         size_px = self.cfg.size_at(self.cursor.epoch, self.epochs) if self.training else self.cfg.validation_px
-        pipeline = self._pipeline if self._pipeline and size_px == self._size_px else self._build(size_px)
+        kept = self._pipeline if size_px == self._size_px else None
+        pipeline = kept or self._build(self._next_inputs, self.rows, size_px)
         # Kept only once this epoch is read to its end: what an abandoned pipeline has in flight cannot be taken back.
         self._pipeline, self._size_px = None, size_px
         self._in_flight.clear()
@@ -150,34 +163,60 @@ class Loader:
         stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
         while True:
             try:
-                (images,) = pipeline.run(*stream)
+                images = _tensor(*pipeline.run(*stream))
             except StopIteration:
                 break
+            except RuntimeError as error:
+                if not _damaged(error):
+                    raise
+                images = self._mend(self._in_flight[0], size_px)
             rows = self._in_flight.popleft()
             self.cursor = rows.cursor
+            labels, targets = torch.from_numpy(rows.labels).to(device, non_blocking=True), None
+            if self._mixes:
+                mixing = mix.draw(self.seed, rows.cursor.epoch, rows.update, self.cfg.augment)
+                images, labels, targets = mix.mix(images, labels, len(self.catalog.classes), mixing)
             yield Batch(
                 # [B, H, W, 3] seen as [B, 3, H, W]: the same memory, which is what channels-last means.
-                images=torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
-                labels=torch.from_numpy(rows.labels).to(device, non_blocking=True),
+                images=images.permute(0, 3, 1, 2),
+                labels=labels,
                 ids=torch.from_numpy(rows.ids),
                 valid=rows.valid,
                 total=rows.total,
+                targets=targets,
             )
         pipeline.reset()
         self._pipeline = pipeline
 
-    def _build(self, size_px: int) -> Pipeline:
+    def _build(self, source: Callable[[], _Inputs], batch: int, size_px: int) -> Pipeline:
         device = self.place.device
         return graph.build_graph(
-            self._next_inputs,
-            batch=self.rows,
+            source,
+            batch=batch,
             size_px=size_px,
             rotate=self._rotate,
+            operators=self._operators,
             gpu=(device.index or 0) if device.type == "cuda" else None,
             threads=self.cfg.threads or self.place.cores,
         )
 
-    def _next_inputs(self) -> tuple[list[NDArray[Any]], ...]:
+    def _mend(self, rows: _Rows, size_px: int) -> torch.Tensor:
+        """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
+        singles = iter([tuple([value] for value in row) for row in zip(*rows.inputs, strict=True)])
+        pipeline = self._build(lambda: next(singles), 1, size_px)
+        images = []
+        for row, sample in enumerate(rows.ids):
+            try:
+                images.append(_tensor(*pipeline.run()))
+            except RuntimeError as error:
+                if not _damaged(error):
+                    raise
+                images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.place.device))
+                rows.labels[row] = UNCOUNTED
+                self._bad.setdefault(self.catalog.paths[sample], "its image data are damaged")
+        return torch.cat(images)
+
+    def _next_inputs(self) -> _Inputs:
         """DALI's source. The rows stay in flight, and so their bytes alive, until DALI has handed out the images."""
         rows = next(self._ahead)  # its StopIteration ends the epoch for DALI too
         self._in_flight.append(rows)
@@ -186,7 +225,8 @@ class Loader:
     def _read_ahead(self, start: Cursor) -> Iterator[_Rows]:
         """This rank's micro-batches from `start` to the end of the epoch, read by a few threads before they are needed."""
         count = len(self.catalog)
-        order = draws.order(self.seed, start.epoch, count) if self.training else np.arange(count)
+        repeats = self.cfg.augment.repeats
+        order = draws.order(self.seed, start.epoch, count, repeats) if self.training else np.arange(count)
         micro_batches = (
             _MicroBatch(
                 start.epoch, first + micro * self.rows * self.place.world, first, min(first + self._update, count)
@@ -204,37 +244,43 @@ class Loader:
                 yield pending.popleft().result()
 
     def _fetch(self, micro: _MicroBatch, order: NDArray[np.int64]) -> _Rows:
-        positions = micro.start + self.place.rank + self.place.world * np.arange(self.rows)
+        positions = micro.start + self._dealt
         ids = order[positions % len(order)]
         labels = np.where(positions < micro.end, self.catalog.labels[ids], UNCOUNTED)
-        sizes = self.catalog.sizes[ids].copy()
+        sizes = np.empty((self.rows, 2), np.int32)
         encoded = []
         for row, sample in enumerate(ids):
-            data = self._read(int(sample))
-            if data is None:
-                data, sizes[row], labels[row] = _BLANK, _BLANK_SIZE, UNCOUNTED
+            image = self._read(int(sample))
+            if image is None:
+                labels[row] = UNCOUNTED
+            data, sizes[row] = image or _BLANK
             encoded.append(np.frombuffer(data, np.uint8))
         if self.training:
             u = draws.uniforms(self.seed, micro.epoch, positions)
             geometry = draws.training_geometry(u, sizes, self.cfg.augment)
         else:
             geometry = draws.centre_geometry(sizes, self.cfg.validation_px, self.cfg.eval_crop)
-        inputs = [encoded, list(geometry.roi[:, :2]), list(geometry.roi[:, 2:])]
+        inputs: list[list[NDArray[Any]]] = [encoded, list(geometry.roi[:, :2]), list(geometry.roi[:, 2:])]
+        if self._rotate:
+            inputs.append(list(geometry.angle_deg))
+        if self._operators:
+            u = draws.uniforms(self.seed, micro.epoch, positions, draws.LOOK)
+            inputs += [list(operator.draw(u, self._size_px)) for operator in self._operators]
         return _Rows(
-            inputs=tuple([*inputs, list(geometry.angle_deg)] if self._rotate else inputs),
+            inputs=tuple(inputs),
             labels=labels,
             ids=ids,
             valid=int((positions < micro.end).sum()),
             total=micro.end - micro.update,
+            update=micro.update,
             cursor=Cursor(micro.epoch, micro.end),
         )
 
-    def _read(self, sample: int) -> bytes | None:
-        """The bytes of a sample, or None where they cannot be decoded; `take_bad` then names it."""
+    def _read(self, sample: int) -> tuple[bytes, Size] | None:
+        """The bytes of a sample and its size, or None where they cannot be decoded; `take_bad` then names it."""
         try:
             data = self.catalog.read(sample)
-            inspect(data)
-            return data
+            return data, inspect(data)
         except OSError as error:
             why = error.strerror or type(error).__name__
         except BadImage as error:
@@ -243,11 +289,21 @@ class Loader:
         return None
 
 
-def _blank() -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", _BLANK_SIZE, (128, 128, 128)).save(stream, "JPEG")
-    return stream.getvalue()
+def _tensor(output: Any) -> torch.Tensor:
+    """DALI's output as a tensor in the same memory."""
+    return torch.from_dlpack(output.as_tensor())
 
 
-_BLANK_SIZE = (16, 16)
+def _damaged(error: RuntimeError) -> bool:
+    """Whether DALI stumbled over an image, and not over anything else."""
+    return "Failed to decode sample" in str(error)
+
+
+def _blank() -> tuple[bytes, Size]:
+    """A grey image for the row of one that cannot be read."""
+    size, stream = Size(16, 16), io.BytesIO()
+    Image.new("RGB", size, (128, 128, 128)).save(stream, "JPEG")
+    return stream.getvalue(), size
+
+
 _BLANK = _blank()

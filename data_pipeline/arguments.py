@@ -1,0 +1,43 @@
+"""Command lines of the data's own commands: their options, and beside them those of `DataConfig` that choose images."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+CHOOSING = ("val_share", "images", "image_column", "label_column", "split_column", "quarantine")
+"""Fields of `DataConfig` that decide which images a split has."""
+
+
+def command_line(prog: str, description: str, data: tuple[str, ...] = CHOOSING) -> ArgumentParser:
+    """A parser that knows `--data.NAME` for each name in `data`."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(DataConfig, "data", skip={field.name for field in fields(DataConfig)} - set(data))
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
+    """The values, `data` among them as a dictionary. Raises `UserError`."""
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(_remedy(str(error), parser.prog)) from None
+    parsed.data = vars(parsed.data)
+    return parsed
+
+
+def _remedy(message: str, prog: str) -> str:
+    """The parser's message in our words."""
+    message = " ".join(message.split())
+    wrong = re.match(r'Parser key "([\w.]+)":.*[Vv]alue: (.*)', message)
+    if wrong:
+        kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))
+        wanted = " or ".join(kind for kind in kinds if kind not in ("NoneType", "str")) or "another value"
+        return f"--{wrong[1].replace('_', '-') if '.' not in wrong[1] else wrong[1]}: {wrong[2]} does not fit; give {wanted}"
+    return f"{message.removeprefix('the ')}; see {prog} --help"

@@ -1,0 +1,117 @@
+"""Who may import whom: read from the sources, and from what a process has loaded."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+from tests.conftest import ROOT
+
+LAYERS = ("data_pipeline", "trainer", "launch")  # each may import itself and those before it
+OPERATORS = {"data_pipeline.graph", "data_pipeline.augment"}  # the modules that name DALI operators
+HEAVY = {
+    "wandb": {"trainer.tracker_wandb", "launch.dashboard"},
+    "wandb_workspaces": {"launch.dashboard"},
+    "deepspeed": {"trainer.engine_deepspeed"},
+    "submitit": {"launch.job", "launch.submit", "launch.sweep"},
+}
+"""Packages that take long to import, and the modules that may do so whenever they are imported themselves."""
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Name -> source tree of every module of ours."""
+    paths = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return {name: ast.parse(path.read_text()) for name, path in zip(names, paths, strict=True)}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Every name imported, "package.module.name" where it is one from a module; whether within a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from ((f"{node.module}.{alias.name}", False) for alias in node.names)
+        else:
+            within = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from ((name, nested or within) for name, nested in imports(node))
+
+
+def ours(name: str) -> str | None:
+    """The module of ours that an imported name is, or comes from."""
+    return next((module for module in (name, name.rpartition(".")[0]) if module in modules()), None)
+
+
+def dotted(node: ast.AST) -> str:
+    """The expression a.b.c as "a.b.c"."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_there_is_something_to_read() -> None:
+    assert {"data_pipeline.loader", "trainer.loop"} < modules().keys()
+    assert ("data_pipeline.catalog.Catalog", False) in imports(modules()["data_pipeline.loader"])
+    assert ("trainer.tracker_wandb.WandbSink", True) in imports(modules()["trainer.tracker"])
+
+
+def test_no_import_runs_upward() -> None:
+    for module, tree in modules().items():
+        allowed = LAYERS[: LAYERS.index(module.split(".")[0]) + 1]
+        for name, _ in imports(tree):
+            package = name.split(".")[0]
+            assert package not in (*LAYERS, "tests") or package in allowed, f"{module} imports {name}"
+
+
+def test_no_circle_exists() -> None:
+    uses = {
+        module: {target for name, _ in imports(tree) if (target := ours(name)) and target != module}
+        for module, tree in modules().items()
+    }
+    while free := [module for module, used in uses.items() if not used & uses.keys()]:
+        for module in free:
+            del uses[module]
+    assert uses == {}, "each of these imports another one of them"
+
+
+def test_only_the_graph_names_dali_operators() -> None:
+    for module, tree in modules().items():
+        for name, _ in imports(tree):
+            operators = name == "nvidia.dali" or name.startswith(
+                ("nvidia.dali.fn", "nvidia.dali.ops", "nvidia.dali.auto_aug")
+            )
+            assert not operators or module in OPERATORS, f"{module} imports {name}"
+
+
+def test_only_the_machine_asks_for_cuda() -> None:
+    asking = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if dotted(node).endswith(("cuda.is_available", "cuda.device_count"))
+    }
+    assert asking == {"trainer.machine"}
+
+
+def test_heavy_packages_wait_until_they_are_needed() -> None:
+    for module, tree in modules().items():
+        for name, nested in imports(tree):
+            package = name.split(".")[0]
+            assert nested or package not in HEAVY or module in HEAVY[package], f"{module} imports {name}"
+
+
+def test_training_starts_without_heavy_packages() -> None:
+    program = "import sys, trainer.loop; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(output.stdout.split())
+    assert {"trainer", "data_pipeline", "nvidia", "torch"} <= loaded
+    assert not loaded & {*HEAVY, "tensorboard", "launch"}
+
+
+def test_layers_lie_where_they_should() -> None:
+    there = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert there <= {*LAYERS, "tests"}
+    assert LAYERS[0] in there
