@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
-from torchvision.transforms import v2
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file  # type: ignore[import-untyped]
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from data_pipeline import graph
 from data_pipeline.arguments import CHOOSING, command_line, parse

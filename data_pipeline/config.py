@@ -121,6 +121,10 @@ class DataConfig:
     """Column of a table that says train or val; "split" if there is one, else val_share decides."""
     val_share: float = 0.1
     """Share held out for validation when the folder has no train/ and val/: decided by a hash of each file's path."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an image that cannot be decoded does: skip names it once and does not count it; fail ends the run."""
+    max_bad_share: float = 0.01
+    """Share of images that may be skipped; beyond it the run ends."""
     quarantine: str | None = None
     """A list of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path a line,
     relative to data.path."""
@@ -150,6 +154,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.path != "", 'data.path: it is empty; give a folder of images or "builtin"')
+        require(
+            self.on_error in ("skip", "fail"), f"data.on_error: {self.on_error!r} is unknown; choose one of skip, fail"
+        )
+        require(
+            0 <= self.max_bad_share <= 1,
+            f"data.max_bad_share: {self.max_bad_share} is not a share; give a number from 0 to 1",
+        )
         require(self.quarantine != "", "data.quarantine: it is empty; give a list that verify wrote, or leave it out")
         require(0 < self.val_share <= 1, f"data.val_share: {self.val_share} is not a share; give a number in (0, 1]")
         require(self.batch > 0, f"data.batch: {self.batch} is not positive; give the number of images per update")

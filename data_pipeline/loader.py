@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from PIL import Image
 
-from data_pipeline import augment, draws, graph, mix
+from data_pipeline import augment, draws, graph, mix, proof
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
@@ -132,6 +132,11 @@ class Loader:
         self._operators = augment.operators(cfg) if training else []
         self._pipeline: Pipeline | None = None
         self._size_px = 0
+        self._pool = ThreadPoolExecutor(_READ_AHEAD)
+        self._orders: dict[int, Future[NDArray[np.int64]]] = {}
+        self._marks = self._pool.submit(proof.marks, catalog.paths)
+        self._read_of_epoch: list[NDArray[np.int64]] = []
+        self._started = Cursor()
         self._ahead: Iterator[_Rows] = iter(())
         self._in_flight: deque[_Rows] = deque()
 
@@ -143,6 +148,21 @@ class Loader:
     def seek(self, cursor: Cursor) -> None:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
         self.cursor = cursor
+
+    def tally(self) -> proof.Tally:
+        """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
+        start, marks = self._started, self._marks.result()
+        order = self._order_of(start.epoch).result()
+        firsts = np.arange(start.seen, len(order), self.rows * self.place.world)
+        share = (firsts[:, None] + self._dealt).ravel()
+        read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
+        parts = [read, order[share[share < len(order)]], order[start.seen :]]
+        return np.array([number for ids in parts for number in proof.weigh(marks[ids])], np.int64)
+
+    @property
+    def bad_images(self) -> int:
+        """Files found unreadable so far, by this rank."""
+        return len(self._bad)
 
     def take_bad(self) -> list[tuple[str, str]]:
         """Path and reason of the files found unreadable since the last call; none is named twice."""
@@ -158,6 +178,7 @@ class Loader:
         # Kept only once this epoch is read to its end: what an abandoned pipeline has in flight cannot be taken back.
         self._pipeline, self._size_px = None, size_px
         self._in_flight.clear()
+        self._started, self._read_of_epoch = self.cursor, []
         self._ahead = self._read_ahead(self.cursor)
         device = self.place.device
         stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
@@ -172,6 +193,7 @@ class Loader:
                 images = self._mend(self._in_flight[0], size_px)
             rows = self._in_flight.popleft()
             self.cursor = rows.cursor
+            self._read_of_epoch.append(rows.ids[: rows.valid])
             labels, targets = torch.from_numpy(rows.labels).to(device, non_blocking=True), None
             if self._mixes:
                 mixing = mix.draw(self.seed, rows.cursor.epoch, rows.update, self.cfg.augment)
@@ -225,8 +247,7 @@ class Loader:
     def _read_ahead(self, start: Cursor) -> Iterator[_Rows]:
         """This rank's micro-batches from `start` to the end of the epoch, read by a few threads before they are needed."""
         count = len(self.catalog)
-        repeats = self.cfg.augment.repeats
-        order = draws.order(self.seed, start.epoch, count, repeats) if self.training else np.arange(count)
+        order = self._order_of(start.epoch).result()
         micro_batches = (
             _MicroBatch(
                 start.epoch, first + micro * self.rows * self.place.world, first, min(first + self._update, count)
@@ -234,14 +255,25 @@ class Loader:
             for first in range(start.seen, count, self._update)
             for micro in range(self.micro_batches)
         )
-        with ThreadPoolExecutor(_READ_AHEAD) as pool:
-            pending: deque[Future[_Rows]] = deque()
-            for micro_batch in micro_batches:
-                pending.append(pool.submit(self._fetch, micro_batch, order))
-                if len(pending) > _READ_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
+        pending: deque[Future[_Rows]] = deque()
+        for micro_batch in micro_batches:
+            pending.append(self._pool.submit(self._fetch, micro_batch, order))
+            if len(pending) > _READ_AHEAD:
                 yield pending.popleft().result()
+        self._order_of(start.epoch + 1)  # of a million images it takes a while, and the training must not wait for it
+        while pending:
+            yield pending.popleft().result()
+
+    def _order_of(self, epoch: int) -> Future[NDArray[np.int64]]:
+        """The order of an epoch, drawn in another thread from the first call on; the one before it is kept."""
+        if epoch not in self._orders:
+            self._orders = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
+            self._orders[epoch] = self._pool.submit(self._draw_order, epoch)
+        return self._orders[epoch]
+
+    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
+        count = len(self.catalog)
+        return draws.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
 
     def _fetch(self, micro: _MicroBatch, order: NDArray[np.int64]) -> _Rows:
         positions = micro.start + self._dealt

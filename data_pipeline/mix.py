@@ -55,8 +55,7 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[T
         images[:, top:bottom, left:right] = torch.where(_per_image(paired), _partner(window), window)
     else:
         share = mixing.share
-        pixels = images.float()
-        images = torch.lerp(pixels, _partner(pixels), _per_image(paired * (1 - share)))
+        images = torch.lerp(images.float(), _partner(images).float(), _per_image(paired * (1 - share)))
     own = functional.one_hot(labels.clamp(min=0), classes) * (labels >= 0).float()[:, None]
     targets = torch.lerp(own, _partner(own), (paired * (1 - share))[:, None])
     return images, torch.where(labels >= 0, targets.argmax(dim=1), labels), targets

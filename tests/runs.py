@@ -129,10 +129,15 @@ class Job:
 
 def train(ranks: int, base: Path, run: Path, epochs: int = EPOCHS, max_steps: int | None = None) -> Job:
     """Start or resume the training QUICK of the shared images in the folder `run`."""
-    settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": str(epochs)}
+    settings = settings_of(base, run, epochs)
     if max_steps:
         settings["run.max_steps"] = str(max_steps)
     return Job(ranks, run.with_name(run.name + ".log"), "trainer", *dotted(settings))
+
+
+def settings_of(base: Path, run: Path, epochs: int = EPOCHS) -> dict[str, str]:
+    """The options of the training QUICK of the shared images in the folder `run`."""
+    return {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": str(epochs)}
 
 
 def dotted(settings: dict[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.runs import QUICK, Job, dotted, images, reference, tree
+from tests.runs import Job, dotted, images, reference, settings_of, tree
 from trainer import __main__ as training
 from trainer import evaluate
 from trainer.config import run_command
@@ -86,7 +86,7 @@ def test_mistaken_options(name: str, base: Path, tmp_path: Path, monkeypatch: py
     Path("some photos", "1.jpg").write_bytes(b"")
     before = tree(tmp_path)
     line, options = COMMAND_LINES[name]
-    settings = {**QUICK, "data.path": str(images(base)), "run.dir": "a run", **options}
+    settings = settings_of(base, Path("a run")) | options
     assert_one_line(call(training.main, *dotted(settings)), line)
     assert tree(tmp_path) == before
 
@@ -163,7 +163,7 @@ def test_mistaken_images(spoil: Callable[[Path], None], base: Path, tmp_path: Pa
     data = shutil.copytree(images(base), tmp_path / "some images")
     spoil(data)
     before = tree(tmp_path)
-    settings = {**QUICK, "data.path": str(data), "run.dir": str(tmp_path / "a run")}
+    settings = settings_of(base, tmp_path / "a run") | {"data.path": str(data)}
     ended = call(training.main, *dotted(settings))
     assert_one_line(ended, "data.path: ")
     assert str(data) in ended[2]
@@ -184,7 +184,7 @@ def test_mistaken_images(spoil: Callable[[Path], None], base: Path, tmp_path: Pa
 def test_another_run_in_the_same_folder(options: dict[str, str], line: str, base: Path, call: Call) -> None:
     run = reference(base, 1)
     before = tree(run)
-    settings = {**QUICK, "run.epochs": "3", "data.path": str(images(base)), "run.dir": str(run), **options}
+    settings = settings_of(base, run) | options
     assert_one_line(call(training.main, *dotted(settings)), "run.dir: " + line.replace("RUN", str(run)))
     assert tree(run) == before
 
@@ -193,7 +193,7 @@ def test_other_images_in_the_same_folder(base: Path, tmp_path: Path, call: Call)
     run, data = reference(base, 1), shutil.copytree(images(base), tmp_path / "data")
     next((data / "train" / "red").iterdir()).unlink()
     before = tree(run)
-    settings = {**QUICK, "run.epochs": "3", "data.path": str(data), "run.dir": str(run)}
+    settings = settings_of(base, run) | {"data.path": str(data)}
     assert_one_line(
         call(training.main, *dotted(settings)),
         f"data.path: {data / 'train'} holds other images or classes than when {run} was started; restore them, or ",
@@ -204,7 +204,7 @@ def test_other_images_in_the_same_folder(base: Path, tmp_path: Path, call: Call)
 @pytest.mark.parametrize("text", ["", "- 1\n", "run: [1\n"])
 def test_broken_record_of_the_run(text: str, base: Path, tmp_path: Path, call: Call) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(tmp_path)}
+    settings = settings_of(base, tmp_path)
     assert_one_line(call(training.main, *dotted(settings)), f"{tmp_path / 'config.yaml'}: it ")
     assert tree(tmp_path) == {"config.yaml": text.encode()}
 
@@ -213,7 +213,7 @@ def test_a_finished_run_says_so(base: Path, call: Call) -> None:
     """No mistake: one line on stdout, exit code 0, and nothing is written either."""
     run = reference(base, 1)
     before = tree(run)
-    settings = {**QUICK, "run.epochs": "3", "data.path": str(images(base)), "run.dir": str(run), "run.log_every": "7"}
+    settings = settings_of(base, run) | {"run.log_every": "7"}
     code, out, err = call(training.main, *dotted(settings))
     assert (code, err) == (0, "")
     assert out.startswith(f"{run} is finished: best val top-1 ") and out.count("\n") == 1
@@ -258,7 +258,7 @@ def assert_said_once(job: Job, line: str) -> None:
 
 
 def test_mistakes_under_torchrun(base: Path, tmp_path: Path) -> None:
-    settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(tmp_path / "a run")}
+    settings = settings_of(base, tmp_path / "a run")
     log = tmp_path / "log"
     assert_said_once(
         Job(2, log, "trainer", *dotted({**settings, "optim.lrr": "1"})), "--optim.lrr: no such option; did you mean "

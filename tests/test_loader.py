@@ -65,9 +65,11 @@ def difference(image: torch.Tensor, reference: Image.Image) -> NDArray[np.int64]
     return np.abs(image.permute(1, 2, 0).numpy().astype(np.int64) - np.asarray(reference))
 
 
-def window_of(position: int, sample: Image.Image, cfg: DataConfig) -> tuple[tuple[int, int, int, int], bool, float]:
+def window_of(
+    position: int, sample: Image.Image, cfg: DataConfig, epoch: int = 0
+) -> tuple[tuple[int, int, int, int], bool, float]:
     """Left, top, right, bottom; whether mirrored; angle."""
-    u = draws.uniforms(SEED, 0, np.array([position]))
+    u = draws.uniforms(SEED, epoch, np.array([position]))
     geometry = draws.training_geometry(u, np.array([sample.size[::-1]], np.int32), cfg.augment)
     top, left, bottom, right = geometry.roi[0].astype(int).tolist()
     return (min(left, right), top, max(left, right), bottom), left > right, float(geometry.angle_deg[0])
@@ -108,19 +110,24 @@ def test_validation_pixels_of_real_images_are_torchvisions(imagenette: Path, siz
 @pytest.mark.usefixtures("resizer")
 @pytest.mark.parametrize("size_px", [32, 96])
 def test_training_pixels_are_those_of_their_window(folder: Path, size_px: int) -> None:
-    """As PIL's resize with a box, whose filter too sees the pixels around the window."""
+    """As PIL's resize with a box, whose filter too sees the pixels around the window.
+
+    Beyond the edge of an image PIL sees nothing, DALI its outermost pixels again: the outermost ones may differ more.
+    """
     cfg = config(folder, batch=9, size_px=size_px)
     loader = opened(cfg)
+    loader.seek(Cursor(3))
     images, _, ids = in_order([take(loader)])
     mirrored_ones = 0
     for position, (image, sample) in enumerate(zip(images, ids.tolist(), strict=True)):
         source = decoded(loader.catalog, sample)
-        box, mirrored, _ = window_of(position, source, cfg)
+        box, mirrored, _ = window_of(position, source, cfg, epoch=3)
         reference = source.resize((size_px, size_px), Image.Resampling.BILINEAR, box=box)
         if mirrored:
             reference = reference.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         levels = difference(image, reference)
-        assert levels.max() <= 2 and levels.mean() < 0.35, loader.catalog.paths[sample]
+        assert levels[1:-1, 1:-1].max() <= 2 and levels.max() <= 8, loader.catalog.paths[sample]
+        assert levels.mean() < 0.35, loader.catalog.paths[sample]
         mirrored_ones += mirrored
     assert 10 < mirrored_ones < 38
 

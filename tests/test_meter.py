@@ -58,8 +58,8 @@ def test_an_interval(clock: Clock) -> None:
     for number in meter.waiting(batches()):
         clock.now += 1.4 if number == 3 else 0.4
         meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=number))
-    scalars, stop = meter.reduce()
-    assert not stop
+    scalars, stops = meter.reduce()
+    assert stops == []
     assert scalars == pytest.approx(
         {
             "train/loss": 1.0,
@@ -115,7 +115,7 @@ def test_two_ranks(clock: Clock) -> None:
         clock.now += 2
         meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=3.0))
     meter._wait_s = 1.0
-    scalars, stop = meter.reduce(False)
+    scalars, (stop,) = meter.reduce(False)
     assert stop
     assert scalars["train/grad_norm"] == 3.0
     assert scalars["perf/images_per_s"] == 16 / 4
@@ -128,7 +128,7 @@ def test_nothing_counted(clock: Clock) -> None:
     """No steps since the last time, or none with a readable image: no scores rather than a division by zero."""
     meter = Meter(SOLO, [])
     clock.now += 1
-    assert meter.reduce(True) == ({}, True)
+    assert meter.reduce(True, 3) == ({}, [1.0, 3.0])
     clock.now += 1
     meter.add(sums(0.0, 0.0, 0.0, 0.0, 0.0))
     scalars, _ = meter.reduce()

@@ -9,9 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.runs import STEPS, checkpoint, reference, rows, train
+from data_pipeline.loader import Cursor
+from tests.runs import SOLO, STEPS, TRAIN, checkpoint, dotted, reference, rows, settings_of, train
 from trainer.checkpoint import Store
+from trainer.config import load
+from trainer.loop import fit
+from trainer.preempt import StopFlag
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(run: Path) -> dict[tuple[int, str], float]:
-    """Value of each train/ and val/ scalar at each step; no scalar of any name may be there twice."""
+    """Value of each train/ and val/ scalar at each step; none may be there twice, nor any other but a saving's time."""
     table: dict[tuple[int, str], float] = {}
     for row in rows(run):
         for name, value in row.items():
-            if name not in ("step", "epoch", "time"):
+            if name not in ("step", "epoch", "time", "perf/ckpt_save_s"):
                 assert (row["step"], name) not in table, f"{name} of step {row['step']} is there twice"
                 table[row["step"], name] = value
     return {key: value for key, value in table.items() if key[1].startswith(("train/", "val/"))}
@@ -137,3 +142,24 @@ def test_shortened_to_a_whole_epoch(base: Path, tmp_path: Path) -> None:
     job = train(1, base, run)
     assert job.wait() == 0, job.output()
     assert_same_end(run, reference(base, 1))
+
+
+def test_stop_at_the_end_of_an_epoch(base: Path, tmp_path: Path) -> None:
+    """It is saved before it is evaluated, which may take longer than whoever stops it will wait."""
+    run = tmp_path / "a run"
+    settings = settings_of(base, run) | {"run.log_every": "100", "run.save_every": "100"}
+    cfg = load(dotted(settings))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        stop = StopFlag()
+        stop.raised = True
+        stopped = fit(cfg, SOLO, stop)
+        assert (stopped.step, stopped.cursor) == (5, Cursor(0, TRAIN)) and not stopped.finished
+        assert not any("val/loss" in row for row in rows(run))
+        assert fit(cfg, SOLO, StopFlag()).finished
+    finally:
+        torch.set_num_threads(threads)
+    assert checkpoint(run) == checkpoint(reference(base, 1))
+    wanted = {key: value for key, value in scores(reference(base, 1)).items() if key[0] in (5, 10, 15)}
+    assert scores(run) == pytest.approx(wanted, rel=1e-9)

@@ -11,6 +11,7 @@ import torch
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
+from data_pipeline.proof import first_fault
 from trainer.checkpoint import Progress, Store, check_run, record_run
 from trainer.config import Config, first_difference, to_yaml
 from trainer.engine import DdpEngine, Engine, Normalise, read_metadata
@@ -97,9 +98,12 @@ class Session:
         for catalog in (train.catalog, val.catalog):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")
+        for loader in (train, val):
+            self.limit_bad(0, loader)
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = Meter(machine, progress.sums)
+        self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
 
     def _open_tracker(self) -> Tracker:
         return Tracker(
@@ -124,15 +128,44 @@ class Session:
 
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics; whether any rank was asked to stop. Collective."""
-        self.name_bad(self.loader)
-        scalars, stopping = self.meter.reduce(stop or self.tracker.stop_requested)
-        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        scalars, stopping = self.reduce(stop)
         self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
         return stopping
+
+    def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:
+        """Metrics since the last call, and whether any rank was asked to stop. Collective."""
+        self.name_bad(self.loader)
+        bad = self.loader.bad_images
+        scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
+        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        self.limit_bad(int(bad_images), self.loader)
+        scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad), **self.save_time}
+        self.save_time = {}
+        return scalars, stops > 0
 
     def name_bad(self, loader: Loader) -> None:
         for path, why in loader.take_bad():
             print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
+
+    def limit_bad(self, bad_images: int, loader: Loader) -> None:
+        """Raise `UserError` where more images of a split are bad than may be; `bad_images` were found while reading."""
+        catalog = loader.catalog
+        bad, images = bad_images + len(catalog.bad), len(catalog) + len(catalog.bad)
+        if bad and self.cfg.data.on_error == "fail":
+            raise UserError(
+                f"data.on_error: {bad} of the {images} images in {catalog.root} cannot be read; see the lines above"
+            )
+        if bad > self.cfg.data.max_bad_share * images:
+            raise UserError(
+                f"data.max_bad_share: {bad} of the {images} images in {catalog.root} cannot be read, more than "
+                f"{self.cfg.data.max_bad_share:.2%}; mend them, or raise the share"
+            )
+
+    def prove_shares(self) -> None:
+        """Make sure that the ranks together read every image of this epoch exactly once. Collective."""
+        fault = first_fault(self.machine.gather(torch.from_numpy(self.loader.tally())).numpy())
+        if fault:
+            raise UserError(f"data.path: {fault}")
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Collective."""
@@ -140,7 +173,7 @@ class Session:
         self.machine.on_primary(
             lambda: self.store.save(self.progress, lambda folder: self.engine.save(folder, self.metadata), best=best)
         )
-        self.tracker.log({"perf/ckpt_save_s": time.perf_counter() - start}, self.progress.step, self.epoch)
+        self.save_time = {"perf/ckpt_save_s": time.perf_counter() - start}
         self.meter.pause()
 
     def validate(self) -> tuple[dict[str, float], bool]:
@@ -148,6 +181,10 @@ class Session:
         self.engine.agree()
         scores = evaluate(self.engine.predict, self.val_loader, self.machine)
         self.name_bad(self.val_loader)
+        unread = len(self.val_loader.catalog) - scores.images
+        if unread:
+            self.tracker.note(f"{unread} of {unread + scores.images} validation images cannot be read and do not count")
+            self.limit_bad(unread, self.val_loader)
         best = scores.top1_pct > self.progress.best_top1_pct
         if best:
             self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
@@ -159,15 +196,14 @@ class Session:
 
         One that is to stop leaves the evaluation to the run that goes on, for it may be short of time.
         """
-        self.name_bad(self.loader)
-        _, stopping = self.meter.reduce(stop or self.tracker.stop_requested)
-        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        rest, stopping = self.reduce(stop)
+        self.prove_shares()
         if stopping:
             self.save()
             return True
         scalars, best = self.validate()
         epoch = self.progress.cursor.epoch + 1
-        self.tracker.epoch({**self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
+        self.tracker.epoch({**rest, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
         self.progress = replace(
             self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
         )

@@ -37,6 +37,14 @@ class Machine:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """[world, ...] the `values` of all ranks, on the CPU. Collective."""
+        if self.world == 1:
+            return values[None].cpu()
+        everyone = [torch.empty_like(values, device=self.device) for _ in range(self.world)]
+        dist.all_gather(everyone, values.to(self.device))
+        return torch.stack(everyone).cpu()
+
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of rank 0. Collective."""
         if self.world > 1:
@@ -79,7 +87,7 @@ def open_machine() -> Iterator[Machine]:
     torch.set_num_threads(cores)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if local_world > torch.cuda.device_count():  # on every rank, as only rank 0 speaks
             raise UserError(
                 f"--nproc_per_node: {local_world} processes on a node with {torch.cuda.device_count()} GPUs; "
                 "start one process a GPU"

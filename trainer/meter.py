@@ -61,11 +61,12 @@ class Meter:
         self._step_s.append(now - self._last)
         self._last = now
 
-    def reduce(self, flag: bool = False) -> tuple[dict[str, float], bool]:
-        """Scores and speed since the last call, and whether any rank raised its `flag`. Collective."""
+    def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
+        """Scores and speed since the last call, and `counts` added up over the ranks along the way. Collective."""
         steps = len(self._step_s)
-        values = torch.cat([self._sums, self._sums.new_tensor([self._wait_s, float(flag)])])
-        *sums, wait_s, flags = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        values = torch.cat([self._sums, self._sums.new_tensor([self._wait_s, *counts])])
+        totals = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
         elapsed_s = time.perf_counter() - self._start
         self._epoch_s += elapsed_s
         self._epoch_images += sums[3]
@@ -83,7 +84,7 @@ class Meter:
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
             }
         self._restart()
-        return scalars, flags > 0
+        return scalars, totals[len(SUMS) + 1 :]
 
     def end_epoch(self) -> dict[str, float]:
         """Scores of the whole epoch, and its speed without the time in evaluation and saving."""

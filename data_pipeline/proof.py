@@ -1,0 +1,38 @@
+"""Proof that the ranks together read what an epoch holds: counts, and a hash that does not depend on the order.
+
+A rank started twice, a node whose folder holds other files, or a mistake of ours would otherwise train on some images twice
+and on others never, and nothing would show it.
+"""
+
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tally = NDArray[np.int64]
+"""[6]: count and mark of what a rank has read, of what its share was, and of what all ranks together should read."""
+
+
+def marks(paths: list[str]) -> NDArray[np.int64]:
+    """[N] a number for each sample that follows from its name; sums of them, modulo 2^64, tell sets of samples apart."""
+    sums = np.fromiter((zlib.crc32(path.encode(errors="surrogateescape")) for path in paths), np.uint64, len(paths))
+    return (sums * np.uint64(0x9E3779B97F4A7C15) ^ (sums >> np.uint64(7))).view(np.int64)
+
+
+def weigh(numbers: NDArray[np.int64]) -> tuple[int, int]:
+    """Count and mark of samples with these marks."""
+    return len(numbers), int(numbers.sum())
+
+
+def first_fault(tallies: NDArray[np.int64]) -> str | None:
+    """What is wrong with the `tallies` [world, 6] of all ranks, if anything."""
+    read, share, whole = tallies[:, 0:2], tallies[:, 2:4], tallies[:, 4:6]
+    for rank in np.flatnonzero((whole != whole[0]).any(axis=1)):
+        return f"rank {rank} finds other images than rank 0; make data.path the same on every node"
+    for rank in np.flatnonzero((read != share).any(axis=1)):
+        return (
+            f"rank {rank} read {read[rank, 0]} images of this epoch, and other ones than its share of {share[rank, 0]}"
+        )
+    if (read.sum(axis=0) != whole[0]).any():
+        return f"the ranks read {read[:, 0].sum()} images where the epoch has {whole[0, 0]}: their shares overlap"
+    return None
