@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -128,13 +128,14 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
         known = _load(file)
         if known is None:
             listing = list_now()
+            watched = _changes(listing.watched)  # before the scan: what arrives during it is then noticed next time
             known = _scan(listing)
             with suppress(OSError):  # a full disk costs a scan each time, no more
-                replace_file(file, _dump(known, listing.watched))
+                replace_file(file, _dump(known, watched))
         return known
 
 
-def _dump(catalog: Catalog, watched: list[Path]) -> bytes:
+def _dump(catalog: Catalog, watched: dict[str, int]) -> bytes:
     """An .npz of plain arrays; what is no array is in it as JSON."""
     text = {
         "root": str(catalog.root),
@@ -142,7 +143,7 @@ def _dump(catalog: Catalog, watched: list[Path]) -> bytes:
         "bad": catalog.bad,
         "shards": catalog.shards,
         # Bad files are watched one by one, so that a mended one is taken up.
-        "watched": {str(path): _changed(path) for path in [*watched, *(catalog.root / name for name in catalog.bad)]},
+        "watched": watched | _changes([catalog.root / name for name in catalog.bad]),
     }
     names, ends = packed.joined(catalog.paths)
     about = np.frombuffer(json.dumps(text).encode(), np.uint8)
@@ -156,7 +157,7 @@ def _load(file: Path) -> Catalog | None:
     try:
         with np.load(file) as arrays:
             about = json.loads(arrays["about"].tobytes())
-            if any(_changed(Path(path)) != then for path, then in about["watched"].items()):
+            if _changes(map(Path, about["watched"])) != about["watched"]:
                 return None
             return Catalog(
                 Path(about["root"]),
@@ -171,8 +172,12 @@ def _load(file: Path) -> Catalog | None:
         return None
 
 
+def _changes(paths: Iterable[Path]) -> dict[str, int]:
+    """When each file, or the entries of each folder, changed, in ns; -1 where there is nothing."""
+    return {str(path): _changed(path) for path in paths}
+
+
 def _changed(path: Path) -> int:
-    """When a file or the entries of a folder changed, in ns; -1 where there is nothing."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

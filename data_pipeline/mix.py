@@ -55,7 +55,11 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[T
         images[:, top:bottom, left:right] = torch.where(_per_image(paired), _partner(window), window)
     else:
         share = mixing.share
-        images = torch.lerp(images.float(), _partner(images).float(), _per_image(paired * (1 - share)))
+        images = images.float()  # a copy, within which each pair is mixed
+        even, odd = images.unflatten(0, (-1, 2)).unbind(dim=1)
+        moved = (odd - even) * _per_image(paired[::2] * (1 - share))
+        even += moved
+        odd -= moved
     own = functional.one_hot(labels.clamp(min=0), classes) * (labels >= 0).float()[:, None]
     targets = torch.lerp(own, _partner(own), (paired * (1 - share))[:, None])
     return images, torch.where(labels >= 0, targets.argmax(dim=1), labels), targets

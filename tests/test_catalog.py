@@ -1,5 +1,6 @@
 """Folders of images become catalogs, or one line that says what is wrong with them."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.catalog import Catalog, open_catalog
+from data_pipeline.catalog import Catalog, _scan, open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
+from data_pipeline.layouts import Listing
 from tests.conftest import HOSTILE_NAMES, KINDS, picture
 
 JPEG = KINDS["plain.jpg"](picture(12, 16))
@@ -141,6 +143,21 @@ def test_large_files_are_judged_by_both_ends(tmp_path: Path) -> None:
     catalog = opened(tmp_path)
     assert len(catalog) == 6
     assert catalog.bad == {"a/half.png": "truncated PNG"}
+
+
+def test_a_file_that_arrives_during_the_scan_is_seen_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "train", "a")
+    fill(tmp_path / "val", "a")
+    os.utime(tmp_path / "train/a", (0, 0))  # file systems tell times apart by milliseconds at best
+
+    def interrupted(listing: Listing) -> Catalog:
+        fill(tmp_path / "train", "a", images=4)
+        return _scan(listing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.catalog._scan", interrupted)
+        assert len(opened(tmp_path)) == 3
+    assert len(opened(tmp_path)) == 4
 
 
 # One folder, divided

@@ -1,6 +1,7 @@
 """The comparison of loaders: all of them run, in turns, on a small sample; what is counted; what is written."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tarfile
@@ -114,15 +115,17 @@ def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
         pids = list(bench._family(runner._process.pid or 0))
         before = [bench._cpu_s(pid) for pid in pids]
         time.sleep(0.3)
-        assert len(pids) == 3 and [bench._cpu_s(pid) for pid in pids] == before
+        assert len(pids) > 2 and [bench._cpu_s(pid) for pid in pids] == before
         assert runner.turn(64).images == 64
-    assert [bench._cpu_s(pid) for pid in pids] == [0, 0, 0]  # it has ended, and its workers with it
+    assert not any(bench._cpu_s(pid) for pid in pids)  # it has ended, and its workers with it
 
 
 def test_a_loader_that_fails_says_why(tmp_path: Path) -> None:
-    with bench.Runner("torchvision, PIL", bench.Task(tmp_path / "absent", 24, 1)) as runner:
-        with pytest.raises(UserError, match=r"^torchvision, PIL: FileNotFoundError: .*absent"):
-            runner.wait_until_ready()
+    with (
+        bench.Runner("torchvision, PIL", bench.Task(tmp_path / "absent", 24, 1)) as runner,
+        pytest.raises(UserError, match=r"^torchvision, PIL: FileNotFoundError: .*absent"),
+    ):
+        runner.wait_until_ready()
 
 
 @pytest.mark.parametrize("text", ["", "64,", "big", "64,64", "4", "64,5000", "-64"])
@@ -131,18 +134,17 @@ def test_sizes_that_do_not_fit_are_refused(text: str) -> None:
         bench.sizes_of(text)
 
 
-def test_mistakes_cost_no_time(images: Path, tmp_path: Path) -> None:
+def test_mistakes_are_found_at_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bench.csv").write_text("precious")
     few = tmp_path / "few/train/class"
     few.mkdir(parents=True)
     picture(20, 20).save(few / "one.jpg")
     for arguments, message in (
-        (["--data.path", str(images), "--out", str(tmp_path)], f"error: --out: {tmp_path}/bench.csv exists"),
-        (["--data.path", str(tmp_path / "few")], f"error: data.path: {tmp_path}/few has 1 JPEGs for training"),
+        (["--data.path", str(images), "--out", str(tmp_path)], f"--out: {tmp_path}/bench.csv exists"),
+        (["--data.path", str(tmp_path / "few")], f"data.path: {tmp_path}/few has 1 JPEGs for training"),
+        (["--data.path", str(tmp_path / "absent")], f"data.path: {tmp_path}/absent"),
     ):
-        command = [sys.executable, "-m", "data_pipeline.bench", *arguments]
-        result = subprocess.run(
-            command, cwd=bench.__file__[: -len("data_pipeline/bench.py")], capture_output=True, text=True
-        )
-        assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            bench.main()
     assert (tmp_path / "bench.csv").read_text() == "precious"
