@@ -45,6 +45,8 @@ ROUNDS, TURN = 9, 640  # turns of each; images a turn
 OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
 _SHARDS = 16
 _AUGMENT = AugmentConfig()
+# Imported once by the process that the contestants are forked from, not by each of them.
+_PRELOADED = ["pandas", "torchvision.transforms.v2", "data_pipeline.arguments", "data_pipeline.loader"]
 _READY_S, _END_S = 300, 10  # longest time that a loader may take for its first batch, and to end
 
 
@@ -200,7 +202,7 @@ class Runner:
 
     def __init__(self, name: str, task: Task) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload([__spec__.name if __spec__ else __name__])  # torch and DALI once, not for each
+        context.set_forkserver_preload(_PRELOADED)
         self.name = name
         self._orders, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, task, theirs))
@@ -296,12 +298,13 @@ def measure(
 ) -> pd.DataFrame:
     """One row a turn: size_px, loader, round, images, wall_s, cpu_s, images_per_s, cpu_ms an image. Raises `UserError`."""
     rows: list[tuple[object, ...]] = []
+    names = _installed()
     with TemporaryDirectory(prefix="sluice-bench-") as folder:
         copy_sample(cfg, Path(folder), sample)
         for size_px in sizes_px:
             task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
             with ExitStack() as stack:
-                runners = _start(task, stack)
+                runners = _start(names, task, stack)
                 for number in range(-1, rounds):  # the first does not count: it lives on what was made before
                     rows += [(size_px, runner.name, number, *runner.turn(images)) for runner in runners]
     turns = pd.DataFrame(rows, columns=["size_px", "loader", "round", *Turn._fields])
@@ -310,13 +313,18 @@ def measure(
     return turns[turns["round"] >= 0]
 
 
-def _start(task: Task, stack: ExitStack) -> list[Runner]:
-    """Those that can run here; each that cannot is named, with the reason."""
+def _installed() -> list[str]:
+    """The contestants; one whose package is missing is named and left out."""
     missing = {name: needs for name, (_, needs) in CONTESTANTS.items() if needs and not importlib.util.find_spec(needs)}
     for name, needs in missing.items():
         print(f"{name} is left out: {needs} is not installed", file=sys.stderr)
+    return [name for name in CONTESTANTS if name not in missing]
+
+
+def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
+    """Those that deliver; each that does not is named, with the reason."""
     ready = []
-    for runner in [stack.enter_context(Runner(name, task)) for name in CONTESTANTS if name not in missing]:
+    for runner in [stack.enter_context(Runner(name, task)) for name in names]:
         try:
             runner.wait_until_ready()
             ready.append(runner)

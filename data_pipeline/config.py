@@ -62,7 +62,10 @@ class AugmentConfig:
             0 < self.min_area <= self.max_area <= 1,
             f"data.augment.min_area, max_area: {self.min_area}, {self.max_area} must satisfy 0 < min_area <= max_area <= 1",
         )
-        require(self.max_ratio >= 1, f"data.augment.max_ratio: {self.max_ratio} is below 1; give a ratio such as 1.333")
+        require(
+            1 <= self.max_ratio <= 100,
+            f"data.augment.max_ratio: {self.max_ratio} is not from 1 to 100; give a ratio such as 1.333",
+        )
         require(0 <= self.flip <= 1, f"data.augment.flip: {self.flip} is not a chance; give a number from 0 to 1")
         require(
             0 <= self.vertical_flip <= 1,

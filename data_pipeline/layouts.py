@@ -11,14 +11,17 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, require
 from data_pipeline.errors import UserError
 from data_pipeline.headers import SUFFIXES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLES = (".csv", ".tsv", ".parquet")
 
@@ -137,7 +140,9 @@ def _manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None
     return listing if parts is not None else _share(listing, cfg.val_share, split)
 
 
-def _read_table(file: Path) -> pd.DataFrame:
+def _read_table(file: Path) -> "pd.DataFrame":
+    import pandas as pd  # here, for only tables need it
+
     try:
         if file.suffix == ".parquet":
             return pd.read_parquet(file)
