@@ -155,7 +155,7 @@ def _read_table(file: Path) -> "pd.DataFrame":
         ) from None
 
 
-def _column(table: pd.DataFrame, wanted: str | None, usual: tuple[str, ...], at: int, option: str, file: Path) -> str:
+def _column(table: "pd.DataFrame", wanted: str | None, usual: tuple[str, ...], at: int, option: str, file: Path) -> str:
     """The named column, else one of a usual name, else the one at `at`."""
     if wanted is not None:
         require(wanted in table, f"{option}: {file} has no column {wanted}; it has {', '.join(map(str, table))}")
