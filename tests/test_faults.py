@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
+from data_pipeline.command import run_command
 from tests.runs import Job, dotted, images, reference, settings_of, tree
 from trainer import __main__ as training
 from trainer import evaluate
-from trainer.config import run_command
 
 Call = Callable[..., tuple[int, str, str]]
 

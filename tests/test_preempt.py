@@ -9,8 +9,8 @@ from types import FrameType
 
 import pytest
 
+from data_pipeline.command import run_command
 from tests.runs import environment
-from trainer.config import run_command
 from trainer.preempt import ECHO_S, SIGNALS, StopFlag
 
 

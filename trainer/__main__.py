@@ -2,7 +2,8 @@
 
 import sys
 
-from trainer.config import load, run_command
+from data_pipeline.command import run_command
+from trainer.config import load
 from trainer.loop import fit
 from trainer.machine import open_machine
 from trainer.preempt import StopFlag

@@ -14,8 +14,9 @@ from statistics import median
 import torch
 
 from data_pipeline.catalog import open_catalog
+from data_pipeline.command import run_command
 from data_pipeline.loader import Batch, Cursor, Loader
-from trainer.config import Config, load, run_command
+from trainer.config import Config, load
 from trainer.loop import build_engine
 from trainer.machine import Machine, open_machine
 

@@ -16,6 +16,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import sync
 from data_pipeline.loader import Cursor
 
 PROGRESS = "progress.json"
@@ -78,12 +79,12 @@ class Store:
         write(partial)
         (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         complete = partial.rename(self._fresh_name(progress.step))
         for link in ("last", "best") if best else ("last",):
             self._point(link, complete.name)
-        _sync(self.folder)
+        sync(self.folder)
         self._prune()
 
     def _target(self, link: str) -> Path | None:
@@ -134,15 +135,7 @@ def record_run(run: Path, config: str) -> None:
         run.mkdir(parents=True, exist_ok=True)
         partial = run / PARTIAL
         partial.write_text(config)
-        _sync(partial)
+        sync(partial)
         partial.replace(run / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

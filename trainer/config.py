@@ -4,13 +4,11 @@ import difflib
 import io
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
@@ -77,7 +75,16 @@ class Config:
         return Path(self.run.dir or f"runs/{self.run.name}")
 
 
-FREE = {"run.name", "run.dir", "run.max_steps", "run.log_every", "run.save_every", "data.path", "data.threads"}
+FREE = {
+    "run.name",
+    "run.dir",
+    "run.max_steps",
+    "run.log_every",
+    "run.save_every",
+    "data.path",
+    "data.images",
+    "data.threads",
+}
 """Options, beside those of `engine` and `tracking`, that a resumed run may change: they do not decide its weights."""
 
 
@@ -114,22 +121,6 @@ def first_difference(saved: str, cfg: Config) -> str | None:
         if not free and key in old and old[key] != value:
             return f"{key} was {old[key]}, now {value}"
     return None
-
-
-def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point: a `UserError` becomes one line, printed once, and exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        main()
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {_one_line(str(error))}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:

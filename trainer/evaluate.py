@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from data_pipeline.catalog import open_catalog
+from data_pipeline.command import run_command
 from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Cursor, Loader
 from trainer.checkpoint import Store
-from trainer.config import load_run, run_command, run_folder
+from trainer.config import load_run, run_folder
 from trainer.engine import Normalise, Predictor, count, load_weights, read_metadata
 from trainer.machine import Machine, open_machine
 from trainer.meter import Scores
