@@ -76,9 +76,11 @@ def _class_folders(base: Path, classes: list[str]) -> Listing:
     watched, found = [base], []
     for label, name in enumerate(classes):
         inside = []
-        for folder, _, files in os.walk(base / name, followlinks=True):
+        for folder, folders, files in os.walk(base / name, followlinks=True):
             watched.append(Path(folder))
-            inside += [os.path.relpath(os.path.join(folder, file), base) for file in files if _is_image(file)]
+            # A folder named like an image is listed too, and so told to be bad: it was hardly meant.
+            images = [entry for entry in (*files, *folders) if _is_image(entry)]
+            inside += [os.path.relpath(os.path.join(folder, entry), base) for entry in images]
         found += [(path, label) for path in sorted(inside)]
     require(len(found) > 0, f"data.path: no images in {base}; put {_KINDS} files into its class folders")
     return Listing(base, [path for path, _ in found], [label for _, label in found], classes, watched)

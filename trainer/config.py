@@ -84,6 +84,8 @@ FREE = {
     "data.path",
     "data.images",
     "data.threads",
+    "data.on_error",
+    "data.max_bad_share",
 }
 """Options, beside those of `engine` and `tracking`, that a resumed run may change: they do not decide its weights."""
 

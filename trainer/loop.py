@@ -40,6 +40,8 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
                 f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; to train anew give another --run.name"
             )
         return progress
+    for loader in (train, val):
+        limit_bad(loader)
     machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
     session = Session(cfg, machine, train, val, store, progress)
     with session.tracker:
@@ -98,8 +100,6 @@ class Session:
         for catalog in (train.catalog, val.catalog):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")
-        for loader in (train, val):
-            self.limit_bad(0, loader)
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = Meter(machine, progress.sums)
@@ -138,7 +138,7 @@ class Session:
         bad = self.loader.bad_images
         scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
         self.progress = replace(self.progress, sums=self.meter.epoch_sums)
-        self.limit_bad(int(bad_images), self.loader)
+        limit_bad(self.loader, int(bad_images))
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad), **self.save_time}
         self.save_time = {}
         return scalars, stops > 0
@@ -146,20 +146,6 @@ class Session:
     def name_bad(self, loader: Loader) -> None:
         for path, why in loader.take_bad():
             print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
-
-    def limit_bad(self, bad_images: int, loader: Loader) -> None:
-        """Raise `UserError` where more images of a split are bad than may be; `bad_images` were found while reading."""
-        catalog = loader.catalog
-        bad, images = bad_images + len(catalog.bad), len(catalog) + len(catalog.bad)
-        if bad and self.cfg.data.on_error == "fail":
-            raise UserError(
-                f"data.on_error: {bad} of the {images} images in {catalog.root} cannot be read; see the lines above"
-            )
-        if bad > self.cfg.data.max_bad_share * images:
-            raise UserError(
-                f"data.max_bad_share: {bad} of the {images} images in {catalog.root} cannot be read, more than "
-                f"{self.cfg.data.max_bad_share:.2%}; mend them, or raise the share"
-            )
 
     def prove_shares(self) -> None:
         """Make sure that the ranks together read every image of this epoch exactly once. Collective."""
@@ -184,7 +170,7 @@ class Session:
         unread = len(self.val_loader.catalog) - scores.images
         if unread:
             self.tracker.note(f"{unread} of {unread + scores.images} validation images cannot be read and do not count")
-            self.limit_bad(unread, self.val_loader)
+            limit_bad(self.val_loader, unread)
         best = scores.top1_pct > self.progress.best_top1_pct
         if best:
             self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
@@ -235,6 +221,18 @@ def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
     model = build_resnet(cfg.model, classes)
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
     return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
+
+
+def limit_bad(loader: Loader, found: int = 0) -> None:
+    """Raise `UserError` where more images of a split are bad than may be; all ranks together `found` so many on reading."""
+    catalog, cfg = loader.catalog, loader.cfg
+    bad, images = found + len(catalog.bad), len(catalog) + len(catalog.bad)
+    example = next((f", as {path}: {why}" for path, why in catalog.bad.items()), "")
+    told = f"{bad} of the {images} images in {catalog.root} cannot be read{example}"
+    if bad and cfg.on_error == "fail":
+        raise UserError(f"data.on_error: {told}; mend them, or let them be skipped")
+    if bad > cfg.max_bad_share * images:
+        raise UserError(f"data.max_bad_share: {told}; mend them, or allow more than {cfg.max_bad_share:.2%}")
 
 
 def _open_data(cfg: Config, machine: Machine) -> tuple[Loader, Loader]:
