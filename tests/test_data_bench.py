@@ -117,6 +117,9 @@ def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
         time.sleep(0.3)
         assert len(pids) > 2 and [bench._cpu_s(pid) for pid in pids] == before
         assert runner.turn(64).images == 64
+    until = time.monotonic() + 20
+    while time.monotonic() < until and any(bench._cpu_s(pid) for pid in pids):
+        time.sleep(0.05)
     assert not any(bench._cpu_s(pid) for pid in pids)  # it has ended, and its workers with it
 
 

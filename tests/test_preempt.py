@@ -106,7 +106,11 @@ def test_ctrl_c_ends_a_command_without_a_traceback(capsys: pytest.CaptureFixture
             print("saved", stop.raised)
         print("not reached")
 
-    with pytest.raises(SystemExit) as ended:
-        run_command(main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr() == ("saved True\n", "")

@@ -189,7 +189,8 @@ class Session:
             return True
         scalars, best = self.validate()
         epoch = self.progress.cursor.epoch + 1
-        self.tracker.epoch({**rest, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
+        perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps
+        self.tracker.epoch({**perf, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
         self.progress = replace(
             self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
         )
