@@ -1,5 +1,6 @@
 """Augmentation: each change against torchvision's with the same parameters, its draws, and pixels by position alone."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -447,6 +448,31 @@ def test_the_last_images_of_an_epoch_are_no_others_than_in_the_middle(folder: Pa
     assert last.labels[3:].tolist() == [UNCOUNTED] * 7
     assert last.targets.sum(dim=1).tolist() == pytest.approx([1] * 3 + [0] * 7)
     assert last.targets[2].max() == 1, "it has no partner"
+
+
+def test_a_damaged_image_changes_no_pixel_but_of_its_pair(folder: Path, tmp_path: Path) -> None:
+    """What is found to be damaged only in decoding is mixed with nothing; all others are as if it were whole."""
+    root = Path(shutil.copytree(folder, tmp_path / "data"))
+    cfg = DataConfig(str(root), batch=8, size_px=32, augment=AugmentConfig(**EVERYTHING["all"]))  # type: ignore[arg-type]
+    loader = Loader(open_catalog(cfg, "train"), cfg, Place(), training=True, seed=7)
+    whole = take(loader, 1)[0]
+    bad = next(row for row in range(8) if "plain.jpg" in loader.catalog.paths[int(whole.ids[row])])
+    path = root / "train" / loader.catalog.paths[int(whole.ids[bad])]
+    data = path.read_bytes()
+    path.write_bytes(data[:800] + bytes(len(data) - 1000) + data[-200:])
+    loader.seek(Cursor())
+    hurt = take(loader, 1)[0]
+    gone = (hurt.ids == whole.ids[bad]).nonzero().ravel().tolist()
+    assert whole.targets is not None and hurt.targets is not None
+    for row in range(8):
+        if row in gone:
+            assert hurt.labels[row] == UNCOUNTED and not hurt.targets[row].any()
+        elif row ^ 1 in gone:
+            assert hurt.targets[row].max() == 1
+        else:
+            assert torch.equal(hurt.images[row], whole.images[row])
+            assert torch.equal(hurt.targets[row], whole.targets[row])
+    assert [why for _, why in loader.take_bad()] == ["its image data are damaged"]
 
 
 def test_each_augmentation_changes_pixels(folder: Path) -> None:
