@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data_pipeline import bench
+from data_pipeline import bench, rivals
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from tests.conftest import encode, picture
@@ -34,18 +34,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def turns(images: Path) -> pd.DataFrame:
-    return bench.measure(DataConfig(path=str(images)), [24], rounds=2, images=2 * bench.BATCH)
+    return bench.measure(DataConfig(path=str(images)), [24], rounds=2, images=2 * rivals.BATCH)
 
 
 def test_every_loader_delivers_what_is_asked_of_it(turns: pd.DataFrame) -> None:
     installed = [
         name
-        for name, contestant in bench.CONTESTANTS.items()
+        for name, contestant in rivals.CONTESTANTS.items()
         if not contestant.needs or importlib.util.find_spec(contestant.needs)
     ]
     assert turns.groupby("round").loader.agg(list).to_list() == [installed, installed]
     # Ours counts no padding, so its batches are not all of the same size.
-    assert turns.images.between(2 * bench.BATCH, 3 * bench.BATCH, inclusive="left").all()
+    assert turns.images.between(2 * rivals.BATCH, 3 * rivals.BATCH, inclusive="left").all()
     assert (turns.size_px == 24).all() and (turns.wall_s > 0).all() and (turns.cpu_s > 0).all()
 
 
@@ -64,17 +64,17 @@ def test_what_is_written(turns: pd.DataFrame, tmp_path: Path) -> None:
 
 def test_the_summary_compares_round_by_round() -> None:
     """By hand: the ratios 2, 1 and 3 have the median 2, though the medians 4 and 2 have moved in between."""
-    rows = [(64, bench.OURS, cpu_ms, 100.0, n) for n, cpu_ms in enumerate((1.0, 2.0, 4.0))]
+    rows = [(64, rivals.OURS, cpu_ms, 100.0, n) for n, cpu_ms in enumerate((1.0, 2.0, 4.0))]
     rows += [(64, "other", cpu_ms, 50.0 + n, n) for n, cpu_ms in enumerate((2.0, 2.0, 12.0))]
     turns = pd.DataFrame(rows, columns=["size_px", "loader", "cpu_ms", "images_per_s", "round"])
     ours, other = bench.summary(turns).to_dict("records")
-    assert (ours["loader"], ours["cpu_ms_median"], ours["ratio_min"], ours["ratio_max"]) == (bench.OURS, 2, 1, 1)
+    assert (ours["loader"], ours["cpu_ms_median"], ours["ratio_min"], ours["ratio_max"]) == (rivals.OURS, 2, 1, 1)
     assert (other["ratio_median"], other["ratio_min"], other["ratio_max"]) == (2, 1, 3)
     assert (other["images_per_s_median"], other["images_per_s_min"], other["images_per_s_max"]) == (51, 50, 52)
 
 
 def test_the_sample_is_the_same_images_twice(images: Path, tmp_path: Path) -> None:
-    bench.copy_sample(DataConfig(path=str(images)), tmp_path, 70)
+    rivals.copy_sample(DataConfig(path=str(images)), tmp_path, 70)
     files = {path.stem: path.read_bytes() for path in (tmp_path / "train").rglob("*.jpg")}
     originals = {path.read_bytes() for path in images.rglob("*.jpg")}
     assert 68 < len(files) <= 70 and set(files.values()) <= originals
@@ -108,8 +108,8 @@ print(time.process_time(), flush=True); input()
 
 
 def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
-    bench.copy_sample(DataConfig(path=str(images)), tmp_path, IMAGES)
-    with bench.Runner("torchvision, PIL", bench.Task(tmp_path, 24, 2)) as runner:
+    rivals.copy_sample(DataConfig(path=str(images)), tmp_path, IMAGES)
+    with bench.Runner("torchvision, PIL", rivals.Task(tmp_path, 24, 2)) as runner:
         runner.wait_until_ready()
         time.sleep(0.05)  # for the signal to arrive
         pids = list(bench._family(runner._process.pid or 0))
@@ -125,7 +125,7 @@ def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
 
 def test_a_loader_that_fails_says_why(tmp_path: Path) -> None:
     with (
-        bench.Runner("torchvision, PIL", bench.Task(tmp_path / "absent", 24, 1)) as runner,
+        bench.Runner("torchvision, PIL", rivals.Task(tmp_path / "absent", 24, 1)) as runner,
         pytest.raises(UserError, match=r"^torchvision, PIL: FileNotFoundError: .*absent"),
     ):
         runner.wait_until_ready()
