@@ -36,7 +36,13 @@ def content(step: int, name: str) -> bytes:
 
 
 def save(store: Store, step: int, best: bool = False) -> None:
-    store.save(progress(step), writer(step), best=best)
+    put(store, progress(step), writer(step), best)
+
+
+def put(store: Store, progress: Progress, write: Callable[[Path], None], best: bool = False) -> None:
+    store.begin(progress.step)
+    store.put(progress.step, write)
+    store.complete(progress, best=best)
 
 
 def assert_holds(store: Store, folder: Path | None, step: int) -> None:
@@ -77,7 +83,7 @@ def test_newest_best_and_the_rest(tmp_path: Path) -> None:
 def test_the_same_step_again_and_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for times in range(4):
-        store.save(progress(5), writer(100 + times), best=times == 1)
+        put(store, progress(5), writer(100 + times), best=times == 1)
         assert_holds(store, store.newest(), 100 + times)
     assert_holds(store, store.chosen(), 101)
     assert len(names(tmp_path)) == 4, "last, best and their two folders"

@@ -17,7 +17,8 @@ from torch.nn import functional
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import UNCOUNTED, Batch
 from tests.runs import SOLO
-from trainer.engine import STATE, WEIGHTS, DdpEngine, EngineConfig, Normalise, count, load_weights, read_metadata
+from trainer.engine import STATE, WEIGHTS, EngineConfig, Normalise, count, load_weights, read_metadata
+from trainer.engine_ddp import DdpEngine
 from trainer.machine import Machine, Precision
 from trainer.optim import OptimConfig, ema_decay_at
 from trainer.resnet import ModelConfig, build_resnet
@@ -275,7 +276,7 @@ def test_low_precision_is_near_fp32(precision: Precision) -> None:
 def test_channels_last_stays(tmp_path: Path) -> None:
     engine = build(resnet(), OptimConfig(lr=0.1, ema_decay=0.9))
     engine.step([batch(4)], 0.1)
-    engine.save(tmp_path, {})
+    engine.snapshot({})(tmp_path)
     engine.load(tmp_path)
     engine.step([batch(4)], 0.1)
     moments = [state["momentum_buffer"] for state in engine.optimizer.state.values()]
@@ -300,7 +301,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
     for seed, lr in enumerate(lrs):
         if seed == 3:
             (tmp_path / "middle").mkdir()
-            straight.save(tmp_path / "middle", {})
+            straight.snapshot({})(tmp_path / "middle")
         straight.step([batch(4, seed)], lr)
     resumed = build(resnet(seed=8), optim, precision)
     resumed.load(tmp_path / "middle")
@@ -308,7 +309,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
         resumed.step([batch(4, seed)], lr)
     for name, engine in (("straight", straight), ("resumed", resumed)):
         (tmp_path / name).mkdir()
-        engine.save(tmp_path / name, {"model": "resnet18", "classes": "[]", "data": "x"})
+        engine.snapshot({"model": "resnet18", "classes": "[]", "data": "x"})(tmp_path / name)
     assert_equal(resumed.module.state_dict(), straight.module.state_dict())
     for file in (WEIGHTS, STATE):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes(), file
@@ -318,7 +319,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
 def test_precision_may_change_on_resume(before: Precision, after: Precision, tmp_path: Path) -> None:
     engine = build(small_net(), precision=before)
     engine.step([batch(8)], 0.1)
-    engine.save(tmp_path, {})
+    engine.snapshot({})(tmp_path)
     resumed = build(small_net(), precision=after)
     resumed.load(tmp_path)
     assert_equal(parameters(resumed), parameters(engine))
@@ -329,7 +330,7 @@ def test_saved_weights_are_torchvisions(tmp_path: Path) -> None:
     engine = build(resnet(), OptimConfig(lr=0.05, ema_decay=0.9))
     for seed in range(2):
         engine.step([batch(4, seed)], 0.05)
-    engine.save(tmp_path, {"model": "resnet18", "classes": '["ü"]'})
+    engine.snapshot({"model": "resnet18", "classes": '["ü"]'})(tmp_path)
     assert read_metadata(tmp_path) == {"model": "resnet18", "classes": '["ü"]'}
     theirs = torchvision.models.resnet18(num_classes=CLASSES)
     theirs.load_state_dict(load_file(tmp_path / WEIGHTS), strict=True)

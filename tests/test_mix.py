@@ -14,7 +14,8 @@ from data_pipeline.config import AugmentConfig
 from data_pipeline.loader import UNCOUNTED, Batch
 from data_pipeline.mix import Mixing, box, draw, mix
 from tests.runs import SOLO
-from trainer.engine import DdpEngine, EngineConfig
+from trainer.engine import EngineConfig
+from trainer.engine_ddp import DdpEngine
 from trainer.optim import OptimConfig
 
 CLASSES = 7

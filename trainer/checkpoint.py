@@ -10,7 +10,8 @@ DIR/checkpoints/best -> step-00000080
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -59,33 +60,43 @@ class Store:
         state = json.loads((newest / PROGRESS).read_text())
         return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
 
-    def save(self, progress: Progress, write: Callable[[Path], None], *, best: bool) -> None:
-        """Write a checkpoint beside the others, force it to disk, and only then let `last` (and `best`) point to it.
+    def begin(self, step: int) -> None:
+        """Make room for a checkpoint beside the others. For one rank; `put` and `complete` follow. Raises `UserError`."""
+        with self._writing(step):
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+            (self.folder / PARTIAL).mkdir(parents=True)
+
+    def put(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` add files to what was begun. For any rank. Raises `UserError`."""
+        with self._writing(step):
+            write(self.folder / PARTIAL)
+
+    def complete(self, progress: Progress, *, best: bool) -> None:
+        """Force what was put to disk, and only then let `last` (and `best`) point to it. For one rank.
 
         Raises `UserError` where the disk does not take it; the checkpoints before it stay.
         """
+        with self._writing(progress.step):
+            partial = self.folder / PARTIAL
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            complete = partial.rename(self._fresh_name(progress.step))
+            for link in ("last", "best") if best else ("last",):
+                self._point(link, complete.name)
+            sync(self.folder)
+            self._prune()
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
         try:
-            self._save(progress, write, best)
+            yield
         except OSError as error:
             raise UserError(
-                f"run.dir: cannot write step {progress.step} to {self.folder} ({error.strerror}); "
+                f"run.dir: cannot write step {step} to {self.folder} ({error.strerror}); "
                 "make room, and the same command goes on from the checkpoint before"
             ) from None
-
-    def _save(self, progress: Progress, write: Callable[[Path], None], best: bool) -> None:
-        partial = self.folder / PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        complete = partial.rename(self._fresh_name(progress.step))
-        for link in ("last", "best") if best else ("last",):
-            self._point(link, complete.name)
-        sync(self.folder)
-        self._prune()
 
     def _target(self, link: str) -> Path | None:
         target = (self.folder / link).resolve()

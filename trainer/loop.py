@@ -14,7 +14,8 @@ from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.proof import first_fault
 from trainer.checkpoint import Progress, Store, check_run, record_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.engine import DdpEngine, Engine, Normalise, read_metadata
+from trainer.engine import Engine, Normalise, read_metadata
+from trainer.engine_ddp import DdpEngine
 from trainer.evaluate import evaluate
 from trainer.machine import Machine
 from trainer.meter import Meter
@@ -156,9 +157,10 @@ class Session:
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Collective."""
         start = time.perf_counter()
-        self.machine.on_primary(
-            lambda: self.store.save(self.progress, lambda folder: self.engine.save(folder, self.metadata), best=best)
-        )
+        write = self.engine.snapshot(self.metadata)
+        self.machine.on_primary(lambda: self.store.begin(self.progress.step))
+        self.machine.agree(lambda: self.store.put(self.progress.step, write))
+        self.machine.on_primary(lambda: self.store.complete(self.progress, best=best))
         self.save_time = {"perf/ckpt_save_s": time.perf_counter() - start}
         self.meter.pause()
 

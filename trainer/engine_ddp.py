@@ -1,0 +1,133 @@
+"""Data parallelism by torch's DistributedDataParallel, and training in a single process."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_pipeline.loader import Batch
+from trainer.engine import (
+    STATE,
+    SUMS,
+    WEIGHTS,
+    EngineConfig,
+    Predictor,
+    compiled,
+    count,
+    load_weights,
+    packed_state,
+    packed_weights,
+    smooth_loss,
+)
+from trainer.machine import Machine
+from trainer.optim import Ema, OptimConfig, build_optimizer
+
+
+class DdpEngine:
+    """Data parallelism by torch's DDP (Li et al. 2020, arXiv 2006.15704), or a single process.
+
+    Each rank keeps its own running statistics of batch normalisation while it trains, and those of rank 0 are the
+    model's: they do not influence the weights, so keeping them is enough to continue bit for bit.
+    """
+
+    def __init__(
+        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, machine: Machine
+    ) -> None:
+        self.machine, self.optim, self.normalise = machine, optim, normalise
+        device = machine.device
+        self.module = module.to(device).to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.module, optim, device)
+        self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
+        self.judged = self.ema.module if self.ema else self.module  # what evaluation and the saved weights are about
+        self.predict = Predictor(self.judged, normalise, cfg, device)
+        self.autocast = self.predict.autocast
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
+        self.updates = 0
+        self.replica: nn.Module = self.module
+        if machine.world > 1:
+            self.replica = DistributedDataParallel(
+                self.module,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            self._settle_buckets()
+        self._forward = compiled(self.replica, cfg, device)
+
+    def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._no_sync() if number < len(micro_batches) else nullcontext():
+                with self.autocast():
+                    logits = self._forward(self.normalise(batch.images)).float()
+                losses = smooth_loss(logits, batch, self.optim.label_smoothing)
+                # DDP averages over ranks; this makes the average the mean over the images of the whole update.
+                self.scaler.scale(losses * self.machine.world / batch.total).backward()
+            sums[:4] += count(logits.detach(), batch.labels, losses.detach())
+        sums[4] = self._update()
+        return sums
+
+    def agree(self) -> None:
+        self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+
+    def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
+        if not self.machine.primary:
+            return lambda folder: None
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "updates": self.updates}
+        if self.ema:
+            state["module"] = self.module.state_dict()
+        files: dict[str, bytes | memoryview] = {
+            WEIGHTS: packed_weights(self.judged, metadata),
+            STATE: packed_state(state),
+        }
+
+        def write(folder: Path) -> None:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+
+        return write
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
+        load_weights(self.judged, folder)
+        if self.ema:
+            self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty where the run has been in another precision up to now
+            self.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) else nullcontext()
+
+    def _update(self) -> Tensor:
+        """Clip, step, average; returns the norm of the gradient before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.module.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.optim.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.module, self.updates)
+        self.updates += 1
+        return norm
+
+    def _settle_buckets(self) -> None:
+        """Let DDP order its buckets now.
+
+        It does so after its first backward pass, and the order decides how sums over three or more ranks round: a
+        resumed run would otherwise differ from an uninterrupted one in its first step.
+        """
+        self.module.eval()
+        pixels = next(self.module.parameters()).new_zeros(2, 3, 32, 32)
+        self.replica(pixels).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.train()
