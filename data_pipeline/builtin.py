@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -42,10 +43,7 @@ def builtin_dataset() -> Path:
     Raises:
         UserError: the cache cannot be written.
     """
-    folder = _cache_path() / VERSION
-    if folder.is_dir():  # asked before the cache must be writable: a finished one may be read-only
-        return folder
-    return _render_once(cache_root(), PER_CLASS)
+    return _render_once(cache_path(), PER_CLASS)
 
 
 def cache_root() -> Path:
@@ -54,7 +52,7 @@ def cache_root() -> Path:
     Raises:
         UserError: the folder cannot be created or written.
     """
-    root = _cache_path()
+    root = cache_path()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +62,8 @@ def cache_root() -> Path:
     return root
 
 
-def _cache_path() -> Path:
+def cache_path() -> Path:
+    """Where `cache_root` is, whether it exists or not. Raises `UserError` where no home folder is known."""
     environ = os.environ
     try:
         if chosen := environ.get("SLUICE_CACHE"):
@@ -79,39 +78,78 @@ def _unwritable(root: Path, error: OSError) -> UserError:
     return UserError(f"cache: cannot write to {root} ({reason}); set SLUICE_CACHE to a folder you can write")
 
 
-def _render_once(root: Path, per_class: Mapping[str, int]) -> Path:
-    """Render into `root / VERSION`, unless another process does so while this one waits for the lock."""
-    folder = root / VERSION
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made first if missing: `make` fills an empty one beside it, which is renamed when that is done.
+
+    Several processes and machines may call it at once: one makes it, the others wait for it and share its `UserError`.
+
+    Raises:
+        UserError: what `make` raises, or the folder cannot be written.
+    """
+    if folder.is_dir():  # asked before the cache must be writable: a finished one may be read-only
+        return folder
     try:
-        with open(root / f"{VERSION}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "a+", errors="surrogateescape") as lock:
+            waited = _lock(lock)
+            lock.seek(0)
+            failure = lock.read() if waited else ""
             if not folder.is_dir():
-                _render_whole(folder, per_class)
+                if failure:  # it took another process a while to find out, and would take this one as long
+                    raise UserError(failure)
+                lock.truncate(0)
+                try:
+                    _make_whole(folder, make)
+                except UserError as error:
+                    lock.write(str(error))
+                    raise
     except OSError as error:
-        # Some network file systems lock within one machine only: then each renders, and the first to finish wins.
+        # Some network file systems lock within one machine only: then each makes it, and the first to finish wins.
         if not folder.is_dir():
-            raise _unwritable(root, error) from error
+            raise _unwritable(folder.parent, error) from error
+    except UserError:
+        if not folder.is_dir():
+            raise
     return folder
 
 
-def _render_whole(folder: Path, per_class: Mapping[str, int]) -> None:
-    """Render beside `folder`, then rename: it exists only when complete. The caller holds this machine's lock."""
-    partial = folder.with_name(f"{VERSION}.partial-{socket.gethostname()}")
+def _lock(file: IO[str]) -> bool:
+    """Lock the file. Returns whether another process held it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+    return False
+
+
+def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make it beside `folder`, then rename: it exists only when complete. The caller holds this machine's lock."""
+    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        for split in per_class:
-            for name in CLASSES:
-                (partial / split / name).mkdir(parents=True)
-        samples = [(split, name, i) for split, count in per_class.items() for name in CLASSES for i in range(count)]
-        for split, name, index in _with_progress(samples, folder):
-            path = partial / split / name / f"{name}_{index:04d}.jpg"
-            Image.fromarray(render(split, name, index)).save(path, quality=60 + 7 * index % 36)
+        partial.mkdir()
+        make(partial)
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for leftover in folder.parent.glob(f"{VERSION}.partial-*"):
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _render_once(root: Path, per_class: Mapping[str, int]) -> Path:
+    """Render into `root / VERSION`, unless that is there."""
+    folder = root / VERSION
+
+    def render_all(into: Path) -> None:
+        samples = [(split, name, i) for split, count in per_class.items() for name in CLASSES for i in range(count)]
+        for split, name, index in _with_progress(samples, folder):
+            path = into / split / name / f"{name}_{index:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(render(split, name, index)).save(path, quality=60 + 7 * index % 36)
+
+    return make_once(folder, render_all)
 
 
 def _with_progress(samples: list[Sample], folder: Path) -> Iterable[Sample]:

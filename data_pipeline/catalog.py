@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import packed
-from data_pipeline.builtin import builtin_dataset, cache_root
+from data_pipeline.builtin import cache_root
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.faults import quarantined
-from data_pipeline.files import replace_file
+from data_pipeline.files import read_bytes, replace_file
 from data_pipeline.headers import BadImage, inspect
 from data_pipeline.layouts import TABLES, Listing, list_samples
+from data_pipeline.named import NAMED, dataset_root
 from data_pipeline.workers import progress
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
@@ -54,10 +55,9 @@ class Catalog:
     def read(self, sample: int) -> bytes:
         """The encoded bytes of one sample. Raises OSError."""
         if not self.shards:
-            with open(self.root / self.paths[sample], "rb", buffering=0) as file:
-                return file.readall()
+            return read_bytes(f"{self.root}/{self.paths[sample]}")
         shard, offset, length = self.spans[sample].tolist()
-        return packed.read_slice(self.root / self.shards[shard], offset, length)
+        return read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
 
     def fingerprint(self) -> str:
         """Hash of names and labels: equal where an interrupted epoch can be continued."""
@@ -72,10 +72,11 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     Labels follow `classes`, or the classes of the training split. What was scanned once is remembered, until a folder or
     file of it changes. Raises `UserError`.
     """
-    root = builtin_dataset() if cfg.path == "builtin" else Path(cfg.path)
+    root = dataset_root(cfg)
     if not (root.is_dir() or (root.is_file() and root.suffix in TABLES)):
         raise UserError(
-            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, or a table ({', '.join(TABLES)})"
+            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
+            f"or a name ({', '.join(NAMED)})"
         )
     if packed.is_pack(root):
         catalog = _from_pack(root, split, classes)
@@ -219,14 +220,14 @@ def _fault(listing: Listing, row: int) -> str | None:
         else:
             path, start = listing.root / listing.paths[row], 0
             length = path.stat().st_size
-        data = packed.read_slice(path, start, min(length, _HEAD))
+        data = read_bytes(path, start, min(length, _HEAD))
         if length > _HEAD:
             tail = max(_HEAD, length - _TAIL)
-            data += packed.read_slice(path, start + tail, length - tail)
+            data += read_bytes(path, start + tail, length - tail)
         try:
             inspect(data, length)
         except BadImage:
-            inspect(packed.read_slice(path, start, length))  # a header beyond the first bytes, or much behind the image
+            inspect(read_bytes(path, start, length))  # a header beyond the first bytes, or much behind the image
     except BadImage as error:
         return str(error)
     except OSError as error:

@@ -113,7 +113,8 @@ class DataConfig:
 
     path: str = "builtin"
     """Folder with train/CLASS/ and val/CLASS/, or with CLASS/ folders only (see val_share); with *.tar shards in WebDataset
-    layout in their place; a pack; a CSV or Parquet table of images and labels; "builtin" is the built-in set."""
+    layout in their place; a pack; a CSV or Parquet table of images and labels. "builtin" is the built-in set; imagenette,
+    cifar10, flowers102, oxford_pets and food101 are fetched once, unless something of that name exists."""
     images: str | None = None
     """Folder of the images that a table names; the table's own folder if not given."""
     image_column: str | None = None
@@ -131,8 +132,9 @@ class DataConfig:
     quarantine: str | None = None
     """A list of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path a line,
     relative to data.path."""
-    batch: int = 64
-    """Global batch: images per weight update, over all ranks and micro-batches."""
+    batch: int | list[int] = 64
+    """Global batch: images per weight update, over all ranks and micro-batches. A list gives each of its batches an equal
+    share of the epochs, in order, as data.size_px does."""
     size_px: int | list[int] = 64
     """Side of the training images in pixels; a list gives each of its sizes an equal share of the epochs, in order."""
     eval_size_px: int | None = None
@@ -166,7 +168,10 @@ class DataConfig:
         )
         require(self.quarantine != "", "data.quarantine: it is empty; give a list that verify wrote, or leave it out")
         require(0 < self.val_share <= 1, f"data.val_share: {self.val_share} is not a share; give a number in (0, 1]")
-        require(self.batch > 0, f"data.batch: {self.batch} is not positive; give the number of images per update")
+        require(
+            len(self.batches) > 0 and min(self.batches) > 0,
+            f"data.batch: {self.batch} is not positive; give the number of images per update",
+        )
         sizes = self.sizes_px + ([] if self.eval_size_px is None else [self.eval_size_px])
         require(
             len(self.sizes_px) > 0 and all(8 <= size <= 4096 for size in sizes),
@@ -192,6 +197,10 @@ class DataConfig:
         )
 
     @property
+    def batches(self) -> list[int]:
+        return [self.batch] if isinstance(self.batch, int) else self.batch
+
+    @property
     def sizes_px(self) -> list[int]:
         return [self.size_px] if isinstance(self.size_px, int) else self.size_px
 
@@ -201,5 +210,13 @@ class DataConfig:
 
     def size_at(self, epoch: int, epochs: int) -> int:
         """Training side in pixels in `epoch` (from 0) of a run of `epochs`."""
-        sizes = self.sizes_px
-        return sizes[min(epoch * len(sizes) // epochs, len(sizes) - 1)]
+        return _share_of(self.sizes_px, epoch, epochs)
+
+    def batch_at(self, epoch: int, epochs: int) -> int:
+        """Images per update in `epoch` (from 0) of a run of `epochs`."""
+        return _share_of(self.batches, epoch, epochs)
+
+
+def _share_of(values: list[int], epoch: int, epochs: int) -> int:
+    """The value whose equal share of the epochs `epoch` lies in."""
+    return values[min(epoch * len(values) // epochs, len(values) - 1)]

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data_pipeline.builtin import builtin_dataset
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.files import replace_file
+from data_pipeline.named import dataset_root
 
 
 class Fault(NamedTuple):
@@ -43,7 +43,7 @@ def quarantined(cfg: DataConfig, root: Path) -> set[str]:
 
 def _base(cfg: DataConfig) -> Path:
     """What the paths of a list are relative to: the data's folder, or that of the file which names the images."""
-    base = builtin_dataset() if cfg.path == "builtin" else Path(cfg.path)
+    base = dataset_root(cfg)
     return base.parent if base.is_file() else base
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and reading them with as few system calls as there can be."""
 
 import os
 from pathlib import Path
@@ -23,5 +23,18 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: str | Path, offset: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes from `offset` on, fewer where the file ends before; all that follow if not given. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        wanted = os.fstat(descriptor).st_size - offset if length is None else length
+        data = os.pread(descriptor, max(wanted, 1), offset)
+        while len(data) < wanted and (more := os.pread(descriptor, wanted - len(data), offset + len(data))):
+            data += more
+        return data
     finally:
         os.close(descriptor)

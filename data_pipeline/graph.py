@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 PREFETCH = 2  # batches that DALI works on ahead of the one handed out
 
+# Larger buffers of the CPU's come from a pool: malloc gives theirs back to the system and fetches them anew, at ten page
+# faults an image. DALI reads this when it first allocates.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "65536")
+
 _DEFAULTS = DataConfig()
 
-Source = Callable[[], tuple[list[Any], ...]]
+Source = Callable[[], tuple[Any, ...]]
 """Returns a batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], for `rotate` angles [] float32, and
 the draws of each operator."""
 

@@ -26,7 +26,7 @@ from data_pipeline.headers import BadImage, Size, inspect
 
 UNCOUNTED = -1  # the label of a row that no loss and no score may count
 
-_READ_AHEAD = 4  # batches that threads read from storage ahead of DALI
+_READERS = 8  # threads at most that read from storage, each a batch, ahead of DALI
 
 
 class Place(Protocol):
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     `ids` the image that the row began with."""
 
 
-_Inputs = tuple[list[NDArray[Any]], ...]
+_Inputs = tuple[list[NDArray[Any]] | NDArray[Any], ...]
 
 
 class _MicroBatch(NamedTuple):
@@ -77,6 +77,17 @@ class _MicroBatch(NamedTuple):
     start: int
     update: int
     end: int
+
+
+class _Deal(NamedTuple):
+    """How the images of an update are dealt out."""
+
+    rows: int
+    """Images of one rank in one micro-batch."""
+    update: int
+    """Images of all ranks and micro-batches."""
+    places: NDArray[np.int64]
+    """[rows] where those of this rank stand in a micro-batch: the ranks take turns, with one image or with a pair's two."""
 
 
 class _Rows(NamedTuple):
@@ -114,25 +125,17 @@ class Loader:
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
         self._mixes = training and cfg.augment.mixes
-        shares, turn = place.world * self.micro_batches, 2 if self._mixes else 1
-        if training and cfg.batch % (shares * turn):
-            how = " in pairs, as mixup and cutmix need" if self._mixes else ""
-            raise UserError(
-                f"data.batch: {cfg.batch} images cannot be shared{how} by {place.world} ranks x {self.micro_batches} "
-                f"micro-batches; choose a multiple of {shares * turn}"
-            )
-        self.rows = -(-cfg.batch // shares)
+        self._deals = {batch: self._deal_out(batch) for batch in cfg.batches}
+        self._deal = self._deal_of(0)
         self.cursor = Cursor()
         self._bad: dict[str, str] = {}
         self._told = 0
-        self._update = self.rows * shares  # images
-        # Where this rank's rows stand in a micro-batch: the ranks take turns, with one image or with the two of a pair.
-        self._dealt = np.arange(self.rows * place.world).reshape(-1, place.world, turn)[:, place.rank].ravel()
         self._rotate = training and cfg.augment.rotate_deg > 0
         self._operators = augment.operators(cfg) if training else []
         self._pipeline: Pipeline | None = None
         self._size_px = 0
-        self._pool = ThreadPoolExecutor(_READ_AHEAD)
+        self._pool = ThreadPoolExecutor(_READERS)
+        self._reading = 1  # batches at a time: threads take the interpreter from each other, so no more than needed
         self._orders: dict[int, Future[NDArray[np.int64]]] = {}
         self._marks = self._pool.submit(proof.marks, catalog.paths)
         self._read_of_epoch: list[NDArray[np.int64]] = []
@@ -140,10 +143,9 @@ class Loader:
         self._ahead: Iterator[_Rows] = iter(())
         self._in_flight: deque[_Rows] = deque()
 
-    @property
-    def updates(self) -> int:
+    def updates(self, epoch: int = 0) -> int:
         """Updates of a whole epoch; for validation, batches."""
-        return -(-len(self.catalog) // self._update)
+        return -(-len(self.catalog) // self._deal_of(epoch).update)
 
     def seek(self, cursor: Cursor) -> None:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
@@ -153,8 +155,9 @@ class Loader:
         """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
         start, marks = self._started, self._marks.result()
         order = self._order_of(start.epoch).result()
-        firsts = np.arange(start.seen, len(order), self.rows * self.place.world)
-        share = (firsts[:, None] + self._dealt).ravel()
+        deal = self._deal_of(start.epoch)
+        firsts = np.arange(start.seen, len(order), deal.rows * self.place.world)
+        share = (firsts[:, None] + deal.places).ravel()
         read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
         parts = [read, order[share[share < len(order)]], order[start.seen :]]
         return np.array([number for ids in parts for number in proof.weigh(marks[ids])], np.int64)
@@ -173,10 +176,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the cursor to the end of its epoch. The cursor stands behind the update handed out last."""
         size_px = self.cfg.size_at(self.cursor.epoch, self.epochs) if self.training else self.cfg.validation_px
-        kept = self._pipeline if size_px == self._size_px else None
-        pipeline = kept or self._build(self._next_inputs, self.rows, size_px)
+        deal = self._deal_of(self.cursor.epoch)
+        kept = self._pipeline if (size_px, deal.rows) == (self._size_px, self._deal.rows) else None
+        pipeline = kept or self._build(self._next_inputs, deal.rows, size_px)
         # Kept only once this epoch is read to its end: what an abandoned pipeline has in flight cannot be taken back.
-        self._pipeline, self._size_px = None, size_px
+        self._pipeline, self._size_px, self._deal = None, size_px, deal
         self._in_flight.clear()
         self._started, self._read_of_epoch = self.cursor, []
         self._ahead = self._read_ahead(self.cursor)
@@ -209,6 +213,23 @@ class Loader:
             )
         pipeline.reset()
         self._pipeline = pipeline
+
+    def _deal_of(self, epoch: int) -> _Deal:
+        return self._deals[self.cfg.batch_at(epoch, self.epochs) if self.training else self.cfg.batches[-1]]
+
+    def _deal_out(self, batch: int) -> _Deal:
+        """Share updates of so many images among ranks and micro-batches. Raises `UserError`."""
+        world = self.place.world
+        shares, turn = world * self.micro_batches, 2 if self._mixes else 1
+        if self.training and batch % (shares * turn):
+            how = " in pairs, as mixup and cutmix need" if self._mixes else ""
+            raise UserError(
+                f"data.batch: {batch} images cannot be shared{how} by {world} ranks x {self.micro_batches} micro-batches; "
+                f"choose a multiple of {shares * turn}"
+            )
+        rows = -(-batch // shares)
+        places = np.arange(rows * world).reshape(-1, world, turn)[:, self.place.rank].ravel()
+        return _Deal(rows, rows * shares, places)
 
     def _build(self, source: Callable[[], _Inputs], batch: int, size_px: int) -> Pipeline:
         device = self.place.device
@@ -246,19 +267,21 @@ class Loader:
 
     def _read_ahead(self, start: Cursor) -> Iterator[_Rows]:
         """This rank's micro-batches from `start` to the end of the epoch, read by a few threads before they are needed."""
-        count = len(self.catalog)
+        count, deal = len(self.catalog), self._deal
         order = self._order_of(start.epoch).result()
         micro_batches = (
             _MicroBatch(
-                start.epoch, first + micro * self.rows * self.place.world, first, min(first + self._update, count)
+                start.epoch, first + micro * deal.rows * self.place.world, first, min(first + deal.update, count)
             )
-            for first in range(start.seen, count, self._update)
+            for first in range(start.seen, count, deal.update)
             for micro in range(self.micro_batches)
         )
         pending: deque[Future[_Rows]] = deque()
-        for micro_batch in micro_batches:
-            pending.append(self._pool.submit(self._fetch, micro_batch, order))
-            if len(pending) > _READ_AHEAD:
+        for number, micro_batch in enumerate(micro_batches):
+            pending.append(self._pool.submit(self._fetch, micro_batch, deal, order))
+            if len(pending) > self._reading:
+                if number > 2 * graph.PREFETCH and not pending[0].done():
+                    self._reading = min(self._reading + 1, _READERS)  # storage is slow here
                 yield pending.popleft().result()
         self._order_of(start.epoch + 1)  # of a million images it takes a while, and the training must not wait for it
         while pending:
@@ -275,11 +298,11 @@ class Loader:
         count = len(self.catalog)
         return draws.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
 
-    def _fetch(self, micro: _MicroBatch, order: NDArray[np.int64]) -> _Rows:
-        positions = micro.start + self._dealt
+    def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> _Rows:
+        positions = micro.start + deal.places
         ids = order[positions % len(order)]
         labels = np.where(positions < micro.end, self.catalog.labels[ids], UNCOUNTED)
-        sizes = np.empty((self.rows, 2), np.int32)
+        sizes = np.empty((deal.rows, 2), np.int32)
         encoded = []
         for row, sample in enumerate(ids):
             image = self._read(int(sample))
@@ -292,14 +315,14 @@ class Loader:
             geometry = draws.training_geometry(u, sizes, self.cfg.augment)
         else:
             geometry = draws.centre_geometry(sizes, self.cfg.validation_px, self.cfg.eval_crop)
-        inputs: list[list[NDArray[Any]]] = [encoded, list(geometry.roi[:, :2]), list(geometry.roi[:, 2:])]
+        inputs = [np.ascontiguousarray(geometry.roi[:, :2]), np.ascontiguousarray(geometry.roi[:, 2:])]
         if self._rotate:
-            inputs.append(list(geometry.angle_deg))
+            inputs.append(geometry.angle_deg)
         if self._operators:
             u = draws.uniforms(self.seed, micro.epoch, positions, draws.LOOK)
-            inputs += [list(operator.draw(u, self._size_px)) for operator in self._operators]
+            inputs += [operator.draw(u, self._size_px) for operator in self._operators]
         return _Rows(
-            inputs=tuple(inputs),
+            inputs=(encoded, *inputs),
             labels=labels,
             ids=ids,
             valid=int((positions < micro.end).sum()),

@@ -160,13 +160,6 @@ def is_pack(root: Path) -> bool:
     return (root / MANIFEST).is_file()
 
 
-def read_slice(file: Path, offset: int, length: int) -> bytes:
-    """Raises OSError."""
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        return stream.read(length)
-
-
 def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     encoded = [text.encode(errors="surrogateescape") for text in texts]
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)

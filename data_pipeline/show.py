@@ -7,7 +7,7 @@ pixel as a run with these options and this seed gets it. Below each stands the e
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,7 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
     The originals come first, in the order of the epoch. Raises `UserError`.
     """
     require(
-        not cfg.augment.mixes or cfg.batch % 2 == 0,
+        not cfg.augment.mixes or all(batch % 2 == 0 for batch in cfg.batches),
         f"data.batch: {cfg.batch} images are no pairs, which mixup and cutmix need; choose an even number",
     )
     catalog = open_catalog(cfg, "train")
@@ -78,10 +78,10 @@ def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: i
 
     By a loader that is one of as many ranks as an update has images, or pairs: no pixel depends on their number.
     """
-    rows = 2 if cfg.augment.mixes else 1
-    within = place.seen % cfg.batch
-    share = _Share(within // rows, cfg.batch // rows)
-    loader = Loader(catalog, cfg, share, training=True, seed=seed, epochs=epochs)
+    rows, images = 2 if cfg.augment.mixes else 1, cfg.batch_at(place.epoch, epochs)
+    within = place.seen % images
+    share = _Share(within // rows, images // rows)
+    loader = Loader(catalog, replace(cfg, batch=images), share, training=True, seed=seed, epochs=epochs)
     loader.seek(Cursor(place.epoch, place.seen - within))
     batch = next(iter(loader))
     row = within % rows

@@ -21,8 +21,10 @@ from data_pipeline.config import DataConfig, require
 from data_pipeline.decode import decode
 from data_pipeline.errors import UserError
 from data_pipeline.faults import Fault, print_faults, printable, relative_to_data, write_quarantine
+from data_pipeline.files import read_bytes
 from data_pipeline.headers import BadImage, Size
-from data_pipeline.packed import SPLITS, Index, Pack, is_pack, key, read_slice, sha256, shard_name
+from data_pipeline.named import dataset_root
+from data_pipeline.packed import SPLITS, Index, Pack, is_pack, key, sha256, shard_name
 from data_pipeline.workers import Workers, progress
 
 _ROWS = 32  # images that a process decodes at a time
@@ -48,7 +50,7 @@ class _Job(NamedTuple):
 
 def verify(cfg: DataConfig, workers: int | None = None) -> Outcome:
     """Check both splits of the dataset or pack `cfg.path`. Raises `UserError` where there is none."""
-    root = Path(cfg.path)
+    root = dataset_root(cfg)
     try:
         return verify_pack(Pack.open(root), workers) if is_pack(root) else verify_images(cfg, workers)
     except OSError as error:
@@ -113,7 +115,7 @@ def _check_rows(folder: Path, index: Index, rows: range) -> list[Fault]:
     faults = []
     for row in rows:
         shard, offset, length = folder / shard_name(index.shard[row]), int(index.offset[row]), int(index.length[row])
-        why = _why_bad(partial(read_slice, shard, offset, length), Size(int(index.height[row]), int(index.width[row])))
+        why = _why_bad(partial(read_bytes, shard, offset, length), Size(int(index.height[row]), int(index.width[row])))
         if why:
             faults.append(Fault(f"{folder.name}/{index.paths[row]}", why))
     return faults

@@ -76,7 +76,7 @@ def test_counts_are_exact_at_any_number_of_ranks(base: Path, tmp_path: Path) -> 
     run = reference(base, 1)
     alone = scored(run, SOLO)
     assert alone.images == VAL
-    assert all(VAL % number for number in (2, 3, load_run(run, []).data.batch))
+    assert all(VAL % number for number in (2, 3, *load_run(run, []).data.batches))
 
     theirs = by_torchvision(run, images(base))
     assert alone.images == theirs.images

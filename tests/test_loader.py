@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize  # type: ignore[import-untyped]
 from torchvision.transforms.functional import rotate  # type: ignore[import-untyped]
 
-from data_pipeline import draws, graph
+from data_pipeline import draws, graph, proof
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.errors import UserError
@@ -196,7 +196,7 @@ def test_images_are_channels_last_in_dalis_memory(
         assert batch.images.data_ptr() == pointers[number]
         assert batch.labels.shape == batch.ids.shape == (10,)
         assert batch.labels.dtype == batch.ids.dtype == torch.int64
-    assert len(pointers) == loader.updates
+    assert len(pointers) == loader.updates()
 
 
 def test_batches_that_are_kept_stay_as_they_are(folder: Path) -> None:
@@ -254,7 +254,7 @@ def test_the_cursor_and_totals_count_whole_updates(folder: Path) -> None:
     loader = opened(config(folder, batch=20, size_px=8), Place(1, 2), accumulate=2)
     seen = [(batch.valid, batch.total, loader.cursor.seen) for batch in loader]
     assert seen == [(5, 20, 20), (5, 20, 20), (5, 20, 40), (5, 20, 40), (4, 8, 48), (0, 8, 48)]
-    assert loader.updates == 3
+    assert loader.updates() == 3
 
 
 def test_epochs_differ_in_order_and_windows(folder: Path) -> None:
@@ -273,6 +273,29 @@ def test_each_epoch_has_its_size(folder: Path) -> None:
     assert sizes == [(16, 16)] * 3 + [(24, 24)] * 2
     assert all(batch.images.shape[2:] == (24, 24) for batch in opened(cfg, training=False))
     assert all(batch.images.shape[2:] == (40, 40) for batch in opened(replace(cfg, eval_size_px=40), training=False))
+
+
+def test_each_epoch_has_its_batch(folder: Path) -> None:
+    """Batches grow with the sizes; the images of a position stay, and each epoch is read once."""
+    cfg = config(folder, batch=[12, 24], size_px=[16, 24])
+    loaders = [opened(cfg, Place(rank, 2), epochs=4) for rank in range(2)]
+    for epoch, (batch, size_px) in enumerate([(12, 16), (12, 16), (24, 24), (24, 24)]):
+        ranks = []
+        for loader in loaders:
+            loader.seek(Cursor(epoch))
+            ranks.append(take(loader))
+        assert {tuple(one.images.shape) for batches in ranks for one in batches} == {(batch // 2, 3, size_px, size_px)}
+        assert len(ranks[0]) == loaders[0].updates(epoch) == 48 / batch
+        steady = epoch_of(replace(cfg, batch=48, size_px=size_px), cursor=Cursor(epoch))
+        for grown, alone in zip(in_order(ranks), in_order(steady), strict=True):
+            assert torch.equal(grown, alone)
+        assert proof.first_fault(np.array([loader.tally() for loader in loaders])) is None
+    assert all(one.images.shape[0] == 24 for one in opened(cfg, training=False))
+
+
+def test_every_batch_must_be_shared(folder: Path) -> None:
+    with pytest.raises(UserError, match="data.batch: 9 images cannot be shared by 2 ranks"):
+        opened(config(folder, batch=[12, 9]), Place(0, 2))
 
 
 @pytest.mark.parametrize(("world", "accumulate", "multiple"), [(3, 1, 3), (4, 3, 12)])

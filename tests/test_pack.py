@@ -21,8 +21,9 @@ from PIL import Image
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
+from data_pipeline.files import read_bytes
 from data_pipeline.pack import PackConfig, pack, store
-from data_pipeline.packed import Index, Pack, key, read_slice, shard_name
+from data_pipeline.packed import Index, Pack, key, shard_name
 from tests.conftest import ROOT, alpha, encode, picture
 from tests.runs import descendants, environment, state_of, tree
 
@@ -91,7 +92,7 @@ def test_every_image_is_there_in_the_order_of_the_catalog(folder: Path, packed: 
     copied = 0
     for row in range(len(index)):
         source = catalog.read(row)
-        stored = read_slice(
+        stored = read_bytes(
             packed / split / shard_name(index.shard[row]), int(index.offset[row]), int(index.length[row])
         )
         ours, wanted = Image.open(io.BytesIO(stored)), reference(source, SHORT_SIDE)

@@ -87,7 +87,7 @@ class Session:
         self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
         self.loader, self.val_loader = train, val
         self.images, classes = len(train.catalog), train.catalog.classes
-        self.total_steps = cfg.run.epochs * train.updates
+        self.total_steps = sum(train.updates(epoch) for epoch in range(cfg.run.epochs))
         self.engine = build_engine(cfg, len(classes), machine)
         newest = store.newest()
         if newest:
