@@ -34,7 +34,7 @@ from data_pipeline.errors import UserError
 _TABLE = "labels.csv"
 _PATIENCE_S = 60.0  # that a server may say nothing
 
-_Samples = Iterable[tuple[Path, str]]
+_Labelled = Iterable[tuple[Path, str]]
 """File and class of each image."""
 
 
@@ -58,23 +58,23 @@ class _Source(NamedTuple):
     """Class of torchvision.datasets."""
     splits: dict[str, dict[str, object]]
     """Split in our table -> the arguments that ask torchvision for it."""
-    samples: Callable[[Any, Path], _Samples]
+    samples: Callable[[Any, Path], _Labelled]
     """Samples of such a dataset; may write them into the folder of that name."""
 
 
-def _files(data: Any, _: Path) -> _Samples:
+def _files(data: Any, _: Path) -> _Labelled:
     """Of a dataset whose loader is `Path`: it returns names of files in place of images."""
     for file, label in (data[row] for row in range(len(data))):
         name = data.classes[label]
         yield file, name if isinstance(name, str) else name[0]  # Imagenette has a tuple of synonyms
 
 
-def _pets(data: Any, _: Path) -> _Samples:
+def _pets(data: Any, _: Path) -> _Labelled:
     # This one has no loader to replace, and opening each image takes long.
     return ((file, data.classes[label]) for file, label in zip(data._images, data._labels, strict=True))
 
 
-def _pngs(data: Any, folder: Path) -> _Samples:
+def _pngs(data: Any, folder: Path) -> _Labelled:
     for row, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
         file = folder / data.classes[label] / f"{row:05d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
