@@ -81,7 +81,7 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         (["--run.name", ".."], "run.name: '..' is no folder name; give a word such as first"),
         (["--run.name", "a/b"], "run.name: 'a/b' is no folder name; give a word such as first"),
         (["--data.size_px", "big"], "data.size_px: big does not fit; give int or list"),
-        (["--optim.name", "sgdd"], "optim.name: sgdd does not fit; give one of 'sgd', 'adamw'"),
+        (["--optim.name", "sgdd"], "optim.name: sgdd does not fit; give one of 'sgd', 'adamw', 'lars', 'lamb'"),
         (["--optim.nesterov", "maybe"], "optim.nesterov: maybe does not fit; give bool"),
         (["--optim.betas", "[0.9]"], "optim.betas: [0.9] does not fit; give tuple with 2 elements"),
         (["--config"], "--config: expected one argument"),

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,12 +13,25 @@ import torch.distributed as dist
 import torchvision  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Batch
 from tests.runs import SOLO
-from trainer.engine import STATE, WEIGHTS, EngineConfig, Normalise, count, load_weights, read_metadata
+from trainer import compression
+from trainer.engine import (
+    STATE,
+    WEIGHTS,
+    Compression,
+    EngineConfig,
+    Normalise,
+    count,
+    keep_compiled,
+    load_weights,
+    read_metadata,
+)
 from trainer.engine_ddp import DdpEngine
 from trainer.machine import Machine, Precision
 from trainer.optim import OptimConfig, ema_decay_at
@@ -64,9 +78,14 @@ def resnet(seed: int = 3) -> nn.Module:
 
 
 def build(
-    module: nn.Module, optim: OptimConfig = PLAIN, precision: Precision = "fp32", machine: Machine = SOLO
+    module: nn.Module,
+    optim: OptimConfig = PLAIN,
+    precision: Precision = "fp32",
+    machine: Machine = SOLO,
+    **options: Any,
 ) -> DdpEngine:
-    return DdpEngine(module, Normalise(MEAN, STD, machine.device), EngineConfig(precision=precision), optim, machine)
+    cfg = EngineConfig(precision=precision, **options)
+    return DdpEngine(module, Normalise(MEAN, STD, machine.device), cfg, optim, machine)
 
 
 def batch(rows: int, seed: int = 0, total: int | None = None) -> Batch:
@@ -248,6 +267,76 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     )
     assert not any(torch.equal(first["before"][name], second["before"][name]) for name in statistics)
     assert_equal(second["after"], first["before"])
+
+
+def compressed(rank: int, folder: Path) -> None:
+    """Four updates with each kind of compression; those with PowerSGD also interrupted after three."""
+    machine = join(rank, 2, folder)
+    compression.POWERSGD_START = 2
+    optim, batches = OptimConfig(lr=0.1), [part(batch(16, seed), slice(rank, None, 2)) for seed in range(4)]
+    ends = {}
+    for how in get_args(Compression):
+        engine = build(small_net(), optim, machine=machine, compression=how)
+        for number, one in enumerate(batches):
+            if number == 3:
+                machine.on_primary((folder / how).mkdir)
+                engine.snapshot({})(folder / how)
+                machine.barrier()
+            engine.step([one], 0.1)
+        ends[how] = parameters(engine)
+    resumed = build(small_net(), optim, machine=machine, compression="powersgd")
+    resumed.load(folder / "powersgd")
+    resumed.step([batches[3]], 0.1)
+    ends["resumed"] = parameters(resumed)
+    torch.save(ends, folder / f"rank {rank}")
+    dist.destroy_process_group()
+
+
+def test_compressed_gradients_are_near_whole_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(compressed, (tmp_path,), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"rank {rank}") for rank in range(2))
+    for how, ends in first.items():
+        assert_equal(ends, second[how])
+    start = dict(small_net().named_parameters())
+    for how, allowed in (("bf16", 0.02), ("fp16", 0.01), ("powersgd", 0.5)):
+        for name, whole in first["none"].items():
+            moved, off = (whole - start[name]).norm(), (first[how][name] - whole).norm()
+            assert off < allowed * moved, (how, name)
+        assert any((first[how][name] != whole).any() for name, whole in first["none"].items()), how
+    assert_equal(first["resumed"], first["powersgd"])
+
+
+def test_synchronised_statistics_need_gpus() -> None:
+    with pytest.raises(UserError, match=r"engine.sync_bn: .* GPUs only"):
+        build(small_net(), sync_bn=True)
+
+
+def test_compiled_once_a_shape(tmp_path: Path) -> None:
+    """Resolutions come and go, evaluation too; weights have their plain names, and what they are is as without."""
+    keep_compiled(EngineConfig(), tmp_path)
+    eager, fast = build(small_net()), build(small_net(), compile="on")
+
+    def rounds() -> None:
+        for size_px in (32, 48):
+            one = batch(8)
+            one = one._replace(images=one.images.repeat(1, 1, 2, 2)[:, :, :size_px, :size_px].contiguous())
+            torch.testing.assert_close(fast.step([one], 0.1), eager.step([one], 0.1), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(fast.predict(one.images), eager.predict(one.images), rtol=1e-4, atol=1e-5)
+
+    rounds()
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 4, "two sizes, in training and in evaluation"
+    rounds()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert_close(parameters(fast), parameters(eager))
+    assert fast.module.state_dict().keys() == small_net().state_dict().keys()
+    assert any((tmp_path / "compiled").rglob("*.so")), "kept for the next run"
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"engine.compile: on, but there is no C\+\+ compiler"):
+        build(small_net(), compile="on")
 
 
 def test_fp16_skips_an_update_that_overflows() -> None:

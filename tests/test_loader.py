@@ -294,7 +294,7 @@ def test_each_epoch_has_its_batch(folder: Path) -> None:
 
 
 def test_every_batch_must_be_shared(folder: Path) -> None:
-    with pytest.raises(UserError, match="data.batch: 9 images cannot be shared by 2 ranks"):
+    with pytest.raises(UserError, match=r"data.batch: 9 images cannot be shared by 2 ranks"):
         opened(config(folder, batch=[12, 9]), Place(0, 2))
 
 

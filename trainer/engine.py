@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Batch
 from trainer.machine import Precision, resolve_precision
+
+Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
 WEIGHTS, STATE = "model.safetensors", "training.pt"
 _METADATA = "sluice"
@@ -27,13 +32,26 @@ SUMS = ("loss", "top1", "top5", "images", "grad_norm")
 class EngineConfig:
     """How an update is computed."""
 
-    name: Literal["ddp"] = "ddp"
-    """Data parallelism: ddp is torch's DistributedDataParallel."""
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """Data parallelism: ddp is torch's DistributedDataParallel, deepspeed divides among the ranks what zero_stage says."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What deepspeed leaves each rank a part of: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights
+    too. The higher, the less memory."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
     on a GPU and fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto is on for GPUs and off for CPUs. On a CPU it needs a C++ compiler."""
+    """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
+    C++ compiler."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """What the compiler strives for, as torch.compile has it; the two others take longer to compile."""
+    compile_cache: str | None = None
+    """Folder of what was compiled, for runs to share; compiled/ in the run folder if not given."""
+    compression: Compression = "none"
+    """What DDP sends of the gradients: bf16 and fp16 half the bytes, powersgd (Vogels et al. 2019) two thin factors of each
+    weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
+    sync_bn: bool = False
+    """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
 
 
 class Engine(Protocol):
@@ -109,8 +127,19 @@ class Autocast:
 
 
 def compiled(module: nn.Module, cfg: EngineConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    wanted = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
-    return torch.compile(module) if wanted else module
+    """`module`, or it compiled for each shape of images that it meets. Raises `UserError` without a compiler."""
+    if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
+        return module
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise UserError("engine.compile: on, but there is no C++ compiler here; install g++, or give off")
+    # Each resolution in training and in evaluation is a shape of its own, and more of them than torch expects is no error.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+    return torch.compile(module, dynamic=False, mode=cfg.compile_mode)
+
+
+def keep_compiled(cfg: EngineConfig, run: Path) -> None:
+    """Have what torch.compile makes kept where a restarted run finds it. To be called before anything is compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cfg.compile_cache or str(run / "compiled")
 
 
 def smooth_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:

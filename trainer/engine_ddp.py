@@ -6,9 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
+from data_pipeline.config import require
 from data_pipeline.loader import Batch
+from trainer import compression
 from trainer.engine import (
     STATE,
     SUMS,
@@ -38,8 +42,14 @@ class DdpEngine:
     ) -> None:
         self.machine, self.optim, self.normalise = machine, optim, normalise
         device = machine.device
+        if cfg.sync_bn:
+            require(
+                device.type == "cuda",
+                "engine.sync_bn: torch has it for GPUs only, and there is none here; leave it out",
+            )
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module = module.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.module, optim, device)
+        self.optimizer = build_optimizer(self.module, optim)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
         self.judged = self.ema.module if self.ema else self.module  # what evaluation and the saved weights are about
         self.predict = Predictor(self.judged, normalise, cfg, device)
@@ -47,6 +57,7 @@ class DdpEngine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
         self.updates = 0
         self.replica: nn.Module = self.module
+        self.powersgd: PowerSGDState | None = None
         if machine.world > 1:
             self.replica = DistributedDataParallel(
                 self.module,
@@ -55,6 +66,7 @@ class DdpEngine:
                 gradient_as_bucket_view=True,
             )
             self._settle_buckets()
+            self.powersgd = compression.compress(self.replica, cfg.compression)
         self._forward = compiled(self.replica, cfg, device)
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
@@ -63,21 +75,24 @@ class DdpEngine:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._no_sync() if number < len(micro_batches) else nullcontext():
-                with self.autocast():
+                with record_function("forward"), self.autocast():
                     logits = self._forward(self.normalise(batch.images)).float()
                 losses = smooth_loss(logits, batch, self.optim.label_smoothing)
-                # DDP averages over ranks; this makes the average the mean over the images of the whole update.
-                self.scaler.scale(losses * self.machine.world / batch.total).backward()
+                with record_function("backward"):
+                    # DDP averages over ranks; this makes the average the mean over the images of the whole update.
+                    self.scaler.scale(losses * self.machine.world / batch.total).backward()
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        sums[4] = self._update()
+        with record_function("update"):
+            sums[4] = self._update()
         return sums
 
     def agree(self) -> None:
         self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
     def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
+        memory = compression.snapshot(self.powersgd, self.machine) if self.powersgd else None
         if not self.machine.primary:
-            return lambda folder: None
+            return memory or (lambda folder: None)
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "updates": self.updates}
         if self.ema:
             state["module"] = self.module.state_dict()
@@ -89,6 +104,8 @@ class DdpEngine:
         def write(folder: Path) -> None:
             for name, content in files.items():
                 (folder / name).write_bytes(content)
+            if memory:
+                memory(folder)
 
         return write
 
@@ -101,6 +118,8 @@ class DdpEngine:
         if state["scaler"]:  # empty where the run has been in another precision up to now
             self.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
+        if self.powersgd:
+            compression.load(self.powersgd, folder, self.machine)
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) else nullcontext()
@@ -124,7 +143,8 @@ class DdpEngine:
         """Let DDP order its buckets now.
 
         It does so after its first backward pass, and the order decides how sums over three or more ranks round: a
-        resumed run would otherwise differ from an uninterrupted one in its first step.
+        resumed run would otherwise differ from an uninterrupted one in its first step. A static graph orders them only
+        in the second, and saves no time.
         """
         self.module.eval()
         pixels = next(self.module.parameters()).new_zeros(2, 3, 32, 32)

@@ -14,7 +14,7 @@ from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.proof import first_fault
 from trainer.checkpoint import Progress, Store, check_run, record_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.engine import Engine, Normalise, read_metadata
+from trainer.engine import Engine, Normalise, keep_compiled, read_metadata
 from trainer.engine_ddp import DdpEngine
 from trainer.evaluate import evaluate
 from trainer.machine import Machine
@@ -44,6 +44,7 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
     for loader in (train, val):
         limit_bad(loader)
     machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
+    keep_compiled(cfg.engine, cfg.folder)
     session = Session(cfg, machine, train, val, store, progress)
     with session.tracker:
         return _train(cfg, session, stop)
@@ -223,6 +224,10 @@ def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
     torch.manual_seed(cfg.run.seed)
     model = build_resnet(cfg.model, classes)
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+    if cfg.engine.name == "deepspeed":
+        from trainer.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, machine)
     return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 
-OptimizerName = Literal["sgd", "adamw"]
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 
 
@@ -24,19 +24,20 @@ class OptimConfig:
     """How the weights are updated."""
 
     name: OptimizerName = "sgd"
-    """Rule of the update: SGD with momentum, or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+    """Rule of the update: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), or for large batches
+    LARS (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) by timm."""
 
     lr: float = 0.05
     """Peak learning rate, for the global batch as it stands; nothing scales it."""
 
     momentum: float = 0.9
-    """Momentum of SGD, from 0 to below 1."""
+    """Momentum of SGD and LARS, from 0 to below 1."""
 
     nesterov: bool = True
-    """Nesterov's momentum in SGD."""
+    """Nesterov's momentum in SGD and LARS."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's averages of the gradient and of its square, each from 0 to below 1."""
+    """Decay rates of AdamW's and LAMB's averages of the gradient and of its square, each from 0 to below 1."""
 
     weight_decay: float = 5e-4
     """Decay of the weights of convolutions and linear layers; biases and norms have none. In SGD it is added to the
@@ -75,7 +76,7 @@ class OptimConfig:
             ("momentum", 0 <= self.momentum < 1, "is out of range; give a number from 0 to below 1"),
             (
                 "nesterov",
-                self.momentum > 0 or not self.nesterov or self.name != "sgd",
+                self.momentum > 0 or not self.nesterov or self.name not in ("sgd", "lars"),
                 "needs a momentum; set optim.momentum above 0 or optim.nesterov to false",
             ),
             (
@@ -153,20 +154,27 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def build_optimizer(module: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser of a module's parameters, at the peak learning rate; the caller sets `lr_at` in every group.
 
-    On CUDA one fused kernel updates all parameters, elsewhere the multi-tensor ("foreach") implementation does.
+    SGD and AdamW update a parameter in one fused kernel: on a CPU ResNet-18's take half the time of "foreach". LARS and
+    LAMB leave weights without decay (norms and biases) to the plain rule.
     """
     groups = parameter_groups(module, cfg.weight_decay)
-    fused = device.type == "cuda"
+    nesterov = cfg.nesterov and cfg.momentum > 0
     match cfg.name:
         case "sgd":
-            return torch.optim.SGD(
-                groups, cfg.lr, cfg.momentum, nesterov=cfg.nesterov and cfg.momentum > 0, fused=fused, foreach=not fused
-            )
+            return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=nesterov, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, cfg.lr, cfg.betas, fused=fused, foreach=not fused)
+            return torch.optim.AdamW(groups, cfg.lr, cfg.betas, fused=True)
+        case "lars":
+            from timm.optim.lars import Lars
+
+            return Lars(groups, cfg.lr, cfg.momentum, nesterov=nesterov)
+        case "lamb":
+            from timm.optim.lamb import Lamb
+
+            return Lamb(groups, cfg.lr, betas=cfg.betas, max_grad_norm=None)
 
 
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:

@@ -1,0 +1,63 @@
+"""What DDP sends of the gradients: all of them, or fewer bytes that stand for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.engine import Compression, packed_state
+from trainer.machine import Machine
+
+POWERSGD_RANK = 2
+POWERSGD_START = 100  # updates that send whole gradients first: the early ones matter most
+
+
+def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDState | None:
+    """Have `replica` send its gradients so from now on; what PowerSGD remembers between updates, if it is that.
+
+    PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends two thin factors of each weight's gradient and adds what they
+    miss to the next one.
+    """
+    match how:
+        case "bf16":
+            replica.register_comm_hook(None, bf16_compress_hook)
+        case "fp16":
+            replica.register_comm_hook(None, fp16_compress_hook)
+        case "powersgd":
+            state = PowerSGDState(None, POWERSGD_RANK, POWERSGD_START)
+            replica.register_comm_hook(state, powerSGD_hook)
+            return state
+    return None
+
+
+_TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by number of the bucket
+
+
+def snapshot(state: PowerSGDState, machine: Machine) -> Callable[[Path], None]:
+    """What writes this rank's memory of PowerSGD into a folder; each rank has its own."""
+    tensors = {name: dict(getattr(state, name)) for name in _TENSORS}
+    content = packed_state({"world": machine.world, "iter": state.iter, **tensors})
+
+    def write(folder: Path) -> None:
+        _file(folder, machine).write_bytes(content)
+
+    return write
+
+
+def load(state: PowerSGDState, folder: Path, machine: Machine) -> None:
+    """Continue where `snapshot` was taken; afresh where the run had another number of ranks or no PowerSGD."""
+    file = _file(folder, machine)
+    saved: dict[str, Any] = torch.load(file, map_location=machine.device, weights_only=True) if file.exists() else {}
+    if saved.get("world") != machine.world:
+        return
+    state.iter = saved["iter"]
+    for name in _TENSORS:
+        getattr(state, name).update(saved[name])
+
+
+def _file(folder: Path, machine: Machine) -> Path:
+    return folder / f"powersgd-{machine.rank}.pt"
