@@ -306,6 +306,46 @@ def test_compressed_gradients_are_near_whole_ones(tmp_path: Path) -> None:
     assert_equal(first["resumed"], first["powersgd"])
 
 
+def out_of_memory_above(rows: int, module: nn.Module) -> None:
+    """What a GPU does: allocations fail, here those of a forward pass over more images than `rows`."""
+
+    def refuse(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > rows:
+            raise torch.OutOfMemoryError(f"no memory for {len(inputs[0])} images")
+
+    module.register_forward_pre_hook(refuse)
+
+
+@pytest.mark.parametrize(("room", "pieces"), [(8, 1), (4, 2), (3, 4), (1, 8)])
+def test_pieces_that_fit_are_one_batch(room: int, pieces: int) -> None:
+    whole, cut = build(small_net()), build(small_net())
+    out_of_memory_above(room, cut.module)
+    cut.fit_memory(8, 32)
+    assert cut.pieces == pieces
+    for seed in range(2):
+        torch.testing.assert_close(
+            cut.step([batch(8, seed)], 0.1), whole.step([batch(8, seed)], 0.1), rtol=1e-5, atol=1e-7
+        )
+    assert_close(parameters(cut), parameters(whole))
+
+
+def test_a_trial_of_memory_changes_nothing() -> None:
+    engine = build(resnet())
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    out_of_memory_above(4, engine.module)
+    engine.fit_memory(8, 32)
+    assert engine.pieces == 2
+    assert_equal(engine.module.state_dict(), before)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
+def test_an_image_too_large_for_memory() -> None:
+    engine = build(small_net())
+    out_of_memory_above(0, engine.module)
+    with pytest.raises(UserError, match=r"data.size_px: .* one image of 32 px"):
+        engine.fit_memory(8, 32)
+
+
 def test_synchronised_statistics_need_gpus() -> None:
     with pytest.raises(UserError, match=r"engine.sync_bn: .* GPUs only"):
         build(small_net(), sync_bn=True)

@@ -18,6 +18,7 @@ from data_pipeline.errors import UserError
 from trainer.engine import EngineConfig
 from trainer.optim import OptimConfig
 from trainer.resnet import ModelConfig
+from trainer.trace import chosen_steps
 from trainer.tracker import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,6 +44,9 @@ class RunConfig:
     """Updates between two rows of metrics; also how often the ranks look whether to stop."""
     save_every: int = 200
     """Updates between two checkpoints within an epoch; one is always written at its end."""
+    profile: str | None = None
+    """Updates to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to profile/ in
+    the run folder."""
 
     def __post_init__(self) -> None:
         require(
@@ -56,6 +60,8 @@ class RunConfig:
         )
         require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of updates")
         require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of updates")
+        if self.profile is not None:
+            chosen_steps(self.profile)
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
 
 
@@ -81,6 +87,7 @@ FREE = {
     "run.max_steps",
     "run.log_every",
     "run.save_every",
+    "run.profile",
     "data.path",
     "data.images",
     "data.threads",

@@ -52,6 +52,9 @@ class EngineConfig:
     weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
     sync_bn: bool = False
     """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
+    fit_memory: bool = False
+    """Cut micro-batches into the fewest pieces that memory holds, as a trial before the first update shows. Batch
+    normalisation then sees one piece at a time. For ddp."""
 
 
 class Engine(Protocol):

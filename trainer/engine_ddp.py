@@ -68,13 +68,26 @@ class DdpEngine:
             self._settle_buckets()
             self.powersgd = compression.compress(self.replica, cfg.compression)
         self._forward = compiled(self.replica, cfg, device)
+        self.pieces = 1  # of a micro-batch, each with a forward and a backward pass of its own
+
+    def fit_memory(self, rows: int, size_px: int) -> None:
+        """Cut micro-batches of so many images into the fewest pieces that memory holds, found by trial. Collective.
+
+        Raises `UserError` where not even one image fits.
+        """
+        while not self._fits(-(-rows // self.pieces), size_px):
+            require(
+                self.pieces < rows, f"data.size_px: there is no memory for one image of {size_px} px; give a lower one"
+            )
+            self.pieces *= 2
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            with self._no_sync() if number < len(micro_batches) else nullcontext():
+        pieces = [piece for batch in micro_batches for piece in _cut(batch, self.pieces)]
+        for number, batch in enumerate(pieces, start=1):
+            with self._no_sync() if number < len(pieces) else nullcontext():
                 with record_function("forward"), self.autocast():
                     logits = self._forward(self.normalise(batch.images)).float()
                 losses = smooth_loss(logits, batch, self.optim.label_smoothing)
@@ -139,6 +152,25 @@ class DdpEngine:
         self.updates += 1
         return norm
 
+    def _fits(self, rows: int, size_px: int) -> bool:
+        """Whether every rank has memory for both passes over so many images, beside what the optimiser will keep."""
+        failed = torch.zeros(1, device=self.machine.device)
+        statistics = [buffer.clone() for buffer in self.module.buffers()]
+        try:
+            kept = [torch.empty_like(parameter) for parameter in self.module.parameters() for _ in range(2)]
+            images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.machine.device)
+            with self._no_sync():
+                with self.autocast():
+                    logits = self._forward(self.normalise(images.to(memory_format=torch.channels_last)))
+                logits.sum().backward()
+            del kept, logits
+        except torch.OutOfMemoryError:
+            failed += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.module.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        return not self.machine.sum(failed).item()
+
     def _settle_buckets(self) -> None:
         """Let DDP order its buckets now.
 
@@ -151,3 +183,15 @@ class DdpEngine:
         self.replica(pixels).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.train()
+
+
+def _cut(batch: Batch, pieces: int) -> list[Batch]:
+    """The rows of a batch in so many pieces, or fewer where there are not as many rows."""
+    if pieces == 1:
+        return [batch]
+    images, labels = batch.images.chunk(pieces), batch.labels.chunk(pieces)
+    targets = [None] * len(images) if batch.targets is None else batch.targets.chunk(pieces)
+    return [
+        batch._replace(images=rows, labels=names, targets=shares)
+        for rows, names, shares in zip(images, labels, targets, strict=True)
+    ]

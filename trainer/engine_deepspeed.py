@@ -63,6 +63,8 @@ def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
         )
     if cfg.sync_bn:
         raise UserError("engine.sync_bn: it is for DDP only; leave it out, or set engine.name to ddp")
+    if cfg.fit_memory:
+        raise UserError("engine.fit_memory: it is for DDP only; leave it out, or set engine.name to ddp")
     if cfg.zero_stage == 3 and cfg.compile == "on":
         raise UserError(
             "engine.compile: on does not work with ZeRO-3, which collects weights layer by layer; set it to off, or "

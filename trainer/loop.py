@@ -22,6 +22,7 @@ from trainer.meter import Meter
 from trainer.optim import lr_at
 from trainer.preempt import StopFlag
 from trainer.resnet import build_resnet
+from trainer.trace import Trace
 from trainer.tracker import Tracker
 
 
@@ -46,7 +47,7 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
     machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
     keep_compiled(cfg.engine, cfg.folder)
     session = Session(cfg, machine, train, val, store, progress)
-    with session.tracker:
+    with session.tracker, session.trace:
         return _train(cfg, session, stop)
 
 
@@ -58,6 +59,7 @@ def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
             lr = lr_at(session.progress.step, cfg.optim, session.total_steps)
             meter.add(engine.step(micro_batches, lr))
             step = session.progress.step + 1
+            session.trace.step(step)
             session.progress = replace(session.progress, step=step, cursor=loader.cursor)
             if session.epoch_read:
                 continue  # the loader ends here, and the end of the epoch reports and saves
@@ -105,6 +107,7 @@ class Session:
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = Meter(machine, progress.sums)
+        self.trace = Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step)
         self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
 
     def _open_tracker(self) -> Tracker:
@@ -147,7 +150,11 @@ class Session:
 
     def name_bad(self, loader: Loader) -> None:
         for path, why in loader.take_bad():
-            print(f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count", flush=True)
+            line = f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count"
+            if self.machine.primary:
+                self.tracker.note(line)
+            else:
+                print(line, flush=True)  # a tracker elsewhere has no console
 
     def prove_shares(self) -> None:
         """Make sure that the ranks together read every image of this epoch exactly once. Collective."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self, TypeVar
 
 import torch
+from torch.profiler import record_function
 
 from trainer.engine import SUMS
 from trainer.machine import Machine
@@ -48,7 +49,8 @@ class Meter:
         while True:
             start = time.perf_counter()
             try:
-                batch = next(iterator)
+                with record_function("data"):
+                    batch = next(iterator)
             except StopIteration:
                 return
             self._wait_s += time.perf_counter() - start
