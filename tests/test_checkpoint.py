@@ -5,6 +5,8 @@ import io
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Cursor
-from tests.runs import tree
-from trainer.checkpoint import PARTIAL, Progress, Store, check_run, record_run
+from tests.runs import ROOT, tree
+from trainer.checkpoint import PARTIAL, Progress, Store, check_run, claim_run, record_run
 
 
 def progress(step: int) -> Progress:
@@ -267,3 +269,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> 
     check_run(run, same)
     with pytest.raises(UserError, match=rf"run\.dir: cannot write to {run} \(.+\); give another --run\.dir"):
         record_run(run, "run: {}\n")
+
+
+def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from trainer.checkpoint import claim_run; claim_run(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with claim_run(tmp_path):
+        other = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert "UserError: run.dir: another process trains in" in other.stderr
+    assert subprocess.run(command, cwd=ROOT).returncode == 0

@@ -7,6 +7,8 @@ DIR/checkpoints/last -> step-00000120
 DIR/checkpoints/best -> step-00000080
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from typing import IO
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import sync
 from data_pipeline.loader import Cursor
 
 PROGRESS = "progress.json"
+LOCK = ".lock"
 PARTIAL = ".partial"
 """What is being written, in its folder; left behind by a crash, it is of no worth."""
 
@@ -150,3 +154,18 @@ def record_run(run: Path, config: str) -> None:
         partial.replace(run / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+
+
+def claim_run(run: Path) -> IO[str]:
+    """Make sure that no other process trains in `run`, for as long as the file returned is open. Raises `UserError`."""
+    try:
+        lock = (run / LOCK).open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"run.dir: another process trains in {run} right now; wait for it, or give another --run.dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
+            raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+    return lock

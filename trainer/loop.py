@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -12,7 +13,7 @@ from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.proof import first_fault
-from trainer.checkpoint import Progress, Store, check_run, record_run
+from trainer.checkpoint import Progress, Store, check_run, claim_run, record_run
 from trainer.config import Config, first_difference, to_yaml
 from trainer.engine import Engine, Normalise, keep_compiled, read_metadata
 from trainer.engine_ddp import DdpEngine
@@ -46,9 +47,10 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
         limit_bad(loader)
     machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
     keep_compiled(cfg.engine, cfg.folder)
-    session = Session(cfg, machine, train, val, store, progress)
-    with session.tracker, session.trace:
-        return _train(cfg, session, stop)
+    with machine.agree(lambda: claim_run(cfg.folder) if machine.primary else nullcontext()):
+        session = Session(cfg, machine, train, val, store, progress)
+        with session.tracker, session.trace:
+            return _train(cfg, session, stop)
 
 
 def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
