@@ -16,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_du
 from data_pipeline.config import DataConfig, require
 from data_pipeline.errors import UserError
 from trainer.engine import EngineConfig
+from trainer.engine_deepspeed import check_deepspeed
 from trainer.optim import OptimConfig
 from trainer.resnet import ModelConfig
 from trainer.trace import chosen_steps
@@ -75,6 +76,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_deepspeed(self.engine, self.optim)
 
     @property
     def folder(self) -> Path:

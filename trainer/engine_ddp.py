@@ -55,6 +55,10 @@ class DdpEngine:
         self.predict = Predictor(self.judged, normalise, cfg, device)
         self.autocast = self.predict.autocast
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
+        if self.scaler.is_enabled() and optim.name == "sgd" and optim.momentum > 0:
+            # The fused kernel would leave momentum as it finds it in memory where the very first update overflows.
+            for parameter in self.module.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.updates = 0
         self.replica: nn.Module = self.module
         self.powersgd: PowerSGDState | None = None
@@ -124,6 +128,10 @@ class DdpEngine:
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
+        require(
+            "engine" not in state,
+            f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; repeat its options, or give another --run.dir",
+        )
         load_weights(self.judged, folder)
         if self.ema:
             self.module.load_state_dict(state["module"])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
         # DeepSpeed takes contiguous weights only. From stage 1 on they are windows of one flat tensor and stay so.
         self.module.to(memory_format=torch.contiguous_format)
         self.autocast = Autocast(cfg.precision, device)
-        self.replica = _Cast(self.module, compiled(self.module, cfg, device), self.autocast)
+        self.replica = _Cast(compiled(self.module, cfg, device), self.autocast)
         self.optimizer = build_optimizer(self.module, optim)
         self._deepspeed = _import_deepspeed(machine)
         self.engine, self._zero, _, _ = self._deepspeed.initialize(
@@ -117,13 +118,16 @@ class DeepSpeedEngine:
             self._zero.override_loss_scale(self.scale)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            logits = self.engine(self.normalise(batch.images))
+            with record_function("forward"):
+                logits = self.engine(self.normalise(batch.images))
             losses = smooth_loss(logits, batch, self.optim.label_smoothing)
             # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
             loss = losses * self.machine.world / batch.total
-            self.engine.backward(loss if self.stage > 0 else loss * self.scale)
+            with record_function("backward"):
+                self.engine.backward(loss if self.stage > 0 else loss * self.scale)
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        sums[4] = self._update()
+        with record_function("update"):
+            sums[4] = self._update()
         return sums
 
     def agree(self) -> None:
@@ -131,7 +135,7 @@ class DeepSpeedEngine:
 
     def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
         files: dict[str, bytes | memoryview] = {}
-        with self._whole_weights():
+        with self.whole_weights():
             if self.machine.primary:
                 state: dict[str, Any] = {
                     "engine": "deepspeed",
@@ -160,7 +164,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
         self._check_saved(state, folder)
-        with self._whole_weights(source=0):
+        with self.whole_weights(source=0):
             load_weights(self.ema.module if self.ema else self.module, folder)
             if self.ema:
                 self.module.load_state_dict(state["module"])
@@ -236,7 +240,7 @@ class DeepSpeedEngine:
             case _:
                 return list(self._zero.fp32_partitioned_groups_flat)
 
-    def _whole_weights(self, source: int | None = None) -> AbstractContextManager[None]:
+    def whole_weights(self, source: int | None = None) -> AbstractContextManager[None]:
         """Within it the weights are whole on every rank; at its end those of rank `source` are kept. Collective."""
         if self.stage < 3:
             return nullcontext()
@@ -268,13 +272,13 @@ class _Cast(nn.Module):
     Autocast belongs inside: DeepSpeed switches off what surrounds it, and its own setting would last for the process.
     """
 
-    def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor], autocast: Autocast) -> None:
+    def __init__(self, network: Callable[[Tensor], Tensor], autocast: Autocast) -> None:
         super().__init__()
-        self.network, self._run, self._autocast = network, forward, autocast
+        self.network, self.autocast = network, autocast
 
     def forward(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            return self._run(images).float()
+        with self.autocast():
+            return self.network(images).float()
 
 
 def _import_deepspeed(machine: Machine) -> Any:
