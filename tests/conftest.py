@@ -144,7 +144,12 @@ def imagenette() -> Path:
 
 
 def config(
-    root: Path, *, batch: int | list[int], size_px: int | list[int] = 32, threads: int = 2, augment: AugmentConfig | None = None
+    root: Path,
+    *,
+    batch: int | list[int],
+    size_px: int | list[int] = 32,
+    threads: int = 2,
+    augment: AugmentConfig | None = None,
 ) -> DataConfig:
     return DataConfig(
         path=str(root), batch=batch, size_px=size_px, threads=threads, augment=augment or AugmentConfig(min_area=0.2)

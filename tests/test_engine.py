@@ -390,7 +390,9 @@ def test_fp16_skips_an_update_that_overflows() -> None:
     never = build(small_net(), precision="fp16")
     never.scaler.load_state_dict(engine.scaler.state_dict())
     for seed in range(2):
-        torch.testing.assert_close(engine.step([batch(8, seed)], 0.1), never.step([batch(8, seed)], 0.1), rtol=0, atol=0)
+        torch.testing.assert_close(
+            engine.step([batch(8, seed)], 0.1), never.step([batch(8, seed)], 0.1), rtol=0, atol=0
+        )
     assert_equal(parameters(engine), parameters(never))
     assert not torch.equal(parameters(engine)["fc.weight"], before["fc.weight"])
 

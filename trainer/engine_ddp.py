@@ -130,7 +130,7 @@ class DdpEngine:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
         require(
             "engine" not in state,
-            f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; repeat its options, or give another --run.dir",
+            f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; name that, or give another --run.dir",
         )
         load_weights(self.judged, folder)
         if self.ema:

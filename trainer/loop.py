@@ -224,7 +224,7 @@ class Session:
         return self.progress
 
     def hand_over(self) -> Progress:
-        self.tracker.note(f"asked to stop: saved step {self.progress.step}; the same command goes on from there")
+        self.tracker.alert("asked to stop", f"saved step {self.progress.step}; the same command goes on from there")
         return self.progress
 
 

@@ -2,6 +2,7 @@
 
 `metrics.jsonl` in the run folder is the source of truth and always on. Every destination is a sink behind one small
 protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
+Alarms (`alarms.py`) go to the console and to W&B, which tells people who are not looking.
 Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,best_top1_pct}`,
 `perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`.
 """
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from data_pipeline.errors import UserError
+from trainer.alarms import Alarms
 
 PLAIN_INTERVAL_S = 10.0
 """Least time between two progress lines where the console is no terminal."""
@@ -53,6 +55,10 @@ class Sink(Protocol):
 
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None: ...
 
+    def alert(self, title: str, text: str) -> None:
+        """Tell people who are not looking, where the destination can."""
+        return
+
     def close(self, failed: bool) -> None:
         """Flush and let go; `failed` when an exception ends the training."""
 
@@ -83,6 +89,7 @@ class Tracker:
         self._sinks: dict[str, Sink] = {}
         self._console: Console | None = None
         self._stop = threading.Event()
+        self._alarms = Alarms()
         if not primary:
             return
         on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -113,11 +120,19 @@ class Tracker:
         """
         self._tell(lambda console: console.progress(scalars, step, epoch))
         self._write(scalars, step, epoch)
+        for title, text in self._alarms.row(scalars, step):
+            self.alert(title, text)
 
     def epoch(self, scalars: Mapping[str, float], step: int, epoch: int, best: bool) -> None:
         """One row and one console line at the end of an epoch, counted from 1; `best`: it became the saved best."""
         self._tell(lambda console: console.epoch(scalars, epoch, best))
         self._write(scalars, step, epoch)
+        self._alarms.new_epoch()
+
+    def alert(self, title: str, text: str) -> None:
+        """One console line, and a W&B alert, which reaches people by mail or chat."""
+        self.note(f"{title}: {text}")
+        self._send(lambda sink: sink.alert(title, text))
 
     def note(self, text: str) -> None:
         """One console line, information or a warning, that leaves the progress bar whole."""
@@ -155,9 +170,12 @@ class Tracker:
 
     def _write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         row = {name: float(value) for name, value in scalars.items()}
+        self._send(lambda sink: sink.write(row, step, epoch))
+
+    def _send(self, act: Callable[[Sink], None]) -> None:
         for name, sink in list(self._sinks.items()):
             try:
-                sink.write(row, step, epoch)
+                act(sink)
             except Exception as error:
                 del self._sinks[name]
                 with contextlib.suppress(Exception):
@@ -175,7 +193,7 @@ class Tracker:
             self._console = None
 
 
-class JsonLines:
+class JsonLines(Sink):
     """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
 
     JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
@@ -211,7 +229,7 @@ def _step(line: str) -> int:
         return -1
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """TensorBoard events, one record a row.
 
     Written here rather than by `SummaryWriter`, whose thread prints a traceback of its own when the disk fails, and

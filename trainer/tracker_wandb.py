@@ -15,6 +15,8 @@ from typing import Any
 import wandb
 
 from data_pipeline.errors import UserError
+from trainer.checkpoint import Store
+from trainer.engine import WEIGHTS
 
 INIT_TIMEOUT_S = 30.0
 """Longest wait for the server before the run is kept offline; wandb's own default is 90 s."""
@@ -25,6 +27,9 @@ _REMEDY = "run `wandb login`, set WANDB_API_KEY, or give --tracking.wandb offlin
 
 class WandbSink:
     """One W&B run for one run folder, whose `wandb_id.txt` keeps its id for every later attempt.
+
+    Its configuration is `run_config` and `world_size`, the number of processes. The best weights of a run that has
+    trained all its epochs become the artifact `model-ID`.
 
     `mode` is auto, online or offline. `note` takes lines for the console. `on_stop` is called on another thread when
     somebody presses Stop on the run's page, where wandb's own answer is a KeyboardInterrupt in the middle of a step.
@@ -59,6 +64,7 @@ class WandbSink:
             finish_timeout_raises=True,
             stop_fn=lambda: on_stop(),  # a bound method does not survive the deep copy of settings
         )
+        run_config = run_config | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
         try:
             self._run, why_offline = _start(mode, settings, folder, run_config)
         except BaseException:
@@ -66,7 +72,7 @@ class WandbSink:
             raise
         # Steps redone after a resume must not be dropped, so no row says `step=`: the axis is a metric like others.
         self._run.define_metric("*", step_metric="train/step")
-        self._note, self._offline = note, bool(why_offline)
+        self._note, self._offline, self._folder = note, bool(why_offline), folder
         # Every attempt keeps a folder of its own; `wandb sync` skips those that are uploaded already.
         kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}*"
         if self._offline:
@@ -79,7 +85,17 @@ class WandbSink:
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         self._run.log({**scalars, "epoch": epoch, "train/step": step})
 
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title, text, level="WARN")
+
     def close(self, failed: bool) -> None:
+        try:
+            if not failed:
+                self._log_best()
+        finally:
+            self._finish(failed)
+
+    def _finish(self, failed: bool) -> None:
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:
@@ -88,6 +104,15 @@ class WandbSink:
             _teardown()
         if self._offline:
             self._note(f"wandb: the run is offline; to upload it: {self._sync}")
+
+    def _log_best(self) -> None:
+        store = Store(self._folder)
+        best = store.chosen()
+        if best and store.progress().finished:
+            top1 = {"best_top1_pct": store.progress().best_top1_pct}
+            artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=top1)
+            artifact.add_file(str(best / WEIGHTS), policy="immutable")  # uploaded from where it lies, without a copy
+            self._run.log_artifact(artifact, aliases=["best"])
 
 
 def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, Any]) -> tuple[wandb.Run, str]:
