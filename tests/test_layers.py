@@ -14,7 +14,7 @@ HEAVY = {
     "wandb": {"trainer.tracker_wandb", "launch.dashboard"},
     "wandb_workspaces": {"launch.dashboard"},
     "deepspeed": {"trainer.engine_deepspeed"},
-    "submitit": {"launch.job", "launch.submit", "launch.sweep"},
+    "submitit": {"launch.submit", "launch.sweep"},
 }
 """Packages that take long to import, and the modules that may do so whenever they are imported themselves."""
 

@@ -115,6 +115,11 @@ def open_machine() -> Iterator[Machine]:
             dist.destroy_process_group()
 
 
+def gpu_count() -> int:
+    """GPUs of this machine that a run may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
     """What `auto` means here: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
 
