@@ -42,7 +42,7 @@ from trainer.compression import POWERSGD_START
 from trainer.config import Config, load
 from trainer.engine import Engine
 from trainer.link import all_reduce_seconds
-from trainer.loop import build_engine
+from trainer.loop import build_engine, training_loader
 from trainer.machine import Machine, open_machine, resolve_precision
 from trainer.rivals import Peer, Race, open_peers
 from trainer.trace import Trace
@@ -111,17 +111,7 @@ class Ours:
 
     def __init__(self, cfg: Config, catalog: Catalog, machine: Machine) -> None:
         self.machine, self.micro_batches = machine, cfg.optim.accumulate
-        loader = machine.agree(
-            lambda: Loader(
-                catalog,
-                cfg.data,
-                machine,
-                training=True,
-                seed=cfg.run.seed,
-                epochs=cfg.run.epochs,
-                accumulate=cfg.optim.accumulate,
-            )
-        )
+        loader = machine.agree(lambda: training_loader(cfg, catalog, machine))
         self._batches = _endless(loader, cfg.run.epochs - 1)
         batch = self._fetch()[0]
         self._synthetic = [batch._replace(images=torch.randint_like(batch.images, 256))] * self.micro_batches

@@ -1,6 +1,5 @@
 """What DDP sends of the gradients: all of them, or fewer bytes that stand for them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +36,15 @@ def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDStat
 _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by number of the bucket
 
 
-def snapshot(state: PowerSGDState, machine: Machine) -> Callable[[Path], None]:
-    """What writes this rank's memory of PowerSGD into a folder; each rank has its own."""
+def packed(state: PowerSGDState, machine: Machine) -> dict[str, memoryview]:
+    """This rank's memory of PowerSGD as a file, by name; each rank has its own."""
     tensors = {name: dict(getattr(state, name)) for name in _TENSORS}
-    content = packed_state({"world": machine.world, "iter": state.iter, **tensors})
-
-    def write(folder: Path) -> None:
-        _file(folder, machine).write_bytes(content)
-
-    return write
+    return {_name(machine): packed_state({"world": machine.world, "iter": state.iter, **tensors})}
 
 
 def load(state: PowerSGDState, folder: Path, machine: Machine) -> None:
-    """Continue where `snapshot` was taken; afresh where the run had another number of ranks or no PowerSGD."""
-    file = _file(folder, machine)
+    """Continue where `packed` was called; afresh where the run had another number of ranks or no PowerSGD."""
+    file = folder / _name(machine)
     saved: dict[str, Any] = torch.load(file, map_location=machine.device, weights_only=True) if file.exists() else {}
     if saved.get("world") != machine.world:
         return
@@ -59,5 +53,5 @@ def load(state: PowerSGDState, folder: Path, machine: Machine) -> None:
         getattr(state, name).update(saved[name])
 
 
-def _file(folder: Path, machine: Machine) -> Path:
-    return folder / f"powersgd-{machine.rank}.pt"
+def _name(machine: Machine) -> str:
+    return f"powersgd-{machine.rank}.pt"

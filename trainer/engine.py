@@ -4,7 +4,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -167,6 +167,16 @@ def packed_state(state: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
+
+
+def writer(files: Mapping[str, bytes | memoryview]) -> Callable[[Path], None]:
+    """What writes `files`, by name, into a folder."""
+
+    def write(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    return write
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -25,6 +25,7 @@ from trainer.engine import (
     packed_state,
     packed_weights,
     smooth_loss,
+    writer,
 )
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer
@@ -107,24 +108,19 @@ class DdpEngine:
         self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
     def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
-        memory = compression.snapshot(self.powersgd, self.machine) if self.powersgd else None
-        if not self.machine.primary:
-            return memory or (lambda folder: None)
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "updates": self.updates}
-        if self.ema:
-            state["module"] = self.module.state_dict()
-        files: dict[str, bytes | memoryview] = {
-            WEIGHTS: packed_weights(self.judged, metadata),
-            STATE: packed_state(state),
-        }
-
-        def write(folder: Path) -> None:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-            if memory:
-                memory(folder)
-
-        return write
+        files: dict[str, bytes | memoryview] = {}
+        if self.powersgd:
+            files |= compression.packed(self.powersgd, self.machine)
+        if self.machine.primary:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "updates": self.updates,
+            }
+            if self.ema:
+                state["module"] = self.module.state_dict()
+            files |= {WEIGHTS: packed_weights(self.judged, metadata), STATE: packed_state(state)}
+        return writer(files)
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)

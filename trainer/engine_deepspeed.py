@@ -30,6 +30,7 @@ from trainer.engine import (
     packed_state,
     packed_weights,
     smooth_loss,
+    writer,
 )
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer
@@ -154,12 +155,7 @@ class DeepSpeedEngine:
         if self.machine.primary or self.stage > 0:
             shard = [self.optimizer.state.get(weights, {}) for weights in self._shards]
             files[SHARD.format(rank=self.machine.rank)] = packed_state({"optimizer": shard})
-
-        def write(folder: Path) -> None:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-
-        return write
+        return writer(files)
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)

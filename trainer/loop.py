@@ -256,8 +256,13 @@ def _open_data(cfg: Config, machine: Machine) -> tuple[Loader, Loader]:
     """What reads the training and the validation images."""
     train = open_catalog(cfg.data, "train")
     val = open_catalog(cfg.data, "val", train.classes)
-    loader = Loader(
-        train,
+    return training_loader(cfg, train, machine), Loader(val, cfg.data, machine, training=False)
+
+
+def training_loader(cfg: Config, catalog: Catalog, machine: Machine) -> Loader:
+    """What reads the images that a run trains on. Raises `UserError`."""
+    return Loader(
+        catalog,
         cfg.data,
         machine,
         training=True,
@@ -265,7 +270,6 @@ def _open_data(cfg: Config, machine: Machine) -> tuple[Loader, Loader]:
         epochs=cfg.run.epochs,
         accumulate=cfg.optim.accumulate,
     )
-    return loader, Loader(val, cfg.data, machine, training=False)
 
 
 def _resume_point(store: Store, train: Catalog) -> Progress:
