@@ -245,13 +245,10 @@ def plot(summed: pd.DataFrame) -> bytes:
 
 
 def write(turns: pd.DataFrame, out: Path) -> None:
-    """bench.csv, one line a turn, and bench.png where matplotlib is installed."""
+    """bench.csv, one line a turn, and bench.png."""
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "bench.csv", turns.to_csv(index=False).encode())
-    if importlib.util.find_spec("matplotlib"):
-        replace_file(out / "bench.png", plot(summary(turns)))
-    else:
-        print("bench.png is left out: matplotlib is not installed", file=sys.stderr)
+    replace_file(out / "bench.png", plot(summary(turns)))
 
 
 def sizes_of(text: str) -> list[int]:

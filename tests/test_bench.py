@@ -1,6 +1,5 @@
 """What is measured and in which order, what is made of it, and the command on one process and on two."""
 
-import importlib.util
 import json
 import re
 import signal
@@ -231,10 +230,9 @@ def test_several_numbers_of_processes_are_drawn(tmp_path: Path) -> None:
     turns = pd.concat([frame(rates), frame({**rates, JOINED: [99.0], REDUCE: [1e9]}, world=2)])
     bench_report.write(turns, {1: fact(), 2: fact(world=2)}, Config(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"bench.csv", "bench.json"}
-    if importlib.util.find_spec("matplotlib"):
-        with Image.open(tmp_path / "scaling.png") as plot:
-            assert plot.format == "PNG" and plot.width > 600
-            assert len(plot.convert("RGB").getcolors(1 << 24) or ()) > 4
+    with Image.open(tmp_path / "scaling.png") as plot:
+        assert plot.format == "PNG" and plot.width > 600
+        assert len(plot.convert("RGB").getcolors(1 << 24) or ()) > 4
 
 
 def test_medians_are_logged_to_wandb(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

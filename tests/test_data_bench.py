@@ -56,10 +56,9 @@ def test_what_is_written(turns: pd.DataFrame, tmp_path: Path) -> None:
     )
     lines = bench.table(bench.summary(turns)).splitlines()
     assert len(lines) == 1 + turns.loader.nunique() and len({len(line) for line in lines}) == 1
-    if importlib.util.find_spec("matplotlib"):
-        with Image.open(tmp_path / "new/folder/bench.png") as plot:
-            assert plot.format == "PNG" and plot.width > 800
-            assert len(plot.convert("RGB").getcolors(1 << 24) or ()) > turns.loader.nunique()
+    with Image.open(tmp_path / "new/folder/bench.png") as plot:
+        assert plot.format == "PNG" and plot.width > 800
+        assert len(plot.convert("RGB").getcolors(1 << 24) or ()) > turns.loader.nunique()
 
 
 def test_the_summary_compares_round_by_round() -> None:

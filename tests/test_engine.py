@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +21,7 @@ from torch.nn import functional
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Batch
-from tests.runs import SOLO
+from tests.runs import SOLO, free_port
 from trainer import compression
 from trainer.engine import (
     STATE,
@@ -33,7 +35,7 @@ from trainer.engine import (
     read_metadata,
 )
 from trainer.engine_ddp import DdpEngine
-from trainer.machine import Machine, Precision
+from trainer.machine import Machine, Precision, keep_group, open_machine
 from trainer.optim import OptimConfig, ema_decay_at
 from trainer.resnet import ModelConfig, build_resnet
 
@@ -216,6 +218,7 @@ def test_mixed_images_have_soft_targets() -> None:
 
 def join(rank: int, world: int, folder: Path) -> Machine:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    keep_group()
     torch.set_num_threads(1)
     return Machine(torch.device("cpu"), rank, world, 1)
 
@@ -304,6 +307,49 @@ def test_compressed_gradients_are_near_whole_ones(tmp_path: Path) -> None:
             assert off < allowed * moved, (how, name)
         assert any((first[how][name] != whole).any() for name, whole in first["none"].items()), how
     assert_equal(first["resumed"], first["powersgd"])
+
+
+def with_powersgd(rank: int, folder: Path) -> None:
+    """Updates of a network whose gradients would fill two of DDP's own buckets."""
+    machine = join(rank, 2, folder)
+    compression.POWERSGD_START = 2
+    engine = build(resnet(), OptimConfig(lr=0.01), machine=machine, compression="powersgd")
+    for seed in range(6):
+        engine.step([part(batch(8, seed), slice(rank, None, 2))], 0.01)
+    torch.save(parameters(engine), folder / f"rank {rank}")
+    dist.destroy_process_group()
+
+
+def test_powersgd_sums_in_one_order_on_all_ranks(tmp_path: Path) -> None:
+    assert sum(parameter.nbytes for parameter in resnet().parameters()) > 40 << 20
+    torch.multiprocessing.start_processes(with_powersgd, (tmp_path,), nprocs=2, start_method="spawn")
+    assert_equal(*(torch.load(tmp_path / f"rank {rank}") for rank in range(2)))
+
+
+class SlowToGo:
+    """Holds the process group, and takes its time to let go of it."""
+
+    def __init__(self) -> None:
+        self.group = dist.group.WORLD
+
+    def __del__(self) -> None:
+        time.sleep(0.5)
+
+
+def leave_before_a_callback(rank: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    with open_machine():
+        if rank == 1:
+            time.sleep(0.3)  # so that one of gloo's threads ends the sum of rank 0, and calls back
+        ended = dist.all_reduce(torch.ones(1), async_op=True).get_future()
+        holding = SlowToGo()
+        ended.then(lambda future, _=holding: future.value()).wait()
+        del holding, ended
+    time.sleep(1)
+
+
+def test_leaving_while_gloo_holds_the_group() -> None:
+    torch.multiprocessing.start_processes(leave_before_a_callback, (free_port(),), nprocs=2, start_method="spawn")
 
 
 def out_of_memory_above(rows: int, module: nn.Module) -> None:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ def plot(turns: pd.DataFrame) -> bytes:
 
 
 def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, out: Path) -> None:
-    """bench.csv, a row a turn; bench.json; for several worlds scaling.png, where matplotlib is installed."""
+    """bench.csv, a row a turn; bench.json; for several worlds scaling.png."""
     out.mkdir(parents=True, exist_ok=True)
     medians = {
         str(world): rows.set_index("part")["median"].to_dict() for world, rows in summary(turns).groupby("world")
@@ -184,10 +183,7 @@ def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, ou
     replace_file(out / "bench.csv", turns.to_csv(index=False).encode())
     replace_file(out / "bench.json", json.dumps(content, indent=1).encode())
     if len(facts) > 1:
-        if find_spec("matplotlib"):
-            replace_file(out / "scaling.png", plot(turns))
-        else:
-            print("scaling.png is left out: matplotlib is not installed; pip install 'sluice[bench]'", file=sys.stderr)
+        replace_file(out / "scaling.png", plot(turns))
 
 
 _PACKAGES = ("sluice", "torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "timm", "lightning")

@@ -15,6 +15,15 @@ POWERSGD_RANK = 2
 POWERSGD_START = 100  # updates that send whole gradients first: the early ones matter most
 
 
+def bucket_mb(how: Compression, device: torch.device) -> int | None:
+    """Size of the buckets that DDP reduces gradients in; None is its own.
+
+    PowerSGD goes on with a bucket once its first sum is there. On a CPU gloo's threads do that, and those of two buckets
+    would call their next sums in an order of their own on each rank; so there all gradients are one bucket.
+    """
+    return 1 << 20 if how == "powersgd" and device.type == "cpu" else None
+
+
 def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDState | None:
     """Have `replica` send its gradients so from now on; what PowerSGD remembers between updates, if it is that.
 

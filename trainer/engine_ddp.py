@@ -69,6 +69,7 @@ class DdpEngine:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
+                bucket_cap_mb=compression.bucket_mb(cfg.compression, device),
             )
             self._settle_buckets()
             self.powersgd = compression.compress(self.replica, cfg.compression)

@@ -108,11 +108,24 @@ def open_machine() -> Iterator[Machine]:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+        keep_group()
     try:
         yield Machine(device, rank, world, cores)
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+_groups: list[object] = []
+
+
+def keep_group() -> None:
+    """Keep the process group until the interpreter ends, though it be left before.
+
+    Whoever lets go of it last waits for its threads. With a communication hook that may be one of these threads itself, a
+    moment after the training has ended, and gloo then aborts the process ("Resource deadlock avoided").
+    """
+    _groups.append(dist.group.WORLD)
 
 
 def gpu_count() -> int:
