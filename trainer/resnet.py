@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from trainer.convolution import Convolution
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -33,7 +34,7 @@ class ModelConfig:
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return Convolution(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
