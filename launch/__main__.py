@@ -9,6 +9,8 @@ from data_pipeline.errors import UserError
 COMMANDS = {
     "local": ("launch.local", "main", "train on this machine, one process for each GPU"),
     "submit": ("launch.submit", "main", "hand a run to SLURM"),
+    "sweep": ("launch.sweep", "main", "a run for each of many settings, as a job array or here"),
+    "summary": ("launch.summary", "main", "what a sweep has found: a table and a plot"),
     "status": ("launch.runs", "status", "a table of the runs that were submitted"),
     "logs": ("launch.runs", "logs", "what a run prints; -f follows it"),
     "cancel": ("launch.runs", "cancel", "end a run's job; it saves first"),

@@ -6,7 +6,6 @@ when the training has ended, when the mistake is the user's, nor when SLURM has 
 mistake but shows only in a later start, such as a lock that a lost node still holds, counts as a crash.
 """
 
-import os
 import signal
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 from data_pipeline.command import run_command
 from data_pipeline.errors import UserError
-from launch.slurm import requeue, state_of
+from launch.slurm import own_job, requeue, state_of
 from launch.submission import Submission, restart_count
 
 T = TypeVar("T")
@@ -27,7 +26,7 @@ PAUSE_S = 5.0
 
 def decide(submission: Submission, status: int) -> int:
     """Requeue the job, or say how it ended; `status` is srun's. Returns the job's exit code. Raises `UserError`."""
-    job, restart, crashes = os.environ["SLURM_JOB_ID"], restart_count(), submission.crashes
+    job, restart, crashes = own_job(), restart_count(), submission.crashes
     outcome = submission.outcome(restart)
     mistake = outcome is not None and outcome.startswith("error")
     if outcome in ("finished", "stopped") or (mistake and restart == 0):

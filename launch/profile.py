@@ -141,6 +141,13 @@ def parse_request(prog: str, arguments: list[str], earlier: dict[str, Any] | Non
 
     Raises `UserError`.
     """
+    parser = request_parser(prog)
+    parser.set_defaults(earlier or {})
+    return request_of(parse(parser, arguments))
+
+
+def request_parser(prog: str) -> ArgumentParser:
+    """A parser that knows the options of a request."""
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--profile", action=ActionConfigFile, help="A YAML file, or a name in slurm/profiles; comes first."
@@ -149,14 +156,24 @@ def parse_request(prog: str, arguments: list[str], earlier: dict[str, Any] | Non
     parser.add_argument(
         "--launcher", type=Literal["srun", "torchrun"], default="srun", help="What starts the processes of a node."
     )
-    parser.add_argument("--dry_run", action="store_true", help="Print the job's script; submit and write nothing.")
-    parser.set_defaults(earlier or {})
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Print the job's script; submit and write nothing."
+    )
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """The values of all options of a request parser. Raises `UserError`."""
     try:
-        parsed = vars(parser.parse_args(_with_file(arguments)))
+        return vars(parser.parse_args(_with_file(arguments)))
     except ArgumentError as error:
-        raise UserError(_remedy(" ".join(str(error).split()), prog)) from None
-    profile = Profile(**{part.name: parsed[part.name] for part in fields(Profile)})
-    return Request(profile, parsed["launcher"], parsed["dry_run"])
+        raise UserError(_remedy(" ".join(str(error).split()), str(parser.prog))) from None
+
+
+def request_of(values: dict[str, Any]) -> Request:
+    """The request among the values of a parser's options. Raises `UserError`."""
+    profile = Profile(**{part.name: values[part.name] for part in fields(Profile)})
+    return Request(profile, values["launcher"], values["dry_run"])
 
 
 def _with_file(arguments: list[str]) -> list[str]:

@@ -50,19 +50,20 @@ def status(arguments: list[str]) -> None:
 
 
 def table(folder: Path, jobs: dict[str, Queued]) -> list[Row]:
-    """The submitted runs in `folder`, by name."""
-    runs = [(run, newest(run)) for run in sorted(folder.glob("*/"))]
-    return [_row(run, submission, jobs) for run, submission in runs if submission]
+    """The submitted runs in `folder`, and those of the sweeps in it, by name."""
+    folders = sorted([*folder.glob("*/"), *folder.glob("*/*/")])
+    runs = [(run, newest(run)) for run in folders]
+    return [_row(str(run.relative_to(folder)), run, submission, jobs) for run, submission in runs if submission]
 
 
-def _row(run: Path, submission: Submission, jobs: dict[str, Queued]) -> Row:
+def _row(name: str, run: Path, submission: Submission, jobs: dict[str, Queued]) -> Row:
     known = jobs.get(submission.job.id or "")
     last: dict[str, Any] = {}
     for row in _rows(run):
         last |= {name: value for name, value in row.items() if value is not None}
     return Row(
-        run.name,
-        _state(submission, known),
+        name,
+        state_of(submission, known),
         known.nodes if known else "",
         max(submission.restarts, known.restarts if known else 0),
         last.get("epoch"),
@@ -71,7 +72,7 @@ def _row(run: Path, submission: Submission, jobs: dict[str, Queued]) -> Row:
     )
 
 
-def _state(submission: Submission, known: Queued | None) -> str:
+def state_of(submission: Submission, known: Queued | None) -> str:
     """SLURM's word while the job is in its hands, with the reason for waiting; then the job's own."""
     if known and known.active:
         waits = known.state == "PENDING" and known.reason not in ("", "None")
@@ -131,7 +132,7 @@ def cancel(arguments: list[str]) -> None:
     job = submission.job.id or ""
     known = queue().get(job)
     if known is None or not known.active:
-        raise UserError(f"{arguments[0]}: its job {job} has ended already: {_state(submission, known)}")
+        raise UserError(f"{arguments[0]}: its job {job} has ended already: {state_of(submission, known)}")
     run_slurm("scancel", job)
     submission.write_restarts(crashes=submission.crashes, restarts=known.restarts, end="cancelled")
     print(f"job {job} of {run} is being ended; python -m launch resubmit goes on where it saved")

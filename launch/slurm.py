@@ -1,5 +1,6 @@
 """What SLURM says: its commands, run without a shell."""
 
+import os
 import subprocess
 from typing import NamedTuple
 
@@ -32,29 +33,45 @@ class Queued(NamedTuple):
         return self.state not in ENDING
 
 
+_ALONE = "`python -m launch local` trains on this machine alone"
+
+
 def run_slurm(*command: str, stdin: str | None = None) -> str:
     """Output of one of SLURM's commands. Raises `UserError` with what it says against it."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError(
-            f"no {command[0]} here: this machine has no SLURM; `python -m launch local` trains on this machine alone"
-        ) from None
+        raise UserError(f"no {command[0]} here: this machine has no SLURM; {_ALONE}") from None
     if done.returncode:
+        if "Could not establish a configuration source" in done.stderr:
+            raise UserError(
+                f"{command[0]} belongs to no cluster: SLURM is installed here, but has no slurm.conf; "
+                f"set SLURM_CONF, or work where the cluster's jobs are submitted; {_ALONE}"
+            )
         said = [line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         raise UserError(f"{command[0]}: {'; '.join(said) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def queue() -> dict[str, Queued]:
-    """All jobs of this user that the controller knows, by number. Raises `UserError`."""
-    fields = "JobID,State,NodeList,RestartCnt,Reason"
-    table = run_slurm("squeue", "--me", "--noheader", "--states=all", "--Format", fields.replace(",", ":|,") + ":|")
+    """All jobs of this user that the controller knows, by number, as 123 or, in an array, 123_4. Raises `UserError`."""
+    fields = "JobArrayID,State,NodeList,RestartCnt,Reason"
+    layout = fields.replace(",", ":|,") + ":|"
+    table = run_slurm("squeue", "--me", "--array", "--noheader", "--states=all", "--Format", layout)
     jobs = {}
     for line in table.splitlines():
         number, state, nodes, restarts, reason = line.split("|")[:5]
         jobs[number.strip()] = Queued(state.strip(), nodes.strip(), int(restarts), reason.strip())
     return jobs
+
+
+def own_job() -> str:
+    """Number of the job that this process is part of.
+
+    For a task of an array, the form 123_4: by the plain number of one of its tasks, SLURM understands the whole array.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def state_of(job: str) -> str:

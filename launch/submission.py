@@ -6,7 +6,7 @@ RUN/slurm/20260131-120000-1f2e/   one folder for each submission, never used aga
     outcome.json                  how the last start of the job ended, as rank 0 says
     restarts.json                 crashes so far, and how the job ended, as its script says
     batch.log, rank-0.log, ...    what the script and each process print; a restarted job goes on in them
-    JOB_submission.sh, JOB_submitted.pkl    submitit's
+    JOB_submission.sh, JOB_submitted.pkl    submitit's; those of a sweep lie in SWEEP/slurm/, under the same name
 """
 
 import json
@@ -20,6 +20,8 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.files import replace_file
 from launch.profile import Profile
+
+SCRIPT_LOG = "batch.log"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Job:
     submitted: str
     """Local date and time."""
     id: str | None = None
-    """SLURM's number; null while it is being submitted."""
+    """SLURM's number, 123_4 in an array; null while it is being submitted."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -66,7 +68,7 @@ class Submission:
 
     @property
     def script_log(self) -> Path:
-        return self.folder / "batch.log"
+        return self.folder / SCRIPT_LOG
 
     def outcome(self, restart: int) -> str | None:
         """How the start number `restart` of the job ended: `finished`, `stopped`, `handed over` or a mistake in words.
@@ -124,7 +126,7 @@ def newest(run: Path) -> Submission | None:
 
 
 def find(name: str) -> tuple[Path, Submission]:
-    """The run called `name`, a folder in runs/ or a path, and its last submission. Raises `UserError`."""
+    """The run called `name`, a folder below runs/ or a path, and its last submission. Raises `UserError`."""
     run = next((path for path in (Path("runs") / name, Path(name)) if (path / "config.yaml").is_file()), Path(name))
     submission = newest(run)
     if submission is None:
@@ -134,4 +136,5 @@ def find(name: str) -> tuple[Path, Submission]:
 
 def short_name(run: Path) -> str:
     """What `find` knows a run by, from where it is submitted."""
-    return run.name if run.parent == Path.cwd() / "runs" else str(run)
+    runs = Path.cwd() / "runs"
+    return str(run.relative_to(runs) if run.is_relative_to(runs) else run)

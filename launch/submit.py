@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,8 +24,8 @@ from submitit.core.utils import FailedJobError
 from data_pipeline.errors import UserError
 from launch.job import train, train_node
 from launch.profile import Profile, Request, parse_request
-from launch.slurm import queue, run_slurm
-from launch.submission import Job, Submission, find, fresh_folder, newest, short_name
+from launch.slurm import Queued, queue, run_slurm
+from launch.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
 from trainer.checkpoint import Store, check_run, record_run
 from trainer.config import Config, first_difference, load, load_run, to_yaml
 
@@ -69,17 +70,50 @@ def resubmit(arguments: list[str]) -> None:
 def submit(cfg: Config, request: Request, cwd: str) -> None:
     """Hand the run, whose folder is absolute, to SLURM, or print the script. Raises `UserError`; no job was submitted then."""
     run_slurm("sbatch", "--version")
-    check_free(cfg)
-    submission = Submission(fresh_folder(cfg.folder))
-    executor = executor_for(submission, request, cfg.folder.name)
+    check_free(cfg, queue())
+    for job in submit_runs([cfg], request, cwd, cfg.folder):
+        name = shlex.quote(short_name(cfg.folder))
+        print(f"job {job} trains {cfg.folder}; to watch it: python -m launch logs -f {name}")
+
+
+def submit_runs(
+    runs: list[Config], request: Request, cwd: str, place: Path, parallel: int | None = None
+) -> Iterator[str]:
+    """Hand free runs, whose folders are absolute, to SLURM: several as one array, of which `parallel` run at once.
+
+    What belongs to all of them is kept in the folder `place`. Returns SLURM's numbers, or prints the script and returns
+    none. Raises `UserError`; no job was submitted then.
+    """
+    home = fresh_folder(place)
+    submissions = [Submission(cfg.folder / "slurm" / home.name) for cfg in runs]
+    executor = executor_for(home, submissions, request, place.name, parallel)
     script = script_of(executor)
     if request.dry_run:
         print(script)
-        return
+        return iter(())
     run_slurm("sbatch", "--test-only", stdin=script)
-    record_run(cfg.folder, to_yaml(cfg))
-    submission.folder.mkdir(parents=True)
-    job = Job(
+    home.mkdir(parents=True)
+    jobs = [new_job(cfg, request, cwd) for cfg in runs]
+    for cfg, submission, job in zip(runs, submissions, jobs, strict=True):
+        record_run(cfg.folder, to_yaml(cfg))
+        submission.folder.mkdir(parents=True, exist_ok=True)
+        submission.write_job(job)
+    task = train_node if request.launcher == "torchrun" else train
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+            handles = executor.map_array(task, [str(submission.folder) for submission in submissions])
+    except FailedJobError as refused:  # limits on how many jobs one may submit are looked at only now
+        for folder in {home, *(submission.folder for submission in submissions)}:
+            shutil.rmtree(folder)
+        raise UserError(str(refused)) from None
+    for submission, job, handle in zip(submissions, jobs, handles, strict=True):
+        submission.write_job(replace(job, id=handle.job_id))
+    return (handle.job_id for handle in handles)
+
+
+def new_job(cfg: Config, request: Request, cwd: str) -> Job:
+    """What is known of a job before SLURM has it."""
+    return Job(
         run=str(cfg.folder),
         cwd=cwd,
         launcher=request.launcher,
@@ -87,22 +121,10 @@ def submit(cfg: Config, request: Request, cwd: str) -> None:
         version=code_version(),
         submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
-    submission.write_job(job)
-    task = train_node if request.launcher == "torchrun" else train
-    try:
-        with redirect_stderr(io.StringIO()):  # submitit prints what it then raises
-            job_id = executor.submit(task, str(submission.folder)).job_id
-    except FailedJobError as refused:  # limits on how many jobs one may submit are looked at only now
-        shutil.rmtree(submission.folder)
-        raise UserError(str(refused)) from None
-    submission.write_job(replace(job, id=job_id))
-    print(
-        f"job {job_id} trains {cfg.folder}; to watch it: python -m launch logs -f {shlex.quote(short_name(cfg.folder))}"
-    )
 
 
-def check_free(cfg: Config) -> None:
-    """Make sure that the run may begin or go on, and that no job of it is queued. Raises `UserError`."""
+def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
+    """Make sure that the run may begin or go on, and that none of the queued `jobs` is its own. Raises `UserError`."""
     run = cfg.folder
     for tag in ("%j", "%t", "%a", "%A"):
         if tag in str(run):
@@ -110,17 +132,26 @@ def check_free(cfg: Config) -> None:
     check_run(run, lambda saved: first_difference(saved, cfg))
     if Store(run).progress().finished:
         raise UserError(f"run.dir: {run} is finished; to train anew give another --run.name")
+    before = active_job(run, jobs)
+    if before:
+        raise UserError(f"run.dir: job {before} of {run} is {jobs[before].state}; cancel it first")
+
+
+def active_job(run: Path, jobs: Mapping[str, Queued]) -> str | None:
+    """Number of the job among `jobs` that trains the run, or waits to."""
     before = newest(run)
-    if before and before.job.id in (jobs := queue()) and jobs[before.job.id].active:
-        raise UserError(f"run.dir: job {before.job.id} of {run} is {jobs[before.job.id].state}; cancel it first")
+    number = (before and before.job.id) or ""
+    return number if number in jobs and jobs[number].active else None
 
 
-def executor_for(submission: Submission, request: Request, name: str) -> SlurmExecutor:
-    """submitit's executor, told what the profile asks for."""
+def executor_for(
+    home: Path, submissions: list[Submission], request: Request, name: str, parallel: int | None = None
+) -> SlurmExecutor:
+    """submitit's executor, told what the profile asks for; its own files are in `home`."""
     profile = request.profile
     by_torchrun = request.launcher == "torchrun"
     cpus = profile.cpus_per_task and profile.cpus_per_task * (profile.ranks_per_node if by_torchrun else 1)
-    executor = SlurmExecutor(submission.folder, python=shlex.quote(profile.python or sys.executable))
+    executor = SlurmExecutor(home, python=shlex.quote(profile.python or sys.executable))
     executor.update_parameters(
         job_name=_for_sbatch(name if name.isprintable() else ascii(name)),
         time=profile.minutes,
@@ -130,11 +161,12 @@ def executor_for(submission: Submission, request: Request, name: str) -> SlurmEx
         cpus_per_task=cpus,
         signal_delay_s=profile.warn_s,
         stderr_to_stdout=True,
-        setup=_before(submission, profile),
-        teardown=[shlex.join([sys.executable, "-m", "launch.after", str(submission.folder)]) + " $?"],
+        setup=_before(submissions, profile),
+        teardown=[f'{shlex.quote(sys.executable)} -m launch.after "$SLUICE_SUBMISSION" $?'],
         srun_args=_srun_arguments(profile, cpus),
         additional_parameters={
             **{key: _for_sbatch(value) for key, value in profile.options().items()},
+            **_array(len(submissions), parallel),
             "chdir": "/",  # jobs change to a folder themselves: SLURM would take % and \ in its name for its own
             "output": "/dev/null",
             "requeue": True,
@@ -144,17 +176,26 @@ def executor_for(submission: Submission, request: Request, name: str) -> SlurmEx
     return executor
 
 
+def _array(runs: int, parallel: int | None) -> dict[str, str]:
+    """A range of tasks, for submitit has a cap of its own."""
+    return {"array": f"0-{runs - 1}" + (f"%{parallel}" if parallel else "")} if runs > 1 else {}
+
+
 def script_of(executor: SlurmExecutor) -> str:
     """What submitit will give to sbatch; it has no public name for it."""
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _before(submission: Submission, profile: Profile) -> list[str]:
+def _before(submissions: list[Submission], profile: Profile) -> list[str]:
     """The script's lines before srun."""
     paths = [str(ROOT), *(str(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(":") if part)]
     variables = {"PYTHONPATH": ":".join(dict.fromkeys(paths)), **profile.env}
     return [
-        f"exec >>{shlex.quote(str(submission.script_log))} 2>&1",
+        "submissions=(",
+        *(f"  {shlex.quote(str(submission.folder))}" for submission in submissions),
+        ")",
+        "SLUICE_SUBMISSION=${submissions[${SLURM_ARRAY_TASK_ID:-0}]}",
+        f'exec >>"$SLUICE_SUBMISSION"/{SCRIPT_LOG} 2>&1',
         *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
         *profile.setup,
     ]

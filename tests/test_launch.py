@@ -17,7 +17,7 @@ from launch.after import decide
 from launch.job import rank_variables
 from launch.profile import PROFILES, Profile, parse_request
 from launch.runs import table, tail
-from launch.slurm import Queued
+from launch.slurm import Queued, own_job
 from launch.submission import Job, Submission, find, fresh_folder, newest
 from tests.runs import descendants, dotted, environment, rows, settings_of
 from trainer.checkpoint import Store
@@ -91,7 +91,7 @@ def terminate(launcher: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "COMMAND: no such command; give one of local, submit, status"),
+        ([], "COMMAND: no such command; give one of local, submit, sweep, summary, status"),
         (["start"], "start: no such command"),
         (["local", "-n", "two"], "-n: 'two' is no number of processes"),
         (["local", "-n", "0"], "-n: '0' is no number of processes"),
@@ -126,9 +126,35 @@ def test_a_refused_command_says_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: no sbatch here")
 
 
+def test_tools_without_a_cluster_are_one_line(tmp_path: Path) -> None:
+    """As on a machine where SLURM is installed and not set up."""
+    tool = tmp_path / "squeue"
+    tool.write_text("""#!/bin/sh
+echo 'squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host' >&2
+echo 'squeue: error: fetch_config: DNS SRV lookup failed' >&2
+echo 'squeue: fatal: Could not establish a configuration source' >&2
+exit 1
+""")
+    tool.chmod(0o755)
+    done = launch("status", cwd=tmp_path, PATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error: squeue belongs to no cluster: SLURM is installed here, but has no slurm.conf")
+
+
 def test_help_names_every_command(tmp_path: Path) -> None:
     said = launch("--help", cwd=tmp_path).stdout
-    for command in ("local", "submit", "status", "logs", "cancel", "resubmit", "overview", "dashboard"):
+    for command in (
+        "local",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "resubmit",
+        "sweep",
+        "summary",
+        "overview",
+        "dashboard",
+    ):
         assert f"  {command} " in said
 
 
@@ -219,6 +245,16 @@ def test_ranks_join_as_torchrun_would_have_them() -> None:
     }
 
 
+def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its tasks has the array's own number."""
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    assert own_job() == "70"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert own_job() == "70_4"
+
+
 def submitted(run: Path, number: str = "7") -> Submission:
     (run / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
@@ -279,13 +315,16 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         if name in ("ended", "cancelled"):
             submission.write_restarts(crashes=1, restarts=3, end="finished" if name == "ended" else "cancelled")
     (tmp_path / "not submitted").mkdir()
+    submitted(tmp_path / "sweep/lr=0.1", "5_1")
     jobs = {
+        "5_1": Queued("PENDING", "", 0, "JobArrayTaskLimit"),
         "0": Queued("PENDING", "", 0, "Priority"),
         "1": Queued("RUNNING", "gpu[1-2]", 2, "None"),
         "4": Queued("COMPLETING", "gpu3", 0, "None"),
     }
     rows = {row.name: row for row in table(tmp_path, jobs)}
-    assert list(rows) == ["cancelled", "ended", "lost", "running", "waiting"]
+    assert list(rows) == ["cancelled", "ended", "lost", "running", "sweep/lr=0.1", "waiting"]
+    assert rows["sweep/lr=0.1"].state == "pending (JobArrayTaskLimit)"
     assert rows["waiting"].state == "pending (Priority)" and rows["waiting"].epoch is None
     assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 120.0, 50.0)
     assert (rows["ended"].state, rows["ended"].restarts) == ("finished", 3)

@@ -16,8 +16,9 @@ import pytest
 
 from data_pipeline.errors import UserError
 from launch.curves import Curve, chart, thinned, ticks
-from launch.overview import CHARTS, RUNNING_S, find_runs, main, page, read_run
+from launch.overview import CHARTS, main, page
 from tests.runs import EPOCHS, ROOT, environment, reference, train, tree
+from trainer.history import RUNNING_S, find_runs, read_run
 
 NOW_S = 1_800_000_000.0
 HOSTILE = 'it\'s <b>"bold"</b> & <script>alert(1)</script> 猫'

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.profile import Profile, Request
 from launch.slurm import run_slurm
@@ -63,6 +65,16 @@ def assert_same_end(run: Path, whole: Path) -> None:
     assert len(losses) == sum("train/loss" in row and "val/loss" not in row for row in rows(run))
     wanted = {row["step"]: row["train/loss"] for row in rows(whole) if "train/loss" in row and "val/loss" not in row}
     assert losses == pytest.approx(wanted, rel=1e-9)
+
+
+def assert_events_once(run: Path) -> None:
+    """TensorBoard shows the steps that metrics.jsonl has, none of them twice."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    wanted = [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
+    assert [step for step, _ in shown] == [step for step, _ in wanted] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in wanted], rel=1e-6)
 
 
 def test_two_nodes_to_the_end(cluster: Cluster, undisturbed: Path) -> None:
@@ -131,11 +143,86 @@ def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, bas
     assert second.folder != first.folder and second.job.profile["nodes"] == 1
 
 
+def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, undisturbed: Path) -> None:
+    """As many ranks on fewer nodes go on in mid-epoch with the images that were next: the end is the same to the bit."""
+    run = base / "from two nodes to one"
+    cluster.submit(run, TWO_BY_TWO, [*settings(base, run), "--tracking.tensorboard", "true"])
+    cluster.wait_for_step(run, 2)
+    cluster.run("scancel", "--signal=USR2", cluster.job(run))
+    cluster.wait(run, "PENDING")
+    assert 2 <= Store(run).progress().step < STEPS
+    assert cluster.launch("cancel", str(run)).returncode == 0
+    again = cluster.launch("resubmit", str(run), "--nodes", "1", "--tasks_per_node", "4")
+    assert again.returncode == 0, again.stderr
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert "local_rank=3(4), node=0(1), global_rank=3(4)" in cluster.said(run)
+    assert_same_end(run, undisturbed)
+    assert_events_once(run)
+
+
+def test_a_sweep(cluster: Cluster, base: Path) -> None:
+    """One array: of its runs one is requeued, one fails, one is cancelled and handed in again, and none minds the others."""
+    options = settings_of(base, base, EPOCHS)
+    del options["run.dir"]
+    listed = [{"optim.lr": 0.01}, {"data.path": "/nowhere"}, {"optim.lr": 0.02}, {"optim.lr": 0.03, "run.epochs": 3}]
+    file = cluster.cwd / "it's 100% mine.yaml"
+    file.write_text(json.dumps({"options": options, "list": listed}))
+    wanted = ["sweep", file.name, "--profile", "dev", "--nodes", "1", "--tasks_per_node", "1", "--parallel", "2"]
+    refused = cluster.launch(*wanted, "--partition", "nope")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "invalid partition" in refused.stderr
+    assert not (cluster.cwd / "runs").exists()
+
+    done = cluster.launch(*wanted)
+    assert done.returncode == 0 and "trains 4 runs" in done.stdout, done.stderr
+    names = ["lr=0.01", "path=-nowhere", "lr=0.02", "lr=0.03,epochs=3"]
+    folder = cluster.cwd / "runs" / file.stem
+    saved, failing, other, waiting = runs = [folder / name for name in names]
+    array = cluster.job(saved).partition("_")[0]
+    assert [cluster.job(run) for run in runs] == [f"{array}_{number}" for number in range(4)]
+    assert "ArrayTaskThrottle=2" in cluster.run("scontrol", "show", "job", array)
+    assert "pending (JobArrayTaskLimit)" in line_of(cluster, waiting)
+    assert cluster.launch("cancel", f"{file.stem}/{waiting.name}").returncode == 0
+
+    cluster.wait_for_step(saved, 1)
+    cluster.run("scancel", "--signal=USR2", cluster.job(saved))
+    for run in (saved, other):
+        cluster.wait(run, "COMPLETED", "FAILED")
+        assert Store(run).progress().finished, cluster.said(run)
+    assert [cluster.submission(run).restarts for run in runs] == [1, 0, 0, 0]
+    assert "finished" in line_of(cluster, saved) and "cancelled" in line_of(cluster, waiting)
+    assert "error: data.path: /nowhere is not a folder" in line_of(cluster, failing)
+    assert "epoch 2/2" in cluster.launch("logs", f"{file.stem}/{other.name}").stdout
+
+    again = cluster.launch("resubmit", f"{file.stem}/{waiting.name}")
+    assert again.returncode == 0 and "_" not in cluster.job(waiting), again.stderr
+    cluster.wait(waiting, "COMPLETED", "FAILED")
+    summed = cluster.launch("summary", file.stem)
+    assert summed.returncode == 0, summed.stderr
+    table = pd.read_csv(folder / "summary.csv")
+    assert list(table.run) == names
+    assert list(table.state[[0, 2, 3]]) == ["finished"] * 3
+    assert table.state[1].startswith("error: data.path: /nowhere is not a folder")
+    assert list(table.epochs) == [2, 0, 2, 3]
+    assert list(table.best_top1_pct[[0, 2, 3]]) == pytest.approx(
+        [Store(run).progress().best_top1_pct for run in (saved, other, waiting)]
+    )
+    once_more = cluster.launch(*wanted, "--dry_run")  # only what is not done is handed in again
+    assert once_more.returncode == 0 and "--array" not in once_more.stdout
+    assert [name in once_more.stdout for name in names] == [False, True, False, False]
+
+
+def line_of(cluster: Cluster, run: Path) -> str:
+    """Of the table that `status` prints."""
+    shown = cluster.launch("status")
+    return next(line for line in shown.stdout.splitlines() if run.name in line)
+
+
 def test_crashes_have_a_limit(cluster: Cluster, base: Path) -> None:
     """The first crash, a killed process, brings the job back; the second, images that have gone meanwhile, ends it."""
     run, images = base / "crashing", render_images(base / "images to lose")
-    cluster.submit(run, ["--max_crashes", "1"], [*settings(base, run), "--data.path", str(images)])
+    cluster.submit(run, ["--max_crashes", "1"], [*settings(base, run), "--data.path", str(images), "--run.epochs", "4"])
     cluster.wait_for_step(run, 4)
+    cluster.until(run, lambda: Store(run).progress().step >= 3)  # written while the training goes on
     kill_rank(cluster, run)
     cluster.until(run, lambda: cluster.restarts(run) == 1)
     saved = Store(run).progress()
@@ -200,8 +287,9 @@ def test_torchrun_warned_before_the_time_limit(cluster: Cluster, base: Path, und
 def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     """Nobody is told: SLURM finds out, and starts the job anew from its last checkpoint."""
     run = base / "on a lost node"
-    cluster.submit(run, ["--nodes", "2"], settings(base, run))
+    cluster.submit(run, ["--nodes", "2"], [*settings(base, run), "--tracking.tensorboard", "true"])
     cluster.wait_for_step(run, 4)
+    cluster.until(run, lambda: Store(run).progress().step >= 3)
     cluster.script("kill-node", "127.0.1.2")
     cluster.until(run, lambda: cluster.restarts(run) == 1)
     saved = Store(run).progress()
@@ -209,6 +297,7 @@ def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     cluster.wait(run, "COMPLETED", "FAILED")
     assert f"resuming {run} at step {saved.step} of {STEPS}" in cluster.said(run)
     assert Store(run).progress().finished
+    assert_events_once(run)
 
 
 def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
@@ -235,7 +324,7 @@ def test_hostile_names_stay_whole(cluster: Cluster, name: str, tmp_path: Path, m
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     submission = Submission(tmp_path / name / "slurm" / "1")
     profile = Profile(comment=name if name.isprintable() else "plain", env={"NAME": name}, setup=['printf %s "$NAME"'])
-    executor = executor_for(submission, Request(profile, "srun", False), name)
+    executor = executor_for(submission.folder, [submission], Request(profile, "srun", False), name)
     script = script_of(executor)
     run_slurm("sbatch", "--test-only", stdin=script)
     submission.folder.mkdir(parents=True)
