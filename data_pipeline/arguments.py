@@ -37,7 +37,12 @@ def _remedy(message: str, prog: str) -> str:
     message = " ".join(message.split())
     wrong = re.match(r'Parser key "([\w.]+)":.*[Vv]alue: (.*)', message)
     if wrong:
+        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
         kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))
-        wanted = " or ".join(kind for kind in kinds if kind not in ("NoneType", "str")) or "another value"
+        known = f"one of {choices[1]}" if choices else "another value"
+        wanted = " or ".join(kind for kind in kinds if kind not in ("NoneType", "str")) or known
         return f"--{wrong[1].replace('_', '-') if '.' not in wrong[1] else wrong[1]}: {wrong[2]} does not fit; give {wanted}"
+    unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+    if unknown:
+        return f"{unknown[1]}: no such option; see {prog} --help"
     return f"{message.removeprefix('the ')}; see {prog} --help"

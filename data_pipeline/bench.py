@@ -147,9 +147,9 @@ def measure(
 ) -> pd.DataFrame:
     """One row a turn: size_px, loader, round, images, wall_s, cpu_s, images_per_s, cpu_ms an image. Raises `UserError`."""
     rows: list[tuple[object, ...]] = []
-    names = _installed()
     with TemporaryDirectory(prefix="sluice-bench-") as folder:
         copy_sample(cfg, Path(folder), sample)
+        names = _installed()
         for size_px in sizes_px:
             task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
             with ExitStack() as stack:
@@ -268,6 +268,7 @@ def main() -> None:
     args = parse(parser, sys.argv[1:])
     sizes_px, out = sizes_of(args.sizes), Path(args.out) if args.out else None
     if out:
+        require(out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
         for name in ("bench.csv", "bench.png"):
             require(not (out / name).exists(), f"--out: {out / name} exists; give another folder")
     turns = measure(DataConfig(**args.data), sizes_px)

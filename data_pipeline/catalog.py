@@ -22,7 +22,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.faults import quarantined
 from data_pipeline.files import read_bytes, replace_file
 from data_pipeline.headers import BadImage, inspect
-from data_pipeline.layouts import TABLES, Listing, list_samples
+from data_pipeline.layouts import TABLES, UNLABELLED, Listing, list_images, list_samples
 from data_pipeline.named import NAMED, dataset_root
 from data_pipeline.workers import progress
 
@@ -59,6 +59,15 @@ class Catalog:
         shard, offset, length = self.spans[sample].tolist()
         return read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
 
+    def part(self, rows: list[int]) -> "Catalog":
+        """The samples in these rows, in this order."""
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows],
+            labels=self.labels[rows],
+            spans=self.spans[rows] if self.shards else self.spans,
+        )
+
     def fingerprint(self) -> str:
         """Hash of names and labels: equal where an interrupted epoch can be continued."""
         digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)
@@ -86,6 +95,16 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     return _without(catalog, quarantined(cfg, catalog.root))
 
 
+def open_images(cfg: DataConfig) -> Catalog:
+    """The images below the folder `data.path` by their paths, or those that a table there names in its order.
+
+    No class is known, every label is UNLABELLED, and none is left out: a loader tells which cannot be read. Raises
+    `UserError`.
+    """
+    listing = list_images(dataset_root(cfg), cfg)
+    return Catalog(listing.root, listing.paths, np.full(len(listing.paths), UNLABELLED), listing.classes, bad={})
+
+
 def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
     index = packed.Pack.open(root).index(split)
     names = classes or index.classes
@@ -99,16 +118,11 @@ def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
 
 
 def _without(catalog: Catalog, left_out: set[str]) -> Catalog:
-    kept = [row for row, path in enumerate(catalog.paths) if path not in left_out] if left_out else range(len(catalog))
+    kept = [row for row, path in enumerate(catalog.paths) if path not in left_out]
     if len(kept) == len(catalog):
         return catalog
-    return replace(
-        catalog,
-        paths=[catalog.paths[row] for row in kept],
-        labels=catalog.labels[kept],
-        spans=catalog.spans[kept] if catalog.shards else catalog.spans,
-        bad={**catalog.bad, **{path: "in quarantine" for path in catalog.paths if path in left_out}},
-    )
+    quarantine = {path: "in quarantine" for path in catalog.paths if path in left_out}
+    return replace(catalog.part(kept), bad={**catalog.bad, **quarantine})
 
 
 # ---- what was scanned before ----------------------------------------------------------------------------------------

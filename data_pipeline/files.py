@@ -18,6 +18,11 @@ def replace_file(path: Path, data: bytes) -> None:
         raise
 
 
+def stays_below(name: str) -> bool:
+    """Whether a name from an archive or a manifest, joined to its folder, lies below that folder. Links are not looked at."""
+    return not os.path.isabs(name) and ".." not in Path(name).parts
+
+
 def sync(path: Path) -> None:
     """Force a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)

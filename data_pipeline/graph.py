@@ -50,7 +50,7 @@ def build_graph(
     `gpu` is the device's index or None; `cfg` says where to decode. `source` raises StopIteration at its end.
     Raises `UserError` for decoding on a GPU that is not there.
     """
-    require(cfg.decode != "gpu" or gpu is not None, "data.decode: gpu, but there is no GPU here; give auto or cpu")
+    check_decode(cfg, on_gpu=gpu is not None)
     # Conditionals let the images of a batch go through different operations of a policy.
     pipeline = pipeline_def(images_of, enable_conditionals=True)(
         source,
@@ -67,6 +67,11 @@ def build_graph(
     )
     pipeline.build()
     return pipeline
+
+
+def check_decode(cfg: DataConfig, *, on_gpu: bool) -> None:
+    """Raise `UserError` for decoding on a GPU that is not there."""
+    require(cfg.decode != "gpu" or on_gpu, "data.decode: gpu, but there is no GPU here; give auto or cpu")
 
 
 @cache

@@ -3,6 +3,8 @@
 class folders   ROOT/{train,val}/CLASS/**/IMAGE, or ROOT/CLASS/**/IMAGE divided by a hash
 manifest        a CSV or Parquet table of image names and labels, as Kaggle publishes them
 tar shards      ROOT/{train,val}/*.tar in WebDataset layout: KEY.jpg beside KEY.cls
+
+Images without labels are those anywhere below a folder, or those that a table names.
 """
 
 import hashlib
@@ -18,12 +20,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import DataConfig, require
 from data_pipeline.errors import UserError
+from data_pipeline.files import stays_below
 from data_pipeline.headers import SUFFIXES
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = (".csv", ".tsv", ".parquet")
+UNLABELLED = -1
+"""Label of images of no known class; loaders give them as `loader.UNCOUNTED`, which is the same."""
 
 _IMAGE_COLUMNS = ("image", "image_id", "id", "filename", "file", "path", "image_path")
 _LABEL_COLUMNS = ("label", "class", "target", "category")
@@ -68,6 +73,27 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     return listing if divided else _share(listing, cfg.val_share, split)
 
 
+def list_images(root: Path, cfg: DataConfig) -> Listing:
+    """All images below a folder in the order of their paths, or those that a table names in its order; UNLABELLED.
+
+    Raises `UserError`.
+    """
+    if root.is_file():
+        base, watched = Path(cfg.images) if cfg.images else root.parent, [root]
+        paths = _completed(base, table_names(root, cfg), root)
+    else:
+        base = root
+        paths, watched = _images_below(root, root)
+    require(len(paths) > 0, f"data.path: no images in {root}; put {_KINDS} files into it")
+    return Listing(base, paths, [UNLABELLED] * len(paths), [], watched)
+
+
+def table_names(file: Path, cfg: DataConfig) -> list[str]:
+    """The images that a table names, as it writes them. Raises `UserError`."""
+    table, images = _read_table(file, cfg)
+    return table[images].astype(str).tolist()
+
+
 def _class_folders(base: Path, classes: list[str]) -> Listing:
     for name in _folders(base):
         require(
@@ -75,15 +101,22 @@ def _class_folders(base: Path, classes: list[str]) -> Listing:
         )
     watched, found = [base], []
     for label, name in enumerate(classes):
-        inside = []
-        for folder, folders, files in os.walk(base / name, followlinks=True):
-            watched.append(Path(folder))
-            # A folder named like an image is listed too, and so told to be bad: it was hardly meant.
-            images = [entry for entry in (*files, *folders) if _is_image(entry)]
-            inside += [os.path.relpath(os.path.join(folder, entry), base) for entry in images]
-        found += [(path, label) for path in sorted(inside)]
+        inside, folders = _images_below(base / name, base)
+        watched += folders
+        found += [(path, label) for path in inside]
     require(len(found) > 0, f"data.path: no images in {base}; put {_KINDS} files into its class folders")
     return Listing(base, [path for path, _ in found], [label for _, label in found], classes, watched)
+
+
+def _images_below(top: Path, base: Path) -> tuple[list[str], list[Path]]:
+    """The images anywhere below `top`, as sorted paths below `base`, and the folders that were looked into."""
+    found, watched = [], []
+    for folder, folders, files in os.walk(top, followlinks=True):
+        watched.append(Path(folder))
+        # A folder named like an image is listed too, and so told to be bad: it was hardly meant.
+        images = [entry for entry in (*files, *folders) if _is_image(entry)]
+        found += [os.path.relpath(os.path.join(folder, entry), base) for entry in images]
+    return sorted(found), watched
 
 
 def _folders(base: Path) -> list[str]:
@@ -119,8 +152,7 @@ def _hash(path: str) -> int:
 
 
 def _manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
-    table = _read_table(file)
-    images = _column(table, cfg.image_column, _IMAGE_COLUMNS, 0, "data.image_column", file)
+    table, images = _read_table(file, cfg)
     labels = _column(table, cfg.label_column, _LABEL_COLUMNS, 1, "data.label_column", file)
     require(not table[labels].isna().any(), f"data.path: {file} has rows without a {labels}; fill or remove them")
     if classes is None:
@@ -142,13 +174,20 @@ def _manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None
     return listing if parts is not None else _share(listing, cfg.val_share, split)
 
 
-def _read_table(file: Path) -> "pd.DataFrame":
+def _read_table(file: Path, cfg: DataConfig) -> tuple["pd.DataFrame", str]:
+    """A table, and which of its columns has the images' names."""
     import pandas as pd  # here, for only tables need it
+
+    def images(table: pd.DataFrame) -> str:
+        return _column(table, cfg.image_column, _IMAGE_COLUMNS, 0, "data.image_column", file)
 
     try:
         if file.suffix == ".parquet":
-            return pd.read_parquet(file)
-        return pd.read_csv(file, sep="\t" if file.suffix == ".tsv" else ",")
+            table = pd.read_parquet(file)
+            return table, images(table)
+        sep = "\t" if file.suffix == ".tsv" else ","
+        column = images(pd.read_csv(file, sep=sep, nrows=0))
+        return pd.read_csv(file, sep=sep, dtype={column: str}), column  # 0012 is a name, and no number
     except ImportError:
         raise UserError(f"data.path: reading {file} needs pyarrow; pip install pyarrow, or give a CSV file") from None
     except (ValueError, OSError) as error:
@@ -222,6 +261,10 @@ def _samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
                 key = member.name.split(".")[0] if "/" not in member.name else _key(member.name)
                 if key != group:
                     group, image, label = key, None, None
+                require(
+                    stays_below(member.name) and (member.isreg() or member.isdir()),
+                    f"data.path: the shard {shard} has a member {member.name!r} that leads elsewhere; remove it",
+                )
                 if _is_image(member.name):
                     image = member
                 elif member.name.endswith(".cls"):

@@ -121,6 +121,7 @@ class Loader:
         epochs: int = 1,
         accumulate: int = 1,
     ) -> None:
+        graph.check_decode(cfg, on_gpu=place.device.type == "cuda")
         self.catalog, self.cfg, self.place = catalog, cfg, place
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
@@ -241,6 +242,7 @@ class Loader:
             operators=self._operators,
             gpu=(device.index or 0) if device.type == "cuda" else None,
             threads=self.cfg.threads or self.place.cores,
+            cfg=self.cfg,
         )
 
     def _mend(self, rows: _Rows, size_px: int) -> torch.Tensor:

@@ -30,11 +30,11 @@ class Mixing(NamedTuple):
 
 def draw(seed: int, epoch: int, update: int, cfg: AugmentConfig) -> Mixing:
     """How the update that begins at position `update` is mixed, by mixup or cutmix, whichever `cfg` switches on."""
-    random = np.random.Generator(philox(seed, MIX, epoch, update))
-    either, y, x = random.random(3)
+    generator = np.random.Generator(philox(seed, MIX, epoch, update))
+    either, y, x = generator.random(3)
     cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < 0.5)
     alpha = cfg.cutmix if cut else cfg.mixup
-    return Mixing(cut, random.beta(alpha, alpha), y, x)
+    return Mixing(cut, generator.beta(alpha, alpha), y, x)
 
 
 def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.config import require
 from data_pipeline.errors import UserError
+from data_pipeline.files import stays_below
 
 FORMAT, VERSION = "sluice-pack", 1
 SPLITS = ("train", "val")
@@ -98,12 +100,18 @@ class Pack:
             manifest = json.loads((root / MANIFEST).read_bytes())
             if manifest["format"] != FORMAT or manifest["version"] != VERSION:
                 raise ValueError
+            parts = manifest["splits"].values()
+            names = [entry["file"] for part in parts for entry in (part["index"], *part["shards"])]
         except OSError as error:
             raise UserError(
                 f"{root}: cannot read its {MANIFEST} ({error.strerror}); give the folder of a pack"
             ) from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{root / MANIFEST}: not of a pack of version {VERSION}; make the pack anew") from None
+        outside = [name for name in names if not stays_below(name)]
+        require(
+            not outside, f"{root / MANIFEST}: it names a file outside of the pack, {outside[:1]}; make the pack anew"
+        )
         return cls(root, manifest)
 
     def index(self, split: str) -> Index:

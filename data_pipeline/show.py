@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
     image: Image.Image
     caption: list[str]
-    """At most two lines."""
+    """Its lines."""
 
 
 def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) -> Image.Image:
@@ -62,8 +62,9 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
     for sample in ids:
         times = islice(_times(catalog, cfg, sample, epoch, seed), COLUMNS)
         seen = [_seen(catalog, cfg, Cursor(*time), seed, epochs) for time in times]
-        rows.append([_original(catalog, sample, max(cell.image.width for cell in seen)), *seen])
-    return _grid(rows)
+        caption = [f"original: {catalog.classes[int(catalog.labels[sample])]}"]
+        rows.append([whole(catalog, sample, caption, max(cell.image.width for cell in seen)), *seen])
+    return grid(rows)
 
 
 def _times(catalog: Catalog, cfg: DataConfig, sample: int, epoch: int, seed: int) -> Iterator[tuple[int, int]]:
@@ -100,18 +101,17 @@ def _caption(classes: list[str], label: int, targets: torch.Tensor | None) -> li
     return [f"{share:.2f} {classes[i]}" for share, i in zip(most.values.tolist(), most.indices.tolist(), strict=True)]
 
 
-def _original(catalog: Catalog, sample: int, side: int) -> Cell:
-    """The whole image as it lies on the disk, reduced to fit; black if it cannot be read."""
+def whole(catalog: Catalog, sample: int, caption: list[str], side: int = 0) -> Cell:
+    """The whole image as it lies on the disk, in a square of `side` pixels or a cell's least; black if it cannot be read."""
+    side = max(side, _SMALLEST)
     try:
         image = Image.open(io.BytesIO(catalog.read(sample))).convert("RGB")
     except (OSError, UnidentifiedImageError):
         image = Image.new("RGB", (side, side))
-    side = max(side, _SMALLEST)
-    name = catalog.classes[int(catalog.labels[sample])]
-    return Cell(ImageOps.pad(image, (side, side), color="white"), [f"original: {name}"])
+    return Cell(ImageOps.pad(image, (side, side), color="white"), caption)
 
 
-def _grid(rows: list[list[Cell]]) -> Image.Image:
+def grid(rows: list[list[Cell]]) -> Image.Image:
     """The cells on white, small images enlarged in whole pixels."""
     side = max(_SMALLEST, *(cell.image.width for row in rows for cell in row))
     lines = max(len(cell.caption) for row in rows for cell in row)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from trainer.checkpoint import Progress, Store, record_run, write_stamped
+from trainer.config import Config, to_yaml
 from trainer.machine import Machine
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +174,16 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def place_checkpoint(run: Path, cfg: Config, files: dict[str, bytes]) -> Path:
+    """Make the run folder of `cfg` with one checkpoint, the best, of these files."""
+    record_run(run, to_yaml(cfg))
+    store = Store(run)
+    store.begin(1)
+    stamps = store.put(1, lambda folder: {name: write_stamped(folder / name, data) for name, data in files.items()})
+    store.complete(Progress(step=1), stamps, best=True)
+    return run
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

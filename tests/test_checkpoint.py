@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,21 +17,31 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Cursor
 from tests.runs import ROOT, tree
-from trainer.checkpoint import PARTIAL, Progress, Store, check_run, claim_run, record_run
+from trainer.checkpoint import (
+    PARTIAL,
+    Progress,
+    Stamp,
+    Store,
+    Write,
+    check_run,
+    claim_run,
+    fault,
+    read_progress,
+    record_run,
+    write_stamped,
+)
+
+FILES = {"model.safetensors", "training.pt", "progress.json", "manifest.json"}
 
 
 def progress(step: int) -> Progress:
     return Progress(step, Cursor(1, 12 * step), [1.5 * step, 0.1, 2.0, 3.0, 1e300], best_top1_pct=100 / 3)
 
 
-def writer(step: int) -> Callable[[Path], None]:
+def writer(step: int) -> Write:
     """Two files, as an engine writes them."""
-
-    def write(folder: Path) -> None:
-        for name in ("model.safetensors", "training.pt"):
-            (folder / name).write_bytes(content(step, name))
-
-    return write
+    names = ("model.safetensors", "training.pt")
+    return lambda folder: {name: write_stamped(folder / name, content(step, name)) for name in names}
 
 
 def content(step: int, name: str) -> bytes:
@@ -41,16 +52,16 @@ def save(store: Store, step: int, best: bool = False) -> None:
     put(store, progress(step), writer(step), best)
 
 
-def put(store: Store, progress: Progress, write: Callable[[Path], None], best: bool = False) -> None:
+def put(store: Store, progress: Progress, write: Write, best: bool = False) -> None:
     store.begin(progress.step)
-    store.put(progress.step, write)
-    store.complete(progress, best=best)
+    store.complete(progress, store.put(progress.step, write), best=best)
 
 
 def assert_holds(store: Store, folder: Path | None, step: int) -> None:
     """The checkpoint is complete, and it is that of `step`."""
     assert folder is not None
-    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "training.pt", "progress.json"}
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert fault(folder) is None
     for name in ("model.safetensors", "training.pt"):
         assert (folder / name).read_bytes() == content(step, name)
 
@@ -67,7 +78,7 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
 
 
 def test_newest_best_and_the_rest(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, keep=1)
     save(store, 3)
     assert_holds(store, store.chosen(), 3)
     save(store, 6, best=True)
@@ -83,7 +94,7 @@ def test_newest_best_and_the_rest(tmp_path: Path) -> None:
 
 
 def test_the_same_step_again_and_again(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, keep=1)
     for times in range(4):
         put(store, progress(5), writer(100 + times), best=times == 1)
         assert_holds(store, store.newest(), 100 + times)
@@ -142,12 +153,12 @@ def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, best: boo
     while died:
         operation += 1
         run = tmp_path / f"run {operation}"
-        store = Store(run)
+        store = Store(run, keep=1)
         save(store, 3, best=True)
         save(store, 6)
         died = dies_at(operation, lambda store=store: save(store, 9, best))  # type: ignore[misc]
 
-        store = Store(run)
+        store = Store(run, keep=1)
         step = store.progress().step
         assert step in (6, 9)
         assert_holds(store, store.newest(), step)
@@ -155,16 +166,17 @@ def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, best: boo
         assert_holds(store, chosen, 9 if best and chosen and chosen.name == "step-00000009" else 3)
         outcomes.append(step)
 
+        assert store.passed_over == {}
         save(store, 9, best)  # what the resumed run does
         save(store, 12)
         assert_holds(store, store.newest(), 12)
         assert_holds(store, store.chosen(), 9 if best else 3)
-        assert len(names(run)) == 4 and PARTIAL not in names(run), "what the dead one left is cleared away"
+        assert len(names(run)) == 4, "what the dead one left is cleared away"
     assert len(outcomes) > 15 and outcomes == sorted(outcomes) and set(outcomes) == {6, 9}
 
 
 def test_everything_is_on_disk_before_it_is_pointed_to(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, keep=1)
     save(store, 3)
     done: list[tuple[str, str]] = []
 
@@ -173,11 +185,119 @@ def test_everything_is_on_disk_before_it_is_pointed_to(tmp_path: Path) -> None:
         done.append((name, Path(path).name))
 
     traced(lambda: save(store, 6), note)
-    renamed, pointed = done.index(("rename", PARTIAL)), done.index(("replace", ".last"))
+    renamed, pointed = done.index(("rename", f"{PARTIAL}-00000006")), done.index(("replace", ".last"))
     synced = {at for name, at in done[:renamed] if name == "fsync"}
-    assert synced == {"model.safetensors", "training.pt", "progress.json", PARTIAL}
+    assert synced == {*FILES, f"{PARTIAL}-00000006"}
     removed = min(at for at, (name, _) in enumerate(done) if name == "rmdir")
     assert renamed < pointed < done.index(("fsync", "checkpoints")) < removed, "the old one goes last"
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_and_milestones_are_kept(tmp_path: Path) -> None:
+    """Each epoch is saved in its middle and at its end."""
+    store = Store(tmp_path, keep=3, keep_every=4)
+    for epoch in range(1, 11):
+        for step, cursor in ((2 * epoch - 1, Cursor(epoch - 1, 30)), (2 * epoch, Cursor(epoch))):
+            put(store, Progress(step, cursor), writer(step), best=step == 2)
+            held = [folder for folder in names(tmp_path) if folder.startswith("step-")]
+            assert len(held) + 1 <= store.most(epoch), "the one being written is one more"
+    kept = {int(name[5:]) for name in names(tmp_path) if name.startswith("step-")}
+    assert kept == {2, 8, 16, 18, 19, 20}
+    assert store.taken() == sum(len(file) for file in tree(tmp_path).values() if isinstance(file, bytes))
+
+
+# ---- a checkpoint that is damaged ------------------------------------------------------------------------------------
+
+
+def shorten(file: Path) -> str:
+    os.truncate(file, file.stat().st_size // 2)
+    return "manifest.json is damaged" if file.name == "manifest.json" else f"{file.name} has "
+
+
+def flip_a_bit(file: Path) -> str:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+    return "" if file.name == "manifest.json" else f"{file.name} does not match its checksum"
+
+
+def remove(file: Path) -> str:
+    file.unlink()
+    return f"{file.name} is missing"
+
+
+@pytest.mark.parametrize("damage", [shorten, flip_a_bit, remove])
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_damaged_one_is_passed_over(damage: Callable[[Path], str], name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=3)
+    for step in (3, 6, 9):
+        save(store, step, best=step == 9)
+    newest = store.newest()
+    assert newest
+    why = damage(newest / name)
+    assert_holds(store, store.newest(), 6)
+    assert list(store.passed_over) == [newest] and store.passed_over[newest].startswith(why)
+    with pytest.raises(UserError, match=f"step-00000009 is damaged \\({why}"):
+        store.chosen()
+    before = tree(tmp_path)
+    assert Store(tmp_path).progress().step == (9 if damage is flip_a_bit and name.endswith(("tensors", "pt")) else 6)
+
+    for older in (6, 3):
+        damage(tmp_path / f"checkpoints/step-{older:08d}" / name)
+    with pytest.raises(UserError) as error:
+        store.newest()
+    assert str(error.value).startswith(
+        f"run.dir: no checkpoint in {tmp_path / 'checkpoints'} is whole (step-00000009: {why}"
+    )
+    assert str(error.value).endswith("); restore one, or give another --run.dir to start anew")
+    assert tree(tmp_path).keys() <= before.keys(), "looking at them changes nothing"
+
+
+def test_every_bit_of_the_record_counts(tmp_path: Path) -> None:
+    """Any bit of what says how far a run has come, and of what says which bytes are right."""
+    store = Store(tmp_path)
+    save(store, 3)
+    newest = store.newest()
+    assert newest
+    for name in ("progress.json", "manifest.json"):
+        whole = (newest / name).read_bytes()
+        for bit in range(8 * len(whole)):
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            (newest / name).write_bytes(content)
+            assert fault(newest, thorough=False) or read_progress(newest) == progress(3)
+            assert name == "manifest.json" or fault(newest, thorough=False)
+        (newest / name).write_bytes(whole)
+    assert fault(newest) is None
+
+
+def test_what_came_after_a_damaged_one_is_the_newest(tmp_path: Path) -> None:
+    """A run that went on from step 6 has saved step 7: the damaged step 9 is not newer, and goes."""
+    store = Store(tmp_path, keep=2)
+    for step in (3, 6, 9):
+        save(store, step)
+    flip_a_bit(tmp_path / "checkpoints/step-00000009/training.pt")
+    assert_holds(store, store.newest(), 6)
+    save(store, 7)
+    assert names(tmp_path) == ["last", "step-00000006", "step-00000007"]
+    assert_holds(store, Store(tmp_path).newest(), 7)
+
+
+def test_a_removed_checkpoint_is_no_new_start(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=1)
+    save(store, 3)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000003")
+    with pytest.raises(UserError, match=r"is whole \(last points to nothing\); restore one, or give another --run.dir"):
+        store.newest()
+
+
+def test_stamps_are_those_of_the_bytes(tmp_path: Path) -> None:
+    """Against the sums that `sha256sum` prints."""
+    stamp = write_stamped(tmp_path / "a file", memoryview(content(1, "x")))
+    theirs = subprocess.run(["sha256sum", tmp_path / "a file"], capture_output=True, text=True, check=True)
+    assert stamp == Stamp((tmp_path / "a file").stat().st_size, theirs.stdout.split()[0])
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------------

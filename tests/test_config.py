@@ -58,55 +58,6 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["--optim.lrr", "1"], "--optim.lrr: no such option; did you mean --optim.lr?"),
-        (["--optm.lr=1"], "--optm.lr: no such option; did you mean --optim.lr?"),
-        (["--optim.l", "1"], "--optim.l: no such option; did you mean --optim.lr?"),
-        (["--zzz", "1"], "--zzz: no such option; see --help"),
-        (["stray"], "stray: no such option; see --help"),
-        (["--optim.lr"], "--optim.lr: expected one argument"),
-        (["--optim.lr", "fast"], "optim.lr: fast does not fit; give float"),
-        (["--optim.lr", "-1"], "optim.lr: -1.0 is not positive; give a learning rate above 0"),
-        (["--run.epochs", "1.5"], "run.epochs: 1.5 does not fit; give int"),
-        (["--run.epochs", "0"], "run.epochs: 0 is not positive; give the number of passes"),
-        (["--run.max_steps", "0.5"], "run.max_steps: 0.5 does not fit; give int or null"),
-        (
-            ["--run.max_steps", "0"],
-            "run.max_steps: 0 is not positive; leave it out to train all epochs",
-        ),
-        (["--run.log_every", "0"], "run.log_every: 0 is not positive; give a number of updates"),
-        (["--run.save_every", "-1"], "run.save_every: -1 is not positive; give a number of updates"),
-        (["--run.seed", "-1"], "run.seed: -1 is out of range; give a number from 0 to 2^63"),
-        (["--run.name", ".."], "run.name: '..' is no folder name; give a word such as first"),
-        (["--run.name", "a/b"], "run.name: 'a/b' is no folder name; give a word such as first"),
-        (["--data.size_px", "big"], "data.size_px: big does not fit; give int or list"),
-        (["--optim.name", "sgdd"], "optim.name: sgdd does not fit; give one of 'sgd', 'adamw', 'lars', 'lamb'"),
-        (["--optim.nesterov", "maybe"], "optim.nesterov: maybe does not fit; give bool"),
-        (["--optim.betas", "[0.9]"], "optim.betas: [0.9] does not fit; give tuple with 2 elements"),
-        (["--config"], "--config: expected one argument"),
-        (
-            ["--config", "nope"],
-            f"--config: nope is neither a file nor a recipe; the recipes are {', '.join(RECIPE_NAMES)}",
-        ),
-        (["--config", "/"], f"--config: / is neither a file nor a recipe; the recipes are {', '.join(RECIPE_NAMES)}"),
-        (
-            ["--optim.lr", "1", "--config", "builtin"],
-            "--config: it comes after other options and would undo them; put it first",
-        ),
-        (
-            ["--config", "builtin", "--optim.lr", "1", "--config=builtin"],
-            "--config: it comes after other options and would undo them; put it first",
-        ),
-    ],
-)
-def test_mistakes_on_the_command_line(arguments: list[str], line: str) -> None:
-    with pytest.raises(UserError) as error:
-        load(arguments)
-    assert str(error.value) == line
-
-
-@pytest.mark.parametrize(
     ("text", "line"),
     [
         (b"optim:\n  lrr: 0.1\n", "FILE: optim.lrr: no such option; did you mean optim.lr?"),

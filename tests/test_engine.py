@@ -343,7 +343,7 @@ def leave_before_a_callback(rank: int, port: int) -> None:
             time.sleep(0.3)  # so that one of gloo's threads ends the sum of rank 0, and calls back
         ended = dist.all_reduce(torch.ones(1), async_op=True).get_future()
         holding = SlowToGo()
-        ended.then(lambda future, _=holding: future.value()).wait()
+        ended.then(lambda future, _=holding: future.value()).wait()  # type: ignore[misc]
         del holding, ended
     time.sleep(1)
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_pipeline.errors import UserError
 from tests.runs import ROOT, SOLO, Job, checkpoint, dotted, environment, rows, settings_of
 from tests.test_engine import assert_equal, batch, small_net
 from tests.test_engine_contract import CLIPPED, DDP, SGD, ZERO, build, net, train
+from trainer.checkpoint import Store
 from trainer.engine import STATE, WEIGHTS, Engine, EngineConfig
 from trainer.engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from trainer.machine import Precision
@@ -179,7 +181,8 @@ def test_killed_run_ends_as_an_undisturbed_one(base: Path, tmp_path: Path) -> No
     job = start(2, base, whole, 2)
     assert job.wait() == 0, job.output()
     job = start(2, base, run, 2)
-    job.wait_for_step(run, 4)
+    while job.process.poll() is None and not Store(run).progress().step:
+        time.sleep(0.01)
     job.kill()
     assert rows(run)[-1]["step"] < 5, job.output()
     job = start(2, base, run, 2)

@@ -1,18 +1,23 @@
 """A user's mistake costs one line: `error: ...` on stderr, exit code 2, and nothing is written."""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from data_pipeline.command import run_command
-from tests.runs import Job, dotted, images, reference, settings_of, tree
+from tests.runs import STEPS, Job, checkpoint, dotted, images, reference, rows, settings_of, train, tree
 from trainer import __main__ as training
 from trainer import evaluate
+from trainer.checkpoint import Store
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -218,6 +223,102 @@ def test_a_finished_run_says_so(base: Path, call: Call) -> None:
     assert (code, err) == (0, "")
     assert out.startswith(f"{run} is finished: best val top-1 ") and out.count("\n") == 1
     assert tree(run) == before
+
+
+# ---- a disk that is full, or lets nobody write ------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(place: Path, *how: str) -> Iterator[Path]:
+    """A file system at `place`, which it is skipped without."""
+    place.mkdir(exist_ok=True)
+    if subprocess.run(["mount", *how, str(place)], capture_output=True).returncode:
+        pytest.skip("it takes root, and leave to mount")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def wait_until(job: Job, holds: Callable[[], bool]) -> None:
+    while not holds():
+        assert job.process.poll() is None, job.output()
+        time.sleep(0.01)
+
+
+def test_a_disk_too_small_is_refused(base: Path, tmp_path: Path, call: Call) -> None:
+    """A checkpoint of ResNet-18 with momentum and an average of its weights has 134 MB."""
+    with mounted(tmp_path / "a disk", "-t", "tmpfs", "-o", "size=500m", "none") as disk:
+        settings = settings_of(base, disk / "a run")
+        line = (
+            f"run.dir: 4 checkpoints of 0.134 GB need 0.537 GB beside what is there, and 0.524 GB are free in {disk}; "
+        )
+        assert_one_line(call(training.main, *dotted(settings)), line)
+        assert tree(disk) == {}
+
+
+def test_a_disk_that_is_full_for_a_while(base: Path, tmp_path: Path) -> None:
+    """Training goes on without a checkpoint, and writes the next; no weight and no row is lost."""
+    with mounted(tmp_path / "a disk", "-t", "tmpfs", "-o", "size=600m", "none") as disk:
+        run = disk / "a run"
+        job = Job(1, tmp_path / "log", "trainer", *dotted(settings_of(base, run) | {"run.keep": "1"}))
+        wait_until(job, lambda: Store(run).progress().step >= 3)
+        with (disk / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, max(shutil.disk_usage(disk).free - 30_000_000, 1))
+        wait_until(job, lambda: "not saved: " in job.output())
+        (disk / "filler").unlink()
+        assert job.wait() == 0, job.output()
+        assert re.search(
+            rf"\nnot saved: run\.dir: cannot write step \d+ to {run}/checkpoints \(No space left on device\); make room, and "
+            r"the same command goes on from the checkpoint before\n",
+            job.output(),
+        )
+        assert Store(run).progress().finished
+        assert checkpoint(run)["training.pt"] == checkpoint(reference(base, 1))["training.pt"]
+        assert max(row.get("perf/ckpt_failed", 0) for row in rows(run)) >= 1
+        assert {row["step"] for row in rows(run)} == set(range(1, STEPS + 1))
+
+
+def test_a_disk_that_is_full_at_the_end(base: Path, tmp_path: Path) -> None:
+    """A run that is asked to stop, and cannot save, says so in its exit code; the same command then mends it."""
+    run = tmp_path / "a run"
+    job = train(1, base, run)
+    wait_until(job, lambda: Store(run).progress().step >= 3)
+    with mounted(run / "checkpoints", "--bind", "-o", "ro", str(run / "checkpoints")):
+        job.terminate()
+        assert job.wait() == 2, job.output()
+        last = job.output().splitlines()[-1]
+        assert last.startswith("error: run.dir: cannot write step ") and "(Read-only file system); make room" in last
+    job = train(1, base, run)
+    assert job.wait() == 0, job.output()
+    assert f"resuming {run} at step " in job.output()
+    assert checkpoint(run) == checkpoint(reference(base, 1))
+
+
+def test_damaged_checkpoints_of_a_run(base: Path, tmp_path: Path, call: Call) -> None:
+    """The newest is passed over in one line, and the end is the same; with none whole, nothing starts."""
+    run = tmp_path / "a run"
+    job = train(1, base, run, max_steps=9)
+    assert job.wait() == 0, job.output()
+    newest = (run / "checkpoints/last").resolve()
+    with (newest / "training.pt").open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"\0\1\2")
+    broken = shutil.copytree(run, tmp_path / "broken", symlinks=True)
+    for folder in (broken / "checkpoints").glob("step-*"):
+        os.truncate(folder / "model.safetensors", 1000)
+    before = tree(broken)
+    ended = call(training.main, *dotted(settings_of(base, broken)))
+    assert_one_line(
+        ended, f"run.dir: no checkpoint in {broken / 'checkpoints'} is whole ({newest.name}: model.safetensors has "
+    )
+    assert tree(broken) == before
+
+    job = train(1, base, run)
+    assert job.wait() == 0, job.output()
+    assert f"passed over {run / 'checkpoints' / newest.name}: training.pt does not match its checksum\n" in job.output()
+    assert f"resuming {run} at step 6 of {STEPS}\n" in job.output()
+    assert checkpoint(run) == checkpoint(reference(base, 1))
 
 
 # ---- the evaluation ----------------------------------------------------------------------------------------------------

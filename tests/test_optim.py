@@ -8,7 +8,9 @@ from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
+import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -22,6 +24,7 @@ from trainer.optim import (
     ema_decay_at,
     lr_at,
     parameter_groups,
+    set_lr,
 )
 from trainer.resnet import ModelConfig, ModelName, build_resnet
 
@@ -69,8 +72,11 @@ def torch_curve(cfg: OptimConfig, total_steps: int, warmup_steps: int) -> list[f
     return rates
 
 
+DESCENDING = [schedule for schedule in get_args(Schedule) if schedule != "cyclic"]
+
+
 @pytest.mark.parametrize("total_steps", [10, 97, 400])
-@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("schedule", DESCENDING)
 def test_lr_is_that_of_torchs_schedulers(schedule: Schedule, total_steps: int) -> None:
     cfg = OptimConfig(lr=0.4, schedule=schedule, warmup=0.2)
     expected = torch_curve(cfg, total_steps, warmup_steps=round(0.2 * total_steps))
@@ -100,7 +106,7 @@ def test_lr_by_hand(schedule: Schedule, warmup: float, expected: list[float]) ->
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 7, 100, 1001])
 @pytest.mark.parametrize("warmup", [0.0, 0.004, 0.2, 0.3, 1.0])
-@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("schedule", DESCENDING)
 def test_lr_is_positive_bounded_and_has_one_peak(schedule: Schedule, warmup: float, total_steps: int) -> None:
     milestones = () if warmup == 1.0 else (0.3, 0.6, 0.9)
     cfg = OptimConfig(lr=0.3, schedule=schedule, warmup=warmup, milestones=milestones)
@@ -123,6 +129,31 @@ def test_lr_has_no_jump(schedule: Schedule, warmup: float) -> None:
     assert max(abs(b - a) for a, b in pairwise(rates)) <= steepest * (1 + 1e-9)
     if schedule != "constant":
         assert rates[-1] < 2 / ((1 - warmup) * total_steps)
+
+
+def cyclic(cycles: int) -> OptimConfig:
+    return OptimConfig(lr=4e-4, min_lr=2e-4, schedule="cyclic", warmup=0.0, cycles=cycles)
+
+
+@pytest.mark.parametrize(("cycles", "total_steps"), [(1, 10), (4, 40), (5, 60), (3, 600)])
+def test_cycles_are_those_of_torch(cycles: int, total_steps: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    half = total_steps // cycles // 2
+    scheduler = lr_scheduler.CyclicLR(optimizer, 2e-4, 4e-4, step_size_up=half, cycle_momentum=False)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    assert curve(cyclic(cycles), total_steps) == pytest.approx(rates, rel=1e-9)
+    assert max(rates) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 7, 101])
+def test_cycles_stay_in_their_range(total_steps: int) -> None:
+    """However few updates there are, and however unevenly they go into the cycles."""
+    assert all(2e-4 <= rate <= 4e-4 for rate in curve(cyclic(4), total_steps))
+    assert curve(cyclic(4), total_steps)[0] == 2e-4
 
 
 def test_lr_outside_the_run_is_our_own_bug() -> None:
@@ -154,6 +185,33 @@ def test_norms_and_biases_do_not_decay(name: ModelName, decayed: int, spared: in
     assert sorted(weight_names + rest_names, key=order.index) == order
     assert weight_names == sorted(weight_names, key=order.index)
     assert rest_names == sorted(rest_names, key=order.index)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_stages_are_those_of_timm(name: ModelName) -> None:
+    """Its coarse groups are the stem and the stages, with the head left over for the end."""
+    theirs = timm.create_model(name, num_classes=10)
+    stages = group_parameters(theirs, theirs.group_matcher(coarse=True), reverse=True)
+    network = build_resnet(ModelConfig(name), 10)
+    groups = parameter_groups(network, 5e-4, layer_decay=0.75)
+    assert len(groups) == 12
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    scales = {}
+    for group in groups:
+        for parameter in group["params"]:
+            scales[names[id(parameter)]] = group["scale"]
+            assert group["weight_decay"] == (5e-4 if parameter.ndim > 1 else 0)
+    assert scales == {key: 0.75 ** (5 - stages[key]) for key in names.values()}
+
+
+def test_learning_rates_of_stages() -> None:
+    optimizer = build_optimizer(build_resnet(ModelConfig(), 10), OptimConfig(layer_decay=0.5))
+    set_lr(optimizer, 0.32)
+    assert [group["lr"] for group in optimizer.param_groups[::2]] == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
+    for group in optimizer.param_groups:
+        del group["scale"]  # as loaded from a checkpoint without
+    set_lr(optimizer, 0.1)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
 # Updates
@@ -376,7 +434,7 @@ def test_ema_decay_rises_to_its_limit() -> None:
         ({"weight_decay": -1e-4}, "optim.weight_decay: -0.0001 is out of range; give 0 or a number above it"),
         (
             {"schedule": "linear"},
-            "optim.schedule: 'linear' is unknown; choose one of constant, step, cosine, onecycle",
+            "optim.schedule: 'linear' is unknown; choose one of constant, step, cosine, onecycle, cyclic",
         ),
         ({"warmup": 5}, "optim.warmup: 5 is out of range; give a share of the run from 0 to 1"),
         (
@@ -391,6 +449,21 @@ def test_ema_decay_rises_to_its_limit() -> None:
             {"schedule": "step", "warmup": 0.5},
             "optim.milestones: (0.3, 0.6, 0.9) begins inside the warm-up; start at 0.5 or later, or lower optim.warmup",
         ),
+        (
+            {"schedule": "cyclic", "min_lr": 1e-3},
+            "optim.warmup: 0.2 does not go with the schedule cyclic, which rises by itself; set optim.warmup to 0",
+        ),
+        (
+            {"schedule": "cyclic", "warmup": 0.0},
+            "optim.min_lr: 0.0 is out of range; give a learning rate above 0 and at most optim.lr",
+        ),
+        (
+            {"schedule": "cyclic", "warmup": 0.0, "lr": 0.1, "min_lr": 0.2},
+            "optim.min_lr: 0.2 is out of range; give a learning rate above 0 and at most optim.lr",
+        ),
+        ({"cycles": 0}, "optim.cycles: 0 is not positive; give 1 or more cycles in the run"),
+        ({"layer_decay": 0.0}, "optim.layer_decay: 0.0 is out of range; give a factor above 0, or 1 for none"),
+        ({"layer_decay": 1.1}, "optim.layer_decay: 1.1 is out of range; give a factor above 0, or 1 for none"),
         ({"gamma": 0.0}, "optim.gamma: 0.0 is out of range; give a factor above 0 and at most 1"),
         ({"clip_norm": -1.0}, "optim.clip_norm: -1.0 is out of range; give a norm above 0, or 0 for none"),
         ({"label_smoothing": 1.0}, "optim.label_smoothing: 1.0 is out of range; give a share from 0 to below 1"),

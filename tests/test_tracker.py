@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import pty
 import re
@@ -12,13 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from torch import nn
 
 from data_pipeline.errors import UserError
+from trainer.layers import Layer, layers
+from trainer.resnet import ModelConfig, build_resnet
 from trainer.tracker import Tracker, TrackingConfig
 
 OFF = TrackingConfig(wandb="off", tensorboard=False)
@@ -128,6 +136,109 @@ def test_tensorboard_reads_back_without_doubled_steps(folder: Path) -> None:
     assert tensorboard_losses(folder) == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 105), (6, 106)]
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "perf/images_per_s", "val/loss", "epoch"}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_resnet(ModelConfig("resnet18"), 10).to(memory_format=torch.channels_last)
+
+
+def small_graph() -> list[Layer]:
+    with torch.device("meta"):
+        return layers(build_resnet(ModelConfig("resnet18"), 10), torch.empty(1, 3, 64, 64))
+
+
+def test_tensorboard_shows_weights_and_norms(folder: Path) -> None:
+    module = network()
+    with torch.no_grad():
+        module.get_parameter("layer1.0.conv1.weight").fill_(math.nan)
+    every_other = replace(TENSORBOARD, histograms_every=2)
+    with open_tracker(folder, every_other) as tracker:
+        for epoch in range(1, 5):
+            tracker.weights(module.named_parameters(), step=epoch, epoch=epoch)
+    with open_tracker(folder, every_other, resume_step=3) as tracker:
+        tracker.weights(module.named_parameters(), step=5, epoch=6)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    named = {f"weights/{name}" for name, _ in module.named_parameters()} - {"weights/layer1.0.conv1.weight"}
+    assert set(events.Tags()["histograms"]) == named
+    for name in ("conv1.weight", "fc.bias", "bn1.weight"):
+        values = module.get_parameter(name).detach().numpy().ravel()
+        shown = events.Histograms(f"weights/{name}")
+        assert [event.step for event in shown] == [2, 5]  # step 4 is purged by the resume at 3
+        histogram = shown[0].histogram_value
+        counts, edges = np.histogram(values, 64)
+        if name != "bn1.weight":  # all ones: bins are half to either side
+            np.testing.assert_allclose(histogram.bucket_limit, edges[1:], rtol=1e-5, atol=1e-7)
+            assert np.abs(np.array(histogram.bucket) - counts).sum() <= 4  # values on an edge
+        assert sum(histogram.bucket) == values.size == histogram.num
+        assert events.Scalars(f"weight_norm/{name}")[0].value == pytest.approx(np.linalg.norm(values), rel=1e-4)
+
+
+def test_tensorboard_shows_the_graph_and_nothing_is_drawn(folder: Path) -> None:
+    before = torch.get_rng_state()
+    with open_tracker(folder, TENSORBOARD) as tracker:
+        tracker.graph(small_graph)
+    assert torch.equal(before, torch.get_rng_state())
+    graph = GraphDef.FromString(EventAccumulator(str(folder / "tensorboard")).Reload().Graph().SerializeToString())
+    nodes = {node.name: node for node in graph.node}
+    leaves = {name for name, part in network().named_modules() if not list(part.children())}
+    assert {name.replace(".", "/") for name in leaves} < set(nodes)
+    assert all(source in nodes for node in graph.node for source in node.input)
+    assert set(nodes["layer2/0/add_"].input) == {"layer2/0/bn2", "layer2/0/downsample/1"}
+    shapes: list[list[int]] = []
+    module = network().eval()
+    convolution = module.get_submodule("layer2.0.conv2")
+    convolution.register_forward_hook(lambda _, __, output: shapes.append(list(output.shape)))
+    module(torch.zeros(1, 3, 64, 64))
+    (shape,) = nodes["layer2/0/conv2"].attr["_output_shapes"].list.shape
+    assert [dim.size for dim in shape.dim] == shapes[0]
+
+
+def test_a_graph_that_cannot_be_drawn_drops_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> list[Layer]:
+        raise RuntimeError("too clever a network")
+
+    with open_tracker(folder, TENSORBOARD) as tracker:
+        tracker.graph(fail)
+        log_steps(tracker, range(1, 3))
+    assert "the graph of the network is left out: RuntimeError: too clever" in capsys.readouterr().out
+    assert tensorboard_losses(folder) == [(1, 1), (2, 2)]
+
+
+def test_pictures_that_nobody_shows_cost_nothing(folder: Path) -> None:
+    def refuse() -> Any:
+        raise AssertionError("was asked for")
+        yield
+
+    for cfg, epoch in (
+        (OFF, 1),
+        (replace(TENSORBOARD, histograms_every=0), 1),
+        (replace(TENSORBOARD, histograms_every=3), 2),
+    ):
+        with open_tracker(folder, cfg) as tracker:
+            tracker.weights(refuse(), step=1, epoch=epoch)
+    with open_tracker(folder, OFF) as tracker:
+        tracker.graph(refuse)
+    with pytest.raises(UserError, match=r"tracking\.histograms_every: -1 is negative"):
+        TrackingConfig(histograms_every=-1)
+
+
+def test_wandb_shows_weights_and_the_graph(folder: Path) -> None:
+    module = network()
+    with open_tracker(folder, OFFLINE) as tracker:
+        tracker.graph(small_graph)
+        tracker.weights(module.named_parameters(), step=7, epoch=1)
+    (segment,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (row,) = [record["history"]["item"] for record in inspect(segment) if record["type"] == "history"]
+    assert row["train/step"] == 7
+    assert row["weight_norm/conv1.weight"] == pytest.approx(
+        module.get_parameter("conv1.weight").norm().item(), rel=1e-4
+    )
+    assert row["weights/conv1.weight._type"] == "histogram"
+    assert sum(row["weights/conv1.weight.values"]) == module.get_parameter("conv1.weight").numel()
+    (file,) = folder.glob("wandb/offline-run-*/files/media/graph/*.graph.json")
+    names = {node["name"] for node in json.loads(file.read_text())["nodes"]}
+    assert {"conv1", "layer4.1.conv2", "fc"} < names
 
 
 def test_secondary_ranks_write_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

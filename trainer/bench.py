@@ -274,6 +274,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _check(args: argparse.Namespace, cfg: Config) -> None:
     """Find mistakes before the measuring begins. Raises `UserError`."""
+    require(not args.out or args.out.is_dir() or not args.out.exists(), f"--out: {args.out} is a file; give a folder")
     require(args.rounds > 0, f"--rounds: {args.rounds} is not positive; give a number of turns such as {ROUNDS}")
     for name in ("bench.csv", "bench.json", "scaling.png") if args.out else ():
         require(not (args.out / name).exists(), f"--out: {args.out / name} exists; give another folder")

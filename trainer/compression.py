@@ -1,15 +1,16 @@
 """What DDP sends of the gradients: all of them, or fewer bytes that stand for them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.engine import Compression, packed_state
+from trainer.engine import Compression, load_state
 from trainer.machine import Machine
+from trainer.snapshot import Content, HostCopy, packed_state
 
 POWERSGD_RANK = 2
 POWERSGD_START = 100  # updates that send whole gradients first: the early ones matter most
@@ -45,16 +46,17 @@ def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDStat
 _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by number of the bucket
 
 
-def packed(state: PowerSGDState, machine: Machine) -> dict[str, memoryview]:
-    """This rank's memory of PowerSGD as a file, by name; each rank has its own."""
+def packed(state: PowerSGDState, machine: Machine, copy: HostCopy) -> dict[str, Callable[[], Content]]:
+    """This rank's memory of PowerSGD, copied, as a file by name; each rank has its own."""
     tensors = {name: dict(getattr(state, name)) for name in _TENSORS}
-    return {_name(machine): packed_state({"world": machine.world, "iter": state.iter, **tensors})}
+    copied = copy.of({"world": machine.world, "iter": state.iter, **tensors}, "powersgd")
+    return {_name(machine): lambda: packed_state(copied)}
 
 
 def load(state: PowerSGDState, folder: Path, machine: Machine) -> None:
     """Continue where `packed` was called; afresh where the run had another number of ranks or no PowerSGD."""
     file = folder / _name(machine)
-    saved: dict[str, Any] = torch.load(file, map_location=machine.device, weights_only=True) if file.exists() else {}
+    saved = load_state(file, machine.device) if file.exists() else {}
     if saved.get("world") != machine.world:
         return
     state.iter = saved["iter"]

@@ -21,6 +21,7 @@ from trainer.optim import OptimConfig
 from trainer.resnet import ModelConfig
 from trainer.trace import chosen_steps
 from trainer.tracker import TrackingConfig
+from trainer.weights import preprocessing
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -45,6 +46,10 @@ class RunConfig:
     """Updates between two rows of metrics; also how often the ranks look whether to stop."""
     save_every: int = 200
     """Updates between two checkpoints within an epoch; one is always written at its end."""
+    keep: int = 2
+    """Last checkpoints kept, beside the best; with two, one that is damaged is passed over for the one before."""
+    keep_every: int | None = None
+    """Keep also the checkpoint at the end of every so many epochs."""
     profile: str | None = None
     """Updates to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to profile/ in
     the run folder."""
@@ -54,6 +59,7 @@ class RunConfig:
             self.name not in ("", ".", "..") and "/" not in self.name,
             f"run.name: {self.name!r} is no folder name; give a word such as first",
         )
+        require(self.dir != "", "run.dir: it is empty; give a folder, or leave it out for runs/NAME")
         require(self.epochs > 0, f"run.epochs: {self.epochs} is not positive; give the number of passes")
         require(
             self.max_steps is None or self.max_steps > 0,
@@ -61,6 +67,11 @@ class RunConfig:
         )
         require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of updates")
         require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of updates")
+        require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
+        require(
+            self.keep_every is None or self.keep_every > 0,
+            f"run.keep_every: {self.keep_every} is not positive; give a number of epochs, or leave it out",
+        )
         if self.profile is not None:
             chosen_steps(self.profile)
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
@@ -79,6 +90,17 @@ class Config:
 
     def __post_init__(self) -> None:
         check_deepspeed(self.engine, self.optim)
+        for option in ("freeze_until", "head_only", "freeze_bn"):
+            value = getattr(self.model, option)
+            require(
+                not value or self.engine.name == "ddp",
+                f"model.{option}: {value} is for DDP only; leave it out, or set engine.name to ddp",
+            )
+        require(
+            self.model.freeze_until < self.run.epochs,
+            f"model.freeze_until: {self.model.freeze_until} leaves none of {self.run.epochs} epochs to the rest of the "
+            "network; lower it, or set model.head_only",
+        )
 
     @property
     def folder(self) -> Path:
@@ -91,6 +113,8 @@ FREE = {
     "run.max_steps",
     "run.log_every",
     "run.save_every",
+    "run.keep",
+    "run.keep_every",
     "run.profile",
     "data.path",
     "data.images",
@@ -102,8 +126,16 @@ FREE = {
 
 
 def load(arguments: list[str]) -> Config:
-    """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`."""
-    return _parse(_with_recipe(arguments))
+    """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`.
+
+    Pretrained weights bring defaults of their own for `data`: any file or option goes before them.
+    """
+    arguments = _with_recipe(arguments)
+    asked = [argument for argument in arguments if not argument.startswith("--print_config")]
+    cfg = _parse(asked)
+    if cfg.model.weights is None and asked == arguments:
+        return cfg
+    return _parse(arguments, preprocessing(cfg.model.weights) if cfg.model.weights else {})
 
 
 def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
@@ -118,6 +150,9 @@ def load_run(folder: Path, overrides: list[str]) -> Config:
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; give one such as runs/builtin")
+    _refuse_unknown(saved)
+    if any(argument.split("=")[0] == "--config" for argument in overrides):
+        raise UserError(f"--config: {folder} has a configuration of its own; leave it out, or give single options")
     return _parse(["--config", str(saved), *overrides])
 
 
@@ -158,14 +193,19 @@ def _config_file(name: str) -> Path:
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise UserError(f"--config: {name} is neither a file nor a recipe; the recipes are {shipped}")
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} cannot be read: {error}") from None
-    for key in _flat(_tree(text, str(path))):
-        if key not in _flat(asdict(Config())):
-            raise UserError(f"{path}: {_no_such_option(key)}")
+    _refuse_unknown(path)
     return path
+
+
+def _refuse_unknown(file: Path) -> None:
+    """Make sure that every option in a file exists. Raises `UserError`."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {file} cannot be read: {error}") from None
+    for key in _flat(_tree(text, str(file))):
+        if key not in _flat(asdict(Config())):
+            raise UserError(f"{file}: {_no_such_option(key)}")
 
 
 def _tree(text: str, file: str) -> dict[str, Any]:
@@ -179,7 +219,8 @@ def _tree(text: str, file: str) -> dict[str, Any]:
     return tree
 
 
-def _parse(arguments: list[str]) -> Config:
+def _parse(arguments: list[str], data: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a command line; `data` are defaults of that section."""
     parser = ArgumentParser(
         prog="python -m trainer",
         description="Train a ResNet. A recipe or file comes first, dotted options override it.",
@@ -188,6 +229,7 @@ def _parse(arguments: list[str]) -> Config:
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file, or the name of a shipped recipe.")
     parser.add_class_arguments(Config)
+    parser.set_defaults({f"data.{name}": value for name, value in (data or {}).items()})
     quiet = int(os.environ.get("RANK", 0)) > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():

@@ -1,28 +1,31 @@
 """What turns batches into weights: forward, backward, all-reduce, update."""
 
-import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_pipeline.config import require
 from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Batch
+from trainer.checkpoint import Write
 from trainer.machine import Precision, resolve_precision
+from trainer.snapshot import METADATA
 
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
 WEIGHTS, STATE = "model.safetensors", "training.pt"
-_METADATA = "sluice"
 
 SUMS = ("loss", "top1", "top5", "images", "grad_norm")
 """What `Engine.step` adds up, in this order."""
@@ -74,10 +77,11 @@ class Engine(Protocol):
         """Give all ranks rank 0's statistics of batch normalisation, before evaluating. Collective."""
         ...
 
-    def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
+    def snapshot(self, metadata: dict[str, str]) -> Write:
         """Weights and training state as they are now: a function that writes this rank's files of them into a folder.
 
-        Collective; the function is not. What it raises is OSError.
+        Collective; the function is not, and may be called in another thread while training goes on, but no more once
+        there is a newer snapshot. What it raises is OSError.
         """
         ...
 
@@ -129,12 +133,25 @@ class Autocast:
         return torch.autocast(self.device.type, dtype=dtype or torch.float32, enabled=dtype is not None)
 
 
+def check_device(cfg: EngineConfig, device: torch.device) -> None:
+    """Make sure that an engine can work on `device` as it is told. Raises `UserError`."""
+    require(
+        not cfg.sync_bn or device.type == "cuda",
+        "engine.sync_bn: torch has it for GPUs only, and there is none here; leave it out",
+    )
+    require(
+        cfg.compile != "on"
+        or device.type == "cuda"
+        or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")),
+        "engine.compile: on, but there is no C++ compiler here; install g++, or give off",
+    )
+
+
 def compiled(module: nn.Module, cfg: EngineConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """`module`, or it compiled for each shape of images that it meets. Raises `UserError` without a compiler."""
+    check_device(cfg, device)
     if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
         return module
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise UserError("engine.compile: on, but there is no C++ compiler here; install g++, or give off")
     # Each resolution in training and in evaluation is a shape of its own, and more of them than torch expects is no error.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     return torch.compile(module, dynamic=False, mode=cfg.compile_mode)
@@ -155,40 +172,38 @@ def smooth_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return torch.where(batch.labels != UNCOUNTED, losses, 0).sum()
 
 
-def packed_weights(module: nn.Module, metadata: dict[str, str]) -> bytes:
-    """What WEIGHTS holds: every tensor under its name, readable by `load_weights` and `read_metadata`."""
-    weights = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
-    # A single entry, since safetensors writes several in random order: equal weights make equal files.
-    return save(weights, {_METADATA: json.dumps(metadata)})
-
-
-def packed_state(state: dict[str, Any]) -> memoryview:
-    """What STATE holds. Files are written by Python and not by torch, as its error names a full disk as such."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
-def writer(files: Mapping[str, bytes | memoryview]) -> Callable[[Path], None]:
-    """What writes `files`, by name, into a folder."""
-
-    def write(folder: Path) -> None:
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-
-    return write
-
-
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights strictly."""
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    """Load a checkpoint's weights strictly. Raises `UserError` where they are not those of such a module."""
+    with _reading(folder / WEIGHTS):
+        module.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def load_state(file: Path, device: torch.device) -> dict[str, Any]:
+    """What `packed_state` made of training state. Raises `UserError` for a file of anything but tensors and plain values."""
+    with _reading(file):
+        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        return state
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What a checkpoint's weights say of themselves: the model's name, and the names of its classes as JSON."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        metadata: dict[str, str] = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    """What a checkpoint's weights say of themselves: the model's name, and the names of its classes as JSON.
+
+    Raises `UserError` where they cannot be read.
+    """
+    with _reading(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata: dict[str, str] = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         return metadata
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0].rstrip(".: ")
+        raise UserError(
+            f"{file}: it cannot be loaded ({why}); restore it, or begin anew in another --run.dir"
+        ) from None
 
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

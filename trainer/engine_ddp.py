@@ -13,22 +13,23 @@ from torch.profiler import record_function
 from data_pipeline.config import require
 from data_pipeline.loader import Batch
 from trainer import compression
+from trainer.checkpoint import Write
 from trainer.engine import (
     STATE,
     SUMS,
     WEIGHTS,
     EngineConfig,
     Predictor,
+    check_device,
     compiled,
     count,
+    load_state,
     load_weights,
-    packed_state,
-    packed_weights,
     smooth_loss,
-    writer,
 )
 from trainer.machine import Machine
-from trainer.optim import Ema, OptimConfig, build_optimizer
+from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
+from trainer.snapshot import Content, HostCopy, packed_state, packed_weights, writer
 
 
 class DdpEngine:
@@ -36,6 +37,9 @@ class DdpEngine:
 
     Each rank keeps its own running statistics of batch normalisation while it trains, and those of rank 0 are the
     model's: they do not influence the weights, so keeping them is enough to continue bit for bit.
+
+    Parameters that require no gradient when it is built never will. Of the others any may be frozen for some updates, as
+    long as all ranks freeze the same.
     """
 
     def __init__(
@@ -43,11 +47,8 @@ class DdpEngine:
     ) -> None:
         self.machine, self.optim, self.normalise = machine, optim, normalise
         device = machine.device
+        check_device(cfg, device)
         if cfg.sync_bn:
-            require(
-                device.type == "cuda",
-                "engine.sync_bn: torch has it for GPUs only, and there is none here; leave it out",
-            )
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module = module.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.module, optim)
@@ -56,11 +57,14 @@ class DdpEngine:
         self.predict = Predictor(self.judged, normalise, cfg, device)
         self.autocast = self.predict.autocast
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        if self.scaler.is_enabled() and optim.name == "sgd" and optim.momentum > 0:
-            # The fused kernel would leave momentum as it finds it in memory where the very first update overflows.
-            for parameter in self.module.parameters():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.updates = 0
+        self.copy = HostCopy()
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if optim.name == "sgd" and optim.momentum > 0:
+            # The fused kernel asks for momentum of all or of none, so not of the head alone at first; and would leave it
+            # as it finds it in memory where the very first update overflows.
+            for parameter in self.trained:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.replica: nn.Module = self.module
         self.powersgd: PowerSGDState | None = None
         if machine.world > 1:
@@ -74,6 +78,7 @@ class DdpEngine:
             self._settle_buckets()
             self.powersgd = compression.compress(self.replica, cfg.compression)
         self._forward = compiled(self.replica, cfg, device)
+        self._lone_forward = compiled(self.module, cfg, device) if machine.world > 1 else self._forward
         self.pieces = 1  # of a micro-batch, each with a forward and a backward pass of its own
 
     def fit_memory(self, rows: int, size_px: int) -> None:
@@ -88,30 +93,34 @@ class DdpEngine:
             self.pieces *= 2
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
+        # DDP waits for the gradients of all that it knows, so while some are frozen it is passed by.
+        partly = not all(parameter.requires_grad for parameter in self.trained)
+        forward = self._lone_forward if partly else self._forward
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
         pieces = [piece for batch in micro_batches for piece in _cut(batch, self.pieces)]
         for number, batch in enumerate(pieces, start=1):
             with self._no_sync() if number < len(pieces) else nullcontext():
                 with record_function("forward"), self.autocast():
-                    logits = self._forward(self.normalise(batch.images)).float()
+                    logits = forward(self.normalise(batch.images)).float()
                 losses = smooth_loss(logits, batch, self.optim.label_smoothing)
                 with record_function("backward"):
                     # DDP averages over ranks; this makes the average the mean over the images of the whole update.
                     self.scaler.scale(losses * self.machine.world / batch.total).backward()
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
         with record_function("update"):
+            if partly:
+                self._average_gradients()
             sums[4] = self._update()
         return sums
 
     def agree(self) -> None:
         self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
-    def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
-        files: dict[str, bytes | memoryview] = {}
+    def snapshot(self, metadata: dict[str, str]) -> Write:
+        files: dict[str, Callable[[], Content]] = {}
         if self.powersgd:
-            files |= compression.packed(self.powersgd, self.machine)
+            files |= compression.packed(self.powersgd, self.machine, self.copy)
         if self.machine.primary:
             state = {
                 "optimizer": self.optimizer.state_dict(),
@@ -120,11 +129,12 @@ class DdpEngine:
             }
             if self.ema:
                 state["module"] = self.module.state_dict()
-            files |= {WEIGHTS: packed_weights(self.judged, metadata), STATE: packed_state(state)}
-        return writer(files)
+            weights, state = self.copy.of(self.judged.state_dict(), WEIGHTS), self.copy.of(state, STATE)
+            files |= {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
+        return writer(files, self.copy.wait)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
+        state = load_state(folder / STATE, self.machine.device)
         require(
             "engine" not in state,
             f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; name that, or give another --run.dir",
@@ -141,6 +151,12 @@ class DdpEngine:
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) else nullcontext()
+
+    def _average_gradients(self) -> None:
+        """What DDP does with its buckets, for the few gradients that there are."""
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                self.machine.sum(parameter.grad).div_(self.machine.world)
 
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of the gradient before clipping."""

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch
+from trainer.checkpoint import Write
 from trainer.engine import (
     STATE,
     SUMS,
@@ -26,14 +27,13 @@ from trainer.engine import (
     Predictor,
     compiled,
     count,
+    load_state,
     load_weights,
-    packed_state,
-    packed_weights,
     smooth_loss,
-    writer,
 )
 from trainer.machine import Machine
-from trainer.optim import Ema, OptimConfig, build_optimizer
+from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
+from trainer.snapshot import Content, HostCopy, packed_state, packed_weights, writer
 
 SHARD = "optimizer-{rank}.pt"
 """Name of the file with a rank's part of the optimiser's state."""
@@ -110,10 +110,10 @@ class DeepSpeedEngine:
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
         self.clean_updates = 0  # since the scale was changed
         self.updates = 0
+        self.copy = HostCopy()
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
         if self.stage > 0:
             self._zero.override_loss_scale(self.scale)
@@ -134,8 +134,8 @@ class DeepSpeedEngine:
     def agree(self) -> None:
         self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
-    def snapshot(self, metadata: dict[str, str]) -> Callable[[Path], None]:
-        files: dict[str, bytes | memoryview] = {}
+    def snapshot(self, metadata: dict[str, str]) -> Write:
+        files: dict[str, Callable[[], Content]] = {}
         with self.whole_weights():
             if self.machine.primary:
                 state: dict[str, Any] = {
@@ -148,17 +148,16 @@ class DeepSpeedEngine:
                 }
                 if self.ema:
                     state["module"] = self.module.state_dict()
-                files = {
-                    WEIGHTS: packed_weights(self.ema.module if self.ema else self.module, metadata),
-                    STATE: packed_state(state),
-                }
+                weights = self.copy.of((self.ema.module if self.ema else self.module).state_dict(), WEIGHTS)
+                state = self.copy.of(state, STATE)
+                files = {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
         if self.machine.primary or self.stage > 0:
-            shard = [self.optimizer.state.get(weights, {}) for weights in self._shards]
-            files[SHARD.format(rank=self.machine.rank)] = packed_state({"optimizer": shard})
-        return writer(files)
+            shard = self.copy.of([self.optimizer.state.get(weights, {}) for weights in self._shards], SHARD)
+            files[SHARD.format(rank=self.machine.rank)] = lambda: packed_state({"optimizer": shard})
+        return writer(files, self.copy.wait)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location=self.machine.device, weights_only=True)
+        state = load_state(folder / STATE, self.machine.device)
         self._check_saved(state, folder)
         with self.whole_weights(source=0):
             load_weights(self.ema.module if self.ema else self.module, folder)
@@ -167,7 +166,7 @@ class DeepSpeedEngine:
         if self.stage > 0:
             self._zero.refresh_fp32_params()
         shard = SHARD.format(rank=self.machine.rank if self.stage > 0 else 0)
-        saved = torch.load(folder / shard, map_location=self.machine.device, weights_only=True)["optimizer"]
+        saved = load_state(folder / shard, self.machine.device)["optimizer"]
         for weights, moments in zip(self._shards, saved, strict=True):
             self.optimizer.state[weights] = moments
         if self.autocast.precision == "fp16" and state["scale"] != 1:  # 1: the run has been in another precision

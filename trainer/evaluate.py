@@ -6,6 +6,9 @@ python -m trainer.evaluate RUN [--data.path FOLDER]
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,11 +18,40 @@ from data_pipeline.command import run_command
 from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Cursor, Loader
 from trainer.checkpoint import Store
-from trainer.config import load_run, run_folder
+from trainer.config import Config, load_run, run_folder
 from trainer.engine import Normalise, Predictor, count, load_weights, read_metadata
 from trainer.machine import Machine, open_machine
 from trainer.meter import Scores
 from trainer.resnet import build_resnet
+
+
+class Trained(NamedTuple):
+    """A run's chosen weights, ready for use."""
+
+    checkpoint: Path
+    classes: list[str]
+    predict: Predictor
+
+
+def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
+    """The network with the weights that the run in `folder` is judged by. Raises `UserError`.
+
+    Where `engine.precision` is auto, a CPU computes in fp32: a trial of what is faster may end otherwise on the next rank
+    or another time, and the results with it.
+    """
+    checkpoint = Store(folder).chosen()
+    if checkpoint is None:
+        raise UserError(f"{folder} has no complete checkpoint yet; train it first")
+    metadata = read_metadata(checkpoint)
+    if metadata["model"] != cfg.model.name:
+        raise UserError(f"model.name: {folder} holds a {metadata['model']}, not a {cfg.model.name}")
+    classes = json.loads(metadata["classes"])
+    network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
+    load_weights(network, checkpoint)
+    normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+    trial = cfg.engine.precision == "auto" and machine.device.type == "cpu"
+    engine = replace(cfg.engine, precision="fp32") if trial else cfg.engine
+    return Trained(checkpoint.resolve(), classes, Predictor(network, normalise, engine, machine.device))
 
 
 def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, machine: Machine) -> Scores:
@@ -39,23 +71,14 @@ def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ma
 def main() -> None:
     folder, overrides = run_folder(sys.argv[1:], "python -m trainer.evaluate")
     cfg = load_run(folder, overrides)
-    checkpoint = Store(folder).chosen()
-    if checkpoint is None:
-        raise UserError(f"{folder} has no complete checkpoint yet; train it first")
     with open_machine() as machine:
-        metadata = read_metadata(checkpoint)
-        if metadata["model"] != cfg.model.name:
-            raise UserError(f"model.name: {folder} holds a {metadata['model']}, not a {cfg.model.name}")
-        classes = json.loads(metadata["classes"])
-        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", classes))
-        network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
-        load_weights(network, checkpoint)
-        normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+        trained = machine.agree(lambda: open_trained(folder, cfg, machine))
+        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", trained.classes))
         loader = Loader(catalog, cfg.data, machine, training=False)
-        scores = evaluate(Predictor(network, normalise, cfg.engine, machine.device), loader, machine)
+        scores = evaluate(trained.predict, loader, machine)
     if machine.primary:
         print(
-            f"{checkpoint.resolve()} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
+            f"{trained.checkpoint} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
             f"loss {scores.loss:.4f}  top-1 {scores.top1_pct:.2f} %  top-5 {scores.top5_pct:.2f} %"
         )
 

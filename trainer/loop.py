@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -13,18 +14,21 @@ from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.proof import first_fault
-from trainer.checkpoint import Progress, Store, check_run, claim_run, record_run
+from trainer.checkpoint import Progress, Store, check_run, claim_run, read_progress, record_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.engine import Engine, Normalise, keep_compiled, read_metadata
+from trainer.engine import Engine, Normalise, check_device, keep_compiled, read_metadata
 from trainer.engine_ddp import DdpEngine
 from trainer.evaluate import evaluate
+from trainer.layers import Layer, layers
 from trainer.machine import Machine
 from trainer.meter import Meter
 from trainer.optim import lr_at
 from trainer.preempt import StopFlag
-from trainer.resnet import build_resnet
+from trainer.resnet import ResNet, build_resnet, freeze
+from trainer.saver import Saver, check_room, checkpoint_bytes
 from trainer.trace import Trace
 from trainer.tracker import Tracker
+from trainer.weights import load_weights_to_start
 
 
 def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
@@ -33,9 +37,11 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
     Collective. Raises `UserError`, on every rank, for what a user can mend.
     """
     machine.on_primary(lambda: check_run(cfg.folder, lambda saved: first_difference(saved, cfg)))
+    check_device(cfg.engine, machine.device)
     train, val = machine.agree(lambda: _open_data(cfg, machine))
-    store = Store(cfg.folder)
-    progress = machine.agree(lambda: _resume_point(store, train.catalog))
+    store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
+    found = machine.agree(lambda: _resume_point(store, train.catalog) if machine.primary else None)
+    newest, progress = machine.as_primary(lambda: found or (None, Progress()))
     if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
         if machine.primary:
             done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
@@ -45,17 +51,20 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
         return progress
     for loader in (train, val):
         limit_bad(loader)
+    machine.on_primary(lambda: _check_room(cfg, store, len(train.catalog.classes), machine))
     machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
     keep_compiled(cfg.engine, cfg.folder)
     with machine.agree(lambda: claim_run(cfg.folder) if machine.primary else nullcontext()):
-        session = Session(cfg, machine, train, val, store, progress)
-        with session.tracker, session.trace:
+        machine.on_primary(store.prepare)
+        session = Session(cfg, machine, train, val, store, newest, progress)
+        with session.tracker, session.trace, session.saver:
             return _train(cfg, session, stop)
 
 
 def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
     loader, engine, meter = session.loader, session.engine, session.meter
     while not session.progress.finished:
+        session.freeze()
         loader.seek(session.progress.cursor)
         for micro_batches in _grouped(meter.waiting(loader), cfg.optim.accumulate):
             lr = lr_at(session.progress.step, cfg.optim, session.total_steps)
@@ -80,6 +89,7 @@ def _train(cfg: Config, session: "Session", stop: StopFlag) -> Progress:
             return session.hand_over()
         if session.progress.step == cfg.run.max_steps:
             return session.say_early()
+    session.finish()
     return session.progress
 
 
@@ -87,14 +97,23 @@ class Session:
     """A run opened for training: its parts, and what happens between its steps."""
 
     def __init__(
-        self, cfg: Config, machine: Machine, train: Loader, val: Loader, store: Store, progress: Progress
+        self,
+        cfg: Config,
+        machine: Machine,
+        train: Loader,
+        val: Loader,
+        store: Store,
+        newest: Path | None,
+        progress: Progress,
     ) -> None:
-        self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
+        self.cfg, self.machine, self.progress = cfg, machine, progress
         self.loader, self.val_loader = train, val
         self.images, classes = len(train.catalog), train.catalog.classes
         self.total_steps = sum(train.updates(epoch) for epoch in range(cfg.run.epochs))
-        self.engine = build_engine(cfg, len(classes), machine)
-        newest = store.newest()
+        model, started = fresh_model(cfg, len(classes)), None
+        if cfg.model.weights and not newest:
+            started = load_weights_to_start(model, cfg.model, classes, machine)
+        self.engine = engine_for(cfg, model, machine)
         if newest:
             self.engine.load(newest)
         self.metadata = {
@@ -103,13 +122,20 @@ class Session:
             "data": train.catalog.fingerprint(),
         }
         self.tracker = machine.agree(self._open_tracker)
+        for checkpoint, why in store.passed_over.items():
+            self.tracker.note(f"passed over {checkpoint}: {why}")
         for catalog in (train.catalog, val.catalog):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")
+        if started:
+            self.tracker.note(started)
+        if not progress.step:
+            self.tracker.graph(lambda: network_layers(cfg, len(classes)))
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = Meter(machine, progress.sums)
         self.trace = Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step)
+        self.saver = Saver(store, machine, progress, self.tracker.note)
         self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
 
     def _open_tracker(self) -> Tracker:
@@ -133,6 +159,10 @@ class Session:
         """Epochs trained so far, with the part of the one under way."""
         return self.progress.cursor.epoch + self.progress.cursor.seen / self.images
 
+    def freeze(self) -> None:
+        """Freeze what stays as it is in the epoch that begins or goes on."""
+        freeze(self.engine.module, self.cfg.model, self.progress.cursor.epoch)
+
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics; whether any rank was asked to stop. Collective."""
         scalars, stopping = self.reduce(stop)
@@ -146,7 +176,8 @@ class Session:
         scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
         self.progress = replace(self.progress, sums=self.meter.epoch_sums)
         limit_bad(self.loader, int(bad_images))
-        scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad), **self.save_time}
+        scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
+        scalars |= {**self.save_time, **self.saver.take_scalars()}
         self.save_time = {}
         return scalars, stops > 0
 
@@ -165,17 +196,27 @@ class Session:
             raise UserError(f"data.path: {fault}")
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint. Collective."""
+        """Write a checkpoint while training goes on; what it costs the training is the time of a copy. Collective."""
         start = time.perf_counter()
-        write = self.engine.snapshot(self.metadata)
-        self.machine.on_primary(lambda: self.store.begin(self.progress.step))
-        self.machine.agree(lambda: self.store.put(self.progress.step, write))
-        self.machine.on_primary(lambda: self.store.complete(self.progress, best=best))
+        self.settle()
+        self.saver.start(self.progress, self.engine.snapshot(self.metadata), best=best)
         self.save_time = {"perf/ckpt_save_s": time.perf_counter() - start}
         self.meter.pause()
 
+    def settle(self) -> None:
+        """Wait for the checkpoint under way. Where it failed, the best is again the one on disk. Collective."""
+        if self.saver.wait():
+            self.progress = replace(self.progress, best_top1_pct=self.saver.saved.best_top1_pct)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk. Collective. Raises `UserError` where it is not."""
+        failure = self.saver.wait()
+        if failure:
+            raise failure
+
     def validate(self) -> tuple[dict[str, float], bool]:
         """Scores on the validation images, and whether they are the best so far. Collective."""
+        self.settle()
         self.engine.agree()
         scores = evaluate(self.engine.predict, self.val_loader, self.machine)
         self.name_bad(self.val_loader)
@@ -203,6 +244,7 @@ class Session:
         epoch = self.progress.cursor.epoch + 1
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps
         self.tracker.epoch({**perf, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
+        self.tracker.weights(self.engine.module.named_parameters(), self.progress.step, epoch)
         self.progress = replace(
             self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
         )
@@ -217,6 +259,7 @@ class Session:
         return self.say_early()
 
     def say_early(self) -> Progress:
+        self.finish()
         self.tracker.note(
             f"stopped after run.max_steps: {self.progress.step} of {self.total_steps} steps, "
             f"best val top-1 {self.progress.best_top1_pct:.2f} %, saved in {self.cfg.folder}"
@@ -224,20 +267,39 @@ class Session:
         return self.progress
 
     def hand_over(self) -> Progress:
+        self.finish()
         self.tracker.alert("asked to stop", f"saved step {self.progress.step}; the same command goes on from there")
         return self.progress
 
 
 def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
     """A network with freshly drawn weights, the same on all ranks, and what trains it. Collective."""
+    return engine_for(cfg, fresh_model(cfg, classes), machine)
+
+
+def fresh_model(cfg: Config, classes: int) -> ResNet:
+    """A network with freshly drawn weights, the same on all ranks, of which all is frozen that is never trained."""
     torch.manual_seed(cfg.run.seed)
     model = build_resnet(cfg.model, classes)
+    freeze(model, cfg.model, epoch=cfg.run.epochs)
+    return model
+
+
+def engine_for(cfg: Config, model: ResNet, machine: Machine) -> Engine:
+    """What trains `model`. Collective."""
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
     if cfg.engine.name == "deepspeed":
         from trainer.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, machine)
     return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
+
+
+def network_layers(cfg: Config, classes: int) -> list[Layer]:
+    """The layers of the run's network as dashboards show them, for one image. Touches no weights and draws nothing."""
+    with torch.device("meta"):
+        size_px = max(cfg.data.sizes_px)
+        return layers(build_resnet(cfg.model, classes), torch.empty(1, 3, size_px, size_px))
 
 
 def limit_bad(loader: Loader, found: int = 0) -> None:
@@ -272,14 +334,23 @@ def training_loader(cfg: Config, catalog: Catalog, machine: Machine) -> Loader:
     )
 
 
-def _resume_point(store: Store, train: Catalog) -> Progress:
+def _check_room(cfg: Config, store: Store, classes: int, machine: Machine) -> None:
+    """Raise `UserError` where the disk has no room for the run's checkpoints."""
+    with torch.device("meta"):
+        model = fresh_model(cfg, classes)
+    size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, machine.world)
+    check_room(store, size, cfg.run.epochs)
+
+
+def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from, if there is one, and how far it had come."""
     newest = store.newest()
     if newest and read_metadata(newest).get("data") != train.fingerprint():
         raise UserError(
             f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started; "
             "restore them, or give another --run.dir"
         )
-    return store.progress()
+    return newest, read_progress(newest) if newest else Progress()
 
 
 def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from trainer.resnet import HEAD_STAGE, stage_of
 
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
-Schedule = Literal["constant", "step", "cosine", "onecycle"]
+Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class OptimConfig:
 
     schedule: Schedule = "onecycle"
     """Learning rate after the warm-up: constant; multiplied by gamma at the milestones (step); half a cosine to zero;
-    or a straight line to zero (onecycle)."""
+    or a straight line to zero (onecycle). cyclic rises from min_lr to lr and falls back, cycles times, in straight lines."""
 
     warmup: float = 0.2
     """Share of the run, from 0 to 1, over which the learning rate first rises in a straight line to its peak."""
@@ -55,6 +56,16 @@ class OptimConfig:
 
     gamma: float = 0.1
     """Factor at each milestone, above 0 and at most 1."""
+
+    min_lr: float = 0.0
+    """Learning rate where the schedule `cyclic` begins and ends each cycle, above 0 and at most lr."""
+
+    cycles: int = 4
+    """Cycles of the schedule `cyclic` in the run; Smith advises 3 or more, each of 4 to 20 epochs."""
+
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one stage of the network to the one before it, above 0 and at most 1: with 0.75 the
+    head has all of it, layer4 0.75, layer3 0.56 and the stem 0.24 (Bao et al. 2022, "BEiT", arXiv 2106.08254). 1 is off."""
 
     clip_norm: float = 0.0
     """Largest global L2 norm of the gradient; longer gradients are scaled down to it. 0 is off."""
@@ -97,7 +108,19 @@ class OptimConfig:
                 self.schedule != "step" or late,
                 f"begins inside the warm-up; start at {self.warmup} or later, or lower optim.warmup",
             ),
+            (
+                "warmup",
+                self.schedule != "cyclic" or self.warmup == 0,
+                "does not go with the schedule cyclic, which rises by itself; set optim.warmup to 0",
+            ),
+            (
+                "min_lr",
+                self.schedule != "cyclic" or 0 < self.min_lr <= self.lr,
+                "is out of range; give a learning rate above 0 and at most optim.lr",
+            ),
+            ("cycles", self.cycles >= 1, "is not positive; give 1 or more cycles in the run"),
             ("gamma", 0 < self.gamma <= 1, "is out of range; give a factor above 0 and at most 1"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "is out of range; give a factor above 0, or 1 for none"),
             ("clip_norm", 0 <= self.clip_norm < math.inf, "is out of range; give a norm above 0, or 0 for none"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
@@ -125,8 +148,9 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
 
     onecycle is the plain triangle of FFCV's CIFAR-10 example: that of Smith 2018 (arXiv 1803.09820), but from and to
     zero, with no last phase below it and with constant momentum. step is as in He et al. 2015 (arXiv 1512.03385,
-    section 4.2), cosine as in Loshchilov and Hutter 2017 (arXiv 1608.03983) without restarts, and the warm-up as in
-    Goyal et al. 2017 (arXiv 1706.02677, section 2.2).
+    section 4.2), cosine as in Loshchilov and Hutter 2017 (arXiv 1608.03983) without restarts, cyclic the policy
+    "triangular" of Smith 2017 (arXiv 1506.01186, section 3.1), and the warm-up as in Goyal et al. 2017 (arXiv 1706.02677,
+    section 2.2).
     """
     assert 0 <= step < total_steps, f"update {step} of {total_steps}"
     peak = max(round(cfg.warmup * total_steps) - 1, 0)
@@ -143,24 +167,43 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
             return cfg.lr * (1 + math.cos(math.pi * progress)) / 2
         case "onecycle":
             return cfg.lr * (1 - progress)
+        case "cyclic":
+            height = 1 - abs(2 * (progress * cfg.cycles % 1) - 1)
+            return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups in the order of `named_parameters`: weights with decay, then norms and biases (ndim <= 1) without."""
-    parameters = [parameter for _, parameter in module.named_parameters()]
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups in the order of `named_parameters`: weights with decay, then norms and biases (ndim <= 1) without.
+
+    With layer_decay below 1 two for each stage of a ResNet, from the stem on. A group's "scale" is its share of the
+    learning rate (see `set_lr`): layer_decay to the power of the stages behind it, 1 for the head.
+    """
+    stages: dict[int, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        stages.setdefault(HEAD_STAGE if layer_decay == 1 else stage_of(name), []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "scale": layer_decay ** (HEAD_STAGE - stage)}
+        for stage, members in sorted(stages.items())
+        for decay, parameters in (
+            (weight_decay, [p for p in members if p.ndim > 1]),
+            (0.0, [p for p in members if p.ndim <= 1]),
+        )
     ]
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the next update have the learning rate `lr`, scaled in each of the groups of `parameter_groups`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)  # there is none in a checkpoint from before there were any
+
+
 def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a module's parameters, at the peak learning rate; the caller sets `lr_at` in every group.
+    """The optimiser of a module's parameters; the caller gives each update its learning rate by `set_lr`.
 
     SGD and AdamW update a parameter in one fused kernel: on a CPU ResNet-18's take half the time of "foreach". LARS and
     LAMB leave weights without decay (norms and biases) to the plain rule.
     """
-    groups = parameter_groups(module, cfg.weight_decay)
+    groups = parameter_groups(module, cfg.weight_decay, cfg.layer_decay)
     nesterov = cfg.nesterov and cfg.momentum > 0
     match cfg.name:
         case "sgd":

@@ -320,6 +320,7 @@ def main() -> None:
     require(price is None or price > 0, f"--price_per_gpu_hour: {price} is not positive; leave it out for no cost")
     images = gpu_images_of(cfg, [gpus_per_node * count for count in nodes], args.gpu_batch)
     out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
+    require(not out or out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
     files = [out / name for name in ("plan.csv", "plan.json")] if out else []
     with open_machine() as machine:
         machine.on_primary(lambda: _refuse_present(*files, kept))

@@ -6,16 +6,22 @@ convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear t
 order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from data_pipeline.errors import UserError
+from data_pipeline.config import require
 from trainer.convolution import Convolution
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+HEAD = "fc"
+"""Name of the classifier."""
+HEAD_STAGE = 5
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,44 @@ class ModelConfig:
     zero_init_gamma: bool = False
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
 
+    weights: str | None = None
+    """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
+    data.mean, std and eval_crop unless they are given; a file of torchvision, timm or safetensors; or a run folder. A head
+    for other classes is left out."""
+
+    freeze_until: int = 0
+    """Epochs in which only the head is trained; the weights and running statistics of the rest stay as they are."""
+
+    head_only: bool = False
+    """Train the head alone in all epochs."""
+
+    freeze_bn: bool = False
+    """Keep batch normalisation as it is, the running statistics that it then normalises with as well as gamma and beta."""
+
     def __post_init__(self) -> None:
-        if self.name not in get_args(ModelName):
-            raise UserError(f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}")
+        require(
+            self.name in get_args(ModelName),
+            f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
+        )
+        require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
+        if self.weights is not None and is_torchvision(self.weights):
+            theirs = self.weights.partition("_")[0].lower()
+            require(
+                theirs == self.name,
+                f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
+            )
+        require(self.freeze_until >= 0, f"model.freeze_until: {self.freeze_until} is negative; give a number of epochs")
+        for option in ("freeze_until", "head_only", "freeze_bn"):
+            value = getattr(self, option)
+            require(
+                self.weights is not None or not value,
+                f"model.{option}: {value} keeps weights as they are, and these are random; give model.weights",
+            )
+
+
+def is_torchvision(weights: str) -> bool:
+    """Whether weights are given by torchvision's name for them."""
+    return re.fullmatch(r"ResNet\d+_Weights\.\w+", weights) is not None
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -131,6 +172,14 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training; batch norms whose weights are frozen stay in evaluation mode, and so are frozen whole."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
         x = rectify(self.bn1(self.conv1(images)))
@@ -153,3 +202,22 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
             if isinstance(module, Block):
                 nn.init.zeros_(module.last_norm.weight)
     return network
+
+
+def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
+    """Freeze what `cfg` keeps as it is of a `ResNet` in `epoch`, counted from 0, and nothing else.
+
+    What is frozen has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
+    """
+    only_head = cfg.head_only or epoch < cfg.freeze_until
+    for name, module in network.named_modules():
+        kept = only_head or (cfg.freeze_bn and isinstance(module, _BatchNorm))
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(name == HEAD or not kept)
+    network.train(network.training)
+
+
+def stage_of(name: str) -> int:
+    """Where a parameter lies, counted from the images: 0 the stem, 1 to 4 the stages, HEAD_STAGE the head."""
+    child = name.partition(".")[0]
+    return HEAD_STAGE if child == HEAD else int(child[-1]) if child.startswith("layer") else 0

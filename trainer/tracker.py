@@ -4,26 +4,31 @@
 protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
 Alarms (`alarms.py`) go to the console and to W&B, which tells people who are not looking.
 Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,best_top1_pct}`,
-`perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`.
+`perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`. TensorBoard and W&B are also given the network's
+graph and, every few epochs, `weights/PARAMETER` (histograms) and `weight_norm/PARAMETER` (scalars).
 """
 
 import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from data_pipeline.errors import UserError
 from trainer.alarms import Alarms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.layers import Distribution, Layer
 
 PLAIN_INTERVAL_S = 10.0
 """Least time between two progress lines where the console is no terminal."""
@@ -42,11 +47,17 @@ class TrackingConfig:
     """W&B team or user that owns the project; null means the account's default."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder's `tensorboard`."""
+    histograms_every: int = 1
+    """Epochs between two histograms of each layer's weights, with their norms, in TensorBoard and W&B; 0 for none."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             raise UserError(
                 f"tracking.project: {self.project!r} is no W&B project name; give 1 to 128 characters, none of /\\#?%:"
+            )
+        if self.histograms_every < 0:
+            raise UserError(
+                f"tracking.histograms_every: {self.histograms_every} is negative; give a number of epochs, or 0 for none"
             )
 
 
@@ -57,6 +68,14 @@ class Sink(Protocol):
 
     def alert(self, title: str, text: str) -> None:
         """Tell people who are not looking, where the destination can."""
+        return
+
+    def weights(self, found: Mapping[str, "Distribution"], step: int, epoch: float) -> None:
+        """How the values of each parameter are distributed, where the destination can show it."""
+        return
+
+    def graph(self, layers: list["Layer"]) -> None:
+        """The network that is trained, where the destination can show it."""
         return
 
     def close(self, failed: bool) -> None:
@@ -89,6 +108,7 @@ class Tracker:
         self._sinks: dict[str, Sink] = {}
         self._console: Console | None = None
         self._stop = threading.Event()
+        self._histograms_every = cfg.histograms_every
         self._alarms = Alarms()
         if not primary:
             return
@@ -100,13 +120,18 @@ class Tracker:
 
             return WandbSink(mode, cfg.project, cfg.entity, folder, name, run_config, self.note, self._stop.set)
 
+        def open_tensorboard(folder: Path, resume_step: int) -> Sink:
+            from trainer.tracker_tensorboard import TensorBoard
+
+            return TensorBoard(folder, resume_step)
+
         # W&B first: it alone may refuse to start, and the others alter what an earlier attempt left in the folder.
         wandb_mode = os.environ.get("WANDB_MODE") or "auto" if cfg.wandb == "auto" else cfg.wandb
         if wandb_mode not in ("off", "disabled"):
             self._open("wandb", lambda: open_wandb(wandb_mode))
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
         if cfg.tensorboard:
-            self._open("tensorboard", lambda: TensorBoard(folder / "tensorboard", resume_step))
+            self._open("tensorboard", lambda: open_tensorboard(folder / "tensorboard", resume_step))
 
     @property
     def stop_requested(self) -> bool:
@@ -128,6 +153,29 @@ class Tracker:
         self._tell(lambda console: console.epoch(scalars, epoch, best))
         self._write(scalars, step, epoch)
         self._alarms.new_epoch()
+
+    def weights(self, parameters: Iterable[tuple[str, "Tensor"]], step: int, epoch: int) -> None:
+        """Histogram and norm of each parameter, if they are due at the end of `epoch`, counted from 1, and shown anywhere."""
+        if self._pictures and self._histograms_every and epoch % self._histograms_every == 0:
+            from trainer.layers import distributions
+
+            found = distributions(parameters)
+            self._send(lambda sink: sink.weights(found, step, epoch))
+
+    def graph(self, layers: Callable[[], list["Layer"]]) -> None:
+        """The network that is trained; `layers` is called where it is shown anywhere."""
+        if self._pictures:
+            try:
+                found = layers()
+            except Exception as error:
+                self.note(f"the graph of the network is left out: {type(error).__name__}: {error}")
+                return
+            self._send(lambda sink: sink.graph(found))
+
+    @property
+    def _pictures(self) -> bool:
+        """Whether any destination shows more than scalars."""
+        return not {*self._sinks} <= {"metrics.jsonl"}
 
     def alert(self, title: str, text: str) -> None:
         """One console line, and a W&B alert, which reaches people by mail or chat."""
@@ -227,40 +275,6 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return -1
-
-
-class TensorBoard(Sink):
-    """TensorBoard events, one record a row.
-
-    Written here rather than by `SummaryWriter`, whose thread prints a traceback of its own when the disk fails, and
-    which makes a record of every scalar.
-    """
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(path.open("xb"))
-        self._record(file_version="brain.Event:2")
-        # A session's start makes readers drop what earlier files hold from this step on (`purge_step`).
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._record(step=resume_step + 1, session_log=start)
-
-    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        values.append(self._summary.Value(tag="epoch", simple_value=epoch))
-        self._record(step=step, summary=self._summary(value=values))
-
-    def close(self, failed: bool) -> None:
-        self._records.close()
-
-    def _record(self, **content: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
-        self._records.flush()
 
 
 class Console:

@@ -4,6 +4,7 @@ wandb itself says nothing (its messages go to its debug log); what a person must
 """
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -12,11 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import wandb
 
 from data_pipeline.errors import UserError
 from trainer.checkpoint import Store
 from trainer.engine import WEIGHTS
+from trainer.layers import Distribution, Layer
 
 INIT_TIMEOUT_S = 30.0
 """Longest wait for the server before the run is kept offline; wandb's own default is 90 s."""
@@ -84,6 +87,32 @@ class WandbSink:
 
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         self._run.log({**scalars, "epoch": epoch, "train/step": step})
+
+    def weights(self, found: Mapping[str, Distribution], step: int, epoch: float) -> None:
+        norms = {f"weight_norm/{name}": own.norm for name, own in found.items()}
+        histograms = {
+            f"weights/{name}": wandb.Histogram(np_histogram=(np.array(own.counts), np.array(own.edges)))
+            for name, own in found.items()
+        }
+        self._run.log({**norms, **histograms, "epoch": epoch, "train/step": step})
+
+    def graph(self, layers: list[Layer]) -> None:
+        # Not by `watch`, whose hooks run in every step.
+        graph = wandb.Graph("torch")
+        for layer in layers:
+            parameters = [[name, sizes] for name, sizes in layer.parameters.items()]
+            counts = [math.prod(sizes) for sizes in layer.parameters.values()]
+            graph.add_node(
+                id=layer.name,
+                name=layer.name,
+                class_name=layer.kind,
+                output_shape=layer.shape,
+                parameters=parameters,
+                num_parameters=counts,
+            )
+            for source in layer.inputs:
+                graph.add_edge(graph[source], graph[layer.name])
+        self._run.summary["graph"] = graph
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title, text, level="WARN")
