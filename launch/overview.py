@@ -21,7 +21,6 @@ from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
 from data_pipeline.files import replace_file
 from launch.curves import Curve, chart, style, swatch
-from trainer.history import RUNNING_S as RUNNING_S
 from trainer.history import Run, differences, find_runs, read_run
 from trainer.page import document, text
 

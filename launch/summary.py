@@ -20,12 +20,12 @@ from data_pipeline.config import require
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
 from data_pipeline.files import replace_file
-from launch.overview import RUNNING_S, Run, read_run
 from launch.runs import state_of
 from launch.settings import label, shown
 from launch.slurm import Queued, queue
 from launch.submission import newest
 from launch.sweep import Record, read_record
+from trainer.history import RUNNING_S, Run, read_run
 
 TOP1, MINUTES, SPEED = "best_top1_pct", "minutes", "images_per_s"
 SEED = "run.seed"

@@ -45,6 +45,7 @@ QUICK = {
     "optim.ema_decay": "0.9",
     "tracking.wandb": "off",
     "tracking.tensorboard": "false",
+    "tracking.histograms_every": "0",
 }
 """Five updates an epoch, with a checkpoint within each."""
 

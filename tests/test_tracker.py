@@ -25,6 +25,9 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 from torch import nn
 
 from data_pipeline.errors import UserError
+from tests.runs import checkpoint, dotted, settings_of
+from tests.wandb_backend import train_here
+from trainer.config import load
 from trainer.layers import Layer, layers
 from trainer.resnet import ModelConfig, build_resnet
 from trainer.tracker import Tracker, TrackingConfig
@@ -192,6 +195,24 @@ def test_tensorboard_shows_the_graph_and_nothing_is_drawn(folder: Path) -> None:
     module(torch.zeros(1, 3, 64, 64))
     (shape,) = nodes["layer2/0/conv2"].attr["_output_shapes"].list.shape
     assert [dim.size for dim in shape.dim] == shapes[0]
+
+
+def test_pictures_leave_an_interrupted_training_as_it_is(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def trained(name: str, **options: str) -> Path:
+        settings = settings_of(tmp_path_factory.getbasetemp(), tmp_path / name, epochs=2) | options
+        train_here(load(dotted(settings)))
+        return tmp_path / name
+
+    plain = trained("plain")
+    for steps in ({"run.max_steps": "7"}, {}):
+        shown = trained("shown", **{"tracking.tensorboard": "true", "tracking.histograms_every": "1"}, **steps)
+    assert checkpoint(shown) == checkpoint(plain)
+    events = EventAccumulator(str(shown / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in events.Histograms("weights/fc.weight")] == [5, 10]
+    assert [event.step for event in events.Scalars("train/lr")] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert len(events.Graph().node) > 50
 
 
 def test_a_graph_that_cannot_be_drawn_drops_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,8 @@ h2{font-size:1.1rem;margin:2rem 0 .4rem}
 img{display:block;width:100%;max-width:1000px;background:#fff}
 table{width:auto}
 td{max-width:24rem;overflow-wrap:break-word}
-@media print{body{margin:0;max-width:none;font-size:11px}.table{overflow:visible}th{white-space:normal}
+th,th.number{white-space:normal}
+@media print{body{margin:0;max-width:none;font-size:11px}.table{overflow:visible}
 th,td{padding:.25rem .5rem}img,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
