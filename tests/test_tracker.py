@@ -305,12 +305,18 @@ def test_sink_that_cannot_open_is_dropped(folder: Path, capsys: pytest.CaptureFi
     assert dropped == ["metrics.jsonl", "tensorboard"]
 
 
+def wandb_cores() -> set[int]:
+    """The processes wandb-core that this one has started."""
+    children = Path("/proc/self/task").glob("*/children")
+    pids = [int(pid) for child in children for pid in child.read_text().split()]
+    return {pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core")}
+
+
 def test_killed_wandb_process_is_dropped_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    of_others = wandb_cores()
     with open_tracker(folder, OFFLINE) as tracker:
         log_steps(tracker, range(1, 3))
-        children = Path("/proc/self/task").glob("*/children")
-        pids = [int(pid) for child in children for pid in child.read_text().split()]
-        (core,) = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core")]
+        (core,) = wandb_cores() - of_others
         os.kill(core, signal.SIGKILL)
         os.waitid(os.P_PID, core, os.WEXITED | os.WNOWAIT)
         log_steps(tracker, range(3, 9))
