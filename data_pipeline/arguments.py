@@ -1,5 +1,6 @@
-"""Command lines of the data's own commands: their options, and beside them those of `DataConfig` that choose images."""
+"""Command lines: what a parser complains of in one line, and for the data's own commands the options that choose images."""
 
+import argparse
 import re
 from dataclasses import fields
 from typing import Any
@@ -32,6 +33,26 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     return parsed
 
 
+def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The values of a command that has no options of `DataConfig`. Raises `UserError`."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(_pointing_to_help(str(error), parser.prog)) from None
+
+
+def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The values of a command's own options, and the arguments that are no such option. Raises `UserError`."""
+    try:
+        return parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise UserError(_pointing_to_help(str(error).removeprefix("argument "), parser.prog)) from None
+
+
+def _pointing_to_help(message: str, prog: str) -> str:
+    return f"{' '.join(message.split())}; see {prog} --help"
+
+
 def _remedy(message: str, prog: str) -> str:
     """The parser's message in our words."""
     message = " ".join(message.split())
@@ -45,4 +66,4 @@ def _remedy(message: str, prog: str) -> str:
     unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
     if unknown:
         return f"{unknown[1]}: no such option; see {prog} --help"
-    return f"{message.removeprefix('the ')}; see {prog} --help"
+    return _pointing_to_help(message.removeprefix("the "), prog)

@@ -10,8 +10,9 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from data_pipeline.arguments import parse_plain
 from data_pipeline.command import run_command
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
@@ -254,10 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--entity", required=True, help="W&B team or user that owns the project.")
     parser.add_argument("--project", default=TrackingConfig().project, help="W&B project.")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the specification as JSON instead.")
-    try:
-        args = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see {parser.prog} --help") from None
+    args = parse_plain(parser, arguments)
     require(
         find_spec("wandb_workspaces") is not None,
         "launch dashboard: wandb-workspaces is not installed; run pip install 'sluice[dashboards]'",

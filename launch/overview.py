@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from data_pipeline.arguments import parse_plain
 from data_pipeline.command import run_command
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
@@ -121,10 +122,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="Run folders, or folders of them such as runs.")
     parser.add_argument("--out", default="overview.html", help="The page to write.")
     parser.add_argument("--force", action="store_true", help="Replace it if it exists.")
-    try:
-        args = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see {parser.prog} --help") from None
+    args = parse_plain(parser, arguments)
     out = Path(args.out)
     require(args.force or not out.exists(), f"--out: {out} exists; give another file, or --force to replace it")
     require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from data_pipeline.arguments import parse_plain
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
@@ -164,10 +165,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="The sweep's folder, or its name in runs/.")
     parser.add_argument("--out", help="The folder to write to; the sweep's own if not given.")
     parser.add_argument("--force", action="store_true", help="Replace the files if they exist.")
-    try:
-        args = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see {parser.prog} --help") from None
+    args = parse_plain(parser, arguments)
     folder = next(
         (path for path in (Path("runs") / args.sweep, Path(args.sweep)) if read_record(path)), Path(args.sweep)
     )

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from data_pipeline.arguments import parse_plain
 from data_pipeline.command import run_command
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
@@ -219,10 +220,7 @@ def parse(arguments: list[str]) -> tuple[list[Run], Path, list[float], bool]:
     parser.add_argument("--out", default="comparison", help="The folder to write to.")
     parser.add_argument("--targets", help="Validation top-1 in %%, as 75,84.2,90; what the runs reach if not given.")
     parser.add_argument("--force", action="store_true", help="Replace an earlier comparison in --out.")
-    try:
-        args = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; see {parser.prog} --help") from None
+    args = parse_plain(parser, arguments)
     folders = list({Path(name).resolve(): Path(name) for name in args.runs}.values())
     require(len(folders) > 1, f"RUN: {args.runs[0]} is the only one; give two or more run folders")
     for folder in folders:

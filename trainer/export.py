@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.arguments import parse_known
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.command import run_command
 from data_pipeline.config import DataConfig, require
@@ -244,10 +245,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("--format", choices=FORMATS, help="What to write.")
     parser.add_argument("--out", type=Path, metavar="PATH", help="The file to write; PATH.json comes beside it.")
-    try:
-        args, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).removeprefix('argument ').split())}; see {parser.prog} --help") from None
+    args, rest = parse_known(parser, arguments)
     run_folder(arguments, parser.prog)
     require(args.format is not None, f"--format: it is missing; give one of {', '.join(FORMATS)}")
     require(args.out is not None, "--out: it is missing; give the file to write, such as model.onnx")

@@ -14,6 +14,7 @@ evaluation, checkpoints and what compressing takes are left out, and so is what 
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
+from data_pipeline.arguments import parse_known
 from data_pipeline.command import run_command
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
@@ -264,10 +266,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--parts", metavar="FILE", help="Plan with what --save_parts wrote; nothing is measured.")
     add("--save_parts", metavar="FILE", help="Write what was measured here.")
     add("--out", metavar="DIR", help="A folder for plan.csv and plan.json.")
-    try:
-        return parser.parse_known_args()
-    except argparse.ArgumentError as error:
-        raise UserError(str(error).removeprefix("argument ") + "; see python -m trainer.plan --help") from None
+    return parse_known(parser, sys.argv[1:])
 
 
 def _node_counts(text: str) -> list[int]:

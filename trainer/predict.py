@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.arguments import parse_known
 from data_pipeline.catalog import Catalog, open_images
 from data_pipeline.command import run_command
 from data_pipeline.config import DataConfig, require
@@ -164,10 +165,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--crops", type=int, default=1, choices=(1, 5), help="Average over so many crops of each image."
     )
     parser.add_argument("--fallback", metavar="CLASS", help="What images that cannot be read are; else they end it.")
-    try:
-        args, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).removeprefix('argument ').split())}; see {parser.prog} --help") from None
+    args, rest = parse_known(parser, arguments)
     run_folder(arguments, parser.prog)
     require(
         len(arguments) > 1 and not arguments[1].startswith("-"),

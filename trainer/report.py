@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.arguments import parse_known
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.command import run_command
 from data_pipeline.config import require
@@ -205,10 +206,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="The folder to write; RUN/report if not given.")
     parser.add_argument("--force", action="store_true", help="Replace the report that is there.")
-    try:
-        args, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).removeprefix('argument ').split())}; see {parser.prog} --help") from None
+    args, rest = parse_known(parser, arguments)
     folder, _ = run_folder(arguments, parser.prog)
     out = args.out or folder / "report"
     require(not out.exists() or out.is_dir(), f"--out: {out} is a file; give a folder")
