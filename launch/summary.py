@@ -10,7 +10,6 @@ summary.png           best top-1 of each run, a line a setting
 import io
 import math
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +25,7 @@ from launch.settings import label, shown
 from launch.slurm import Queued, queue
 from launch.submission import newest
 from launch.sweep import Record, read_record
-from trainer.history import RUNNING_S, Run, read_run
+from trainer.history import Run, read_run
 
 TOP1, MINUTES, SPEED = "best_top1_pct", "minutes", "images_per_s"
 SEED = "run.seed"
@@ -37,7 +36,7 @@ def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: floa
 
     Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (whether
     it was trained as far as was asked for), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows of
-    metrics). `minutes` counts from the first row of metrics to the last, without interruptions of more than `RUNNING_S`.
+    metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions.
     """
     options = dict.fromkeys(key for setting in record.settings.values() for key in setting)
     rows = []
@@ -50,14 +49,12 @@ def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: floa
 def _figures(folder: Path, exit_code: int | None, jobs: dict[str, Queued], now_s: float) -> dict[str, object]:
     run = read_run(folder) if (folder / "config.yaml").is_file() else Run(folder, {}, [], 0, False)
     speeds = [value for _, value in run.curve("perf/images_per_s") if math.isfinite(value)]
-    times_s = [row["time"] for row in run.rows]
-    gaps_s = [after - before for before, after in pairwise(times_s)]
     return {
         "state": _state(run, exit_code, jobs, now_s),
         "done": run.finished or 0 < run.saved_step == run.options.get("run.max_steps"),
         "epochs": run.epochs,
         TOP1: run.best_top1_pct,
-        MINUTES: sum(gap_s for gap_s in gaps_s if gap_s < RUNNING_S) / 60 if times_s else math.nan,
+        MINUTES: run.minutes[-1] if run.rows else math.nan,
         SPEED: pd.Series(speeds, dtype=float).median(),
     }
 

@@ -70,6 +70,7 @@ def test_an_interval(clock: Clock) -> None:
             "perf/data_wait_pct": 100 * 1 / 6,
             "perf/step_ms_p50": 500.0,
             "perf/step_ms_p95": 1500.0,
+            "perf/train_min": 0.1,
         }
     )
 
@@ -88,6 +89,7 @@ def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
         "train/loss": 2.0,
         "train/top1_pct": 50.0,
         "train/top5_pct": 100.0,
+        "perf/train_min": 0.1,
         "perf/epoch_s": 6.0,
         "perf/images_per_s": 3.5,
     }
@@ -95,7 +97,7 @@ def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
 
 
 def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None:
-    meter = Meter(SOLO, [16.0, 8.0, 16.0, 16.0, 2.0])
+    meter = Meter(SOLO, [16.0, 8.0, 16.0, 16.0, 2.0], train_s=58.0)
     clock.now += 2
     meter.add(sums(loss=8.0, top1=0.0, top5=4.0, images=4.0, grad_norm=1.0))
     meter.reduce()
@@ -103,6 +105,7 @@ def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None
         "train/loss": 24 / 20,
         "train/top1_pct": 40.0,
         "train/top5_pct": 100.0,
+        "perf/train_min": 1.0,
         "perf/epoch_s": 2.0,
         "perf/images_per_s": 2.0,
     }
@@ -138,5 +141,6 @@ def test_nothing_counted(clock: Clock) -> None:
         "perf/data_wait_pct",
         "perf/step_ms_p50",
         "perf/step_ms_p95",
+        "perf/train_min",
     }
     assert meter.end_epoch() == {}

@@ -219,7 +219,15 @@ def trained(run: Path, top1_pct: list[float], finished: bool = True) -> None:
     (run / "checkpoints/last").mkdir(parents=True)
     (run / "config.yaml").write_text(f"run: {{name: {run.name!r}, max_steps: null, epochs: 2}}\n")
     figures = [
-        {"step": n, "epoch": n, "time": 30.0 * n, "train/lr": 0.1, "perf/images_per_s": 100.0 * n, "val/top1_pct": top1}
+        {
+            "step": n,
+            "epoch": n,
+            "time": 30.0 * n,
+            "train/lr": 0.1,
+            "perf/images_per_s": 100.0 * n,
+            "perf/train_min": n / 2,
+            "val/top1_pct": top1,
+        }
         for n, top1 in enumerate(top1_pct, start=1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
@@ -254,7 +262,7 @@ def test_the_table_has_every_run(found: tuple[Path, Record]) -> None:
     assert list(table.run) == list(found[1].settings)
     assert list(table.state) == ["finished"] * 5 + ["stopped, saved at step 1", "not begun"]
     assert list(table.best_top1_pct[:6]) == [*TOP1.values(), 99.0] and table.best_top1_pct.isna()[6]
-    assert list(table.minutes[:6]) == [1.0] * 5 + [0.0] and table.minutes.isna()[6]
+    assert list(table.minutes[:6]) == [1.5] * 5 + [0.5] and table.minutes.isna()[6]
     assert list(table.images_per_s[:6]) == [200.0] * 5 + [100.0]
     assert list(table.epochs) == [3, 3, 3, 3, 3, 1, 0]
     assert "nan" not in text_of(table).lower()

@@ -97,6 +97,8 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     sums: list[float] = field(default_factory=list)
     """What the epoch has added up so far, over all ranks (see `engine.SUMS`)."""
+    train_s: float = 0.0
+    """What training has taken so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0
     finished: bool = False
 

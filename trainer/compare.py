@@ -79,7 +79,7 @@ def run_table(settings: list[Setting]) -> pd.DataFrame:
     """A row for each run: `setting`, `run`, `seed` and FIGURES.
 
     Losses in nats and accuracies in % are those of the last epoch; `images_per_s` is the median over its epochs, and
-    `minutes` is the time between its first and last row of metrics without interruptions.
+    `minutes` are of training alone, without evaluation, checkpoints and interruptions.
     """
     rows = []
     for setting in settings:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,8 @@ class Run:
 
     @property
     def minutes(self) -> list[float]:
-        """Of each row: since the first one, without interruptions of more than `RUNNING_S`."""
-        gaps_s = [after["time"] - before["time"] for before, after in pairwise(self.rows)]
-        worked_s = accumulate((gap_s if gap_s < RUNNING_S else 0.0 for gap_s in gaps_s), initial=0.0)
-        return [s / 60 for s in worked_s][: len(self.rows)]
+        """Of each row: of training so far, without evaluation, checkpoints and interruptions."""
+        return list(accumulate((row.get("perf/train_min", 0.0) for row in self.rows), max))
 
     def state(self, now_s: float) -> str:
         """What the run does at `now_s`, in Unix seconds."""

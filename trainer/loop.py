@@ -133,7 +133,7 @@ class Session:
             self.tracker.graph(lambda: network_layers(cfg, len(classes)))
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
-        self.meter = Meter(machine, progress.sums)
+        self.meter = Meter(machine, progress.sums, progress.train_s)
         self.trace = Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step)
         self.saver = Saver(store, machine, progress, self.tracker.note)
         self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
@@ -174,7 +174,7 @@ class Session:
         self.name_bad(self.loader)
         bad = self.loader.bad_images
         scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
-        self.progress = replace(self.progress, sums=self.meter.epoch_sums)
+        self.progress = replace(self.progress, sums=self.meter.epoch_sums, train_s=self.meter.train_s)
         limit_bad(self.loader, int(bad_images))
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
         scalars |= {**self.save_time, **self.saver.take_scalars()}

@@ -35,8 +35,10 @@ class Scores(NamedTuple):
 class Meter:
     """Adds up on the device; nothing leaves it until `reduce`, once per logging interval."""
 
-    def __init__(self, machine: Machine, epoch_sums: list[float]) -> None:
+    def __init__(self, machine: Machine, epoch_sums: list[float], train_s: float = 0.0) -> None:
         self.machine = machine
+        self.train_s = train_s
+        """What training has taken up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or [0.0] * len(SUMS)
         """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.SUMS`."""
         self._start = self._last = time.perf_counter()
@@ -70,6 +72,7 @@ class Meter:
         totals = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
         sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
         elapsed_s = time.perf_counter() - self._start
+        self.train_s += elapsed_s
         self._epoch_s += elapsed_s
         self._epoch_images += sums[3]
         sums[4] /= self.machine.world  # every rank has the same gradient
@@ -84,6 +87,7 @@ class Meter:
                 "perf/data_wait_pct": 100 * wait_s / self.machine.world / elapsed_s,
                 "perf/step_ms_p50": times_ms[steps // 2],
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
+                "perf/train_min": self.train_s / 60,
             }
         self._restart()
         return scalars, totals[len(SUMS) + 1 :]
@@ -92,6 +96,7 @@ class Meter:
         """Scores of the whole epoch, and its speed without the time in evaluation and saving."""
         scalars = Scores.of(self.epoch_sums).named("train") if self.epoch_sums[3] else {}
         if self._epoch_images:
+            scalars |= {"perf/train_min": self.train_s / 60}
             scalars |= {"perf/epoch_s": self._epoch_s, "perf/images_per_s": self._epoch_images / self._epoch_s}
         self.epoch_sums, self._epoch_s, self._epoch_images = [0.0] * len(SUMS), 0.0, 0.0
         return scalars
