@@ -1,14 +1,17 @@
 """From a dataset on disk to one table of samples: where each lies, and its label."""
 
+import errno
 import fcntl
 import hashlib
 import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -57,7 +60,10 @@ class Catalog:
         if not self.shards:
             return read_bytes(f"{self.root}/{self.paths[sample]}")
         shard, offset, length = self.spans[sample].tolist()
-        return read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
+        data = read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
+        if len(data) < length:
+            raise OSError(errno.EIO, "its shard is cut off")
+        return data
 
     def part(self, rows: list[int]) -> "Catalog":
         """The samples in these rows, in this order."""
@@ -136,7 +142,7 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
         file.parent.mkdir(exist_ok=True)
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
     except (OSError, UserError) as error:
-        print(f"scanning {key[0]} anew each time: {error}", file=sys.stderr)
+        _say_forgetful(str(key[0]), str(error))
         return _scan(list_now())
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process scans, the others of its machine wait and read
@@ -145,9 +151,18 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
             listing = list_now()
             watched = _changes(listing.watched)  # before the scan: what arrives during it is then noticed next time
             known = _scan(listing)
-            with suppress(OSError):  # a full disk costs a scan each time, no more
+            try:
                 replace_file(file, _dump(known, watched))
+            except OSError as error:  # as of a full disk: it costs a scan each time, no more
+                _say_forgetful(str(key[0]), f"cache: cannot write to {file.parent} ({error.strerror})")
         return known
+
+
+@cache
+def _say_forgetful(root: str, why: str) -> None:
+    """Tell once, of all splits and ranks, that nothing scanned can be remembered."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"scanning {root} anew each time: {why}", file=sys.stderr)
 
 
 def _dump(catalog: Catalog, watched: dict[str, int]) -> bytes:
@@ -233,7 +248,10 @@ def _fault(listing: Listing, row: int) -> str | None:
             path = listing.root / listing.shards[shard]
         else:
             path, start = listing.root / listing.paths[row], 0
-            length = path.stat().st_size
+            entry = path.stat()
+            if stat.S_ISFIFO(entry.st_mode):
+                return "a named pipe"  # to open it could take for ever
+            length = entry.st_size
         data = read_bytes(path, start, min(length, _HEAD))
         if length > _HEAD:
             tail = max(_HEAD, length - _TAIL)

@@ -6,9 +6,10 @@ continuing is computing, not replaying.
 """
 
 import io
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from data_pipeline.headers import BadImage, Size, inspect
 UNCOUNTED = -1  # the label of a row that no loss and no score may count
 
 _READERS = 8  # threads at most that read from storage, each a batch, ahead of DALI
+_PATIENCE_S = 30.0  # that storage may take for a batch before its files are named
 
 
 class Place(Protocol):
@@ -130,7 +132,9 @@ class Loader:
         self._deal = self._deal_of(0)
         self.cursor = Cursor()
         self._bad: dict[str, str] = {}
+        self._bad_of_epoch: set[int] = set()
         self._told = 0
+        self._being_read: set[int] = set()
         self._rotate = training and cfg.augment.rotate_deg > 0
         self._operators = augment.operators(cfg) if training else []
         self._pipeline: Pipeline | None = None
@@ -165,8 +169,11 @@ class Loader:
 
     @property
     def bad_images(self) -> int:
-        """Files found unreadable so far, by this rank."""
-        return len(self._bad)
+        """Images of the epoch under way, or the last one, that this rank found unreadable.
+
+        The ranks share an epoch out, so that their sum counts each once; over more epochs they meet each other's.
+        """
+        return len(self._bad_of_epoch)
 
     def take_bad(self) -> list[tuple[str, str]]:
         """Path and reason of the files found unreadable since the last call; none is named twice."""
@@ -183,7 +190,7 @@ class Loader:
         # Kept only once this epoch is read to its end: what an abandoned pipeline has in flight cannot be taken back.
         self._pipeline, self._size_px, self._deal = None, size_px, deal
         self._in_flight.clear()
-        self._started, self._read_of_epoch = self.cursor, []
+        self._started, self._read_of_epoch, self._bad_of_epoch = self.cursor, [], set()
         self._ahead = self._read_ahead(self.cursor)
         device = self.place.device
         stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
@@ -258,7 +265,7 @@ class Loader:
                     raise
                 images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.place.device))
                 rows.labels[row] = UNCOUNTED
-                self._bad.setdefault(self.catalog.paths[sample], "its image data are damaged")
+                self._note_bad(int(sample), "its image data are damaged")
         return torch.cat(images)
 
     def _next_inputs(self) -> _Inputs:
@@ -284,10 +291,24 @@ class Loader:
             if len(pending) > self._reading:
                 if number > 2 * graph.PREFETCH and not pending[0].done():
                     self._reading = min(self._reading + 1, _READERS)  # storage is slow here
-                yield pending.popleft().result()
+                yield self._awaited(pending.popleft())
         self._order_of(start.epoch + 1)  # of a million images it takes a while, and the training must not wait for it
         while pending:
-            yield pending.popleft().result()
+            yield self._awaited(pending.popleft())
+
+    def _awaited(self, rows: Future[_Rows]) -> _Rows:
+        """The rows, however long they take; what they wait for is said again and again."""
+        waited_s = 0.0
+        while wait([rows], _PATIENCE_S).not_done:
+            waited_s += _PATIENCE_S
+            files = [f"{self.catalog.root}/{self.catalog.paths[sample]}" for sample in list(self._being_read)]
+            print(
+                f"rank {self.place.rank} has waited {waited_s:g} s for {', '.join(files[:3])}"
+                f"{' and others' * (len(files) > 3)}; storage does not answer",
+                file=sys.stderr,
+                flush=True,
+            )
+        return rows.result()
 
     def _order_of(self, epoch: int) -> Future[NDArray[np.int64]]:
         """The order of an epoch, drawn in another thread from the first call on; the one before it is kept."""
@@ -335,6 +356,7 @@ class Loader:
 
     def _read(self, sample: int) -> tuple[bytes, Size] | None:
         """The bytes of a sample and its size, or None where they cannot be decoded; `take_bad` then names it."""
+        self._being_read.add(sample)
         try:
             data = self.catalog.read(sample)
             return data, inspect(data)
@@ -342,8 +364,14 @@ class Loader:
             why = error.strerror or type(error).__name__
         except BadImage as error:
             why = str(error)
-        self._bad.setdefault(self.catalog.paths[sample], why)
+        finally:
+            self._being_read.discard(sample)
+        self._note_bad(sample, why)
         return None
+
+    def _note_bad(self, sample: int, why: str) -> None:
+        self._bad.setdefault(self.catalog.paths[sample], why)
+        self._bad_of_epoch.add(sample)
 
 
 def _tensor(output: Any) -> torch.Tensor:
