@@ -36,8 +36,7 @@ class Trained(NamedTuple):
 def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
     """The network with the weights that the run in `folder` is judged by. Raises `UserError`.
 
-    Where `engine.precision` is auto, a CPU computes in fp32: a trial of what is faster may end otherwise on the next rank
-    or another time, and the results with it.
+    Where `engine.precision` is auto, a CPU computes in fp32, so that weights score the same on another one.
     """
     checkpoint = Store(folder).chosen()
     if checkpoint is None:
@@ -49,8 +48,8 @@ def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
     network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
-    trial = cfg.engine.precision == "auto" and machine.device.type == "cpu"
-    engine = replace(cfg.engine, precision="fp32") if trial else cfg.engine
+    by_hardware = cfg.engine.precision == "auto" and machine.device.type == "cpu"
+    engine = replace(cfg.engine, precision="fp32") if by_hardware else cfg.engine
     return Trained(checkpoint.resolve(), classes, Predictor(network, normalise, engine, machine.device))
 
 
