@@ -35,7 +35,12 @@ MISTAKES = {
     "trainer --zzz 1": "--zzz: no such option; see --help",
     "trainer --optim.lr": "--optim.lr: expected one argument",
     "trainer --optim.lr -1": "optim.lr: -1.0 is not positive; give a learning rate above 0",
-    "trainer --optim.name sgdd": "optim.name: sgdd does not fit; give one of 'sgd', 'adamw', 'lars', 'lamb'",
+    "trainer --model.shortcut max": "model.shortcut: max does not fit; give one of 'conv', 'pool'",
+    "trainer --optim.name muon --engine.name deepspeed": "optim.name: muon needs whole weights, which ZeRO divides; "
+    "choose one of sgd, adamw, or set engine.zero_stage to 0",
+    "trainer --run.stall_s -1": "run.stall_s: -1.0 is no time; give seconds such as 600, or 0 for off",
+    "trainer --run.on_nonfinite skip": "run.on_nonfinite: skip does not fit; give one of 'stop', 'back'",
+    "trainer --optim.name sgdd": "optim.name: sgdd does not fit; give one of 'sgd', 'adamw', 'lars', 'lamb', 'muon'",
     "trainer --optim.nesterov maybe": "optim.nesterov: maybe does not fit; give bool",
     "trainer --optim.betas '[0.9]'": "optim.betas: [0.9] does not fit; give tuple with 2 elements",
     "trainer --run.epochs 1.5": "run.epochs: 1.5 does not fit; give int",

@@ -419,7 +419,7 @@ def test_ema_decay_rises_to_its_limit() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "lion"}, "optim.name: 'lion' is unknown; choose one of sgd, adamw, lars, lamb"),
+        ({"name": "lion"}, "optim.name: 'lion' is unknown; choose one of sgd, adamw, lars, lamb, muon"),
         ({"lr": -1}, "optim.lr: -1 is not positive; give a learning rate above 0"),
         ({"lr": 0.0}, "optim.lr: 0.0 is not positive; give a learning rate above 0"),
         ({"lr": math.nan}, "optim.lr: nan is not positive; give a learning rate above 0"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import timm
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -191,3 +192,16 @@ def test_stays_in_channels_last_memory() -> None:
 def test_unknown_name_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"^model\.name: 'resnet20' is unknown; choose one of resnet18, resnet34"):
         ModelConfig("resnet20")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 64), ("resnet18", 72), ("resnet50", 96)])
+def test_pooling_shortcuts_are_timms(name: ModelName, side: int) -> None:
+    """The same names, logits and gradients as in timm's network with avg_down, on sides that halve evenly and that do not."""
+    torch.manual_seed(0)
+    ours = build_resnet(ModelConfig(name, shortcut="pool"), CLASSES)
+    theirs = timm.create_model(name, num_classes=CLASSES, avg_down=True)
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = torch.randn(4, 3, side, side), torch.arange(4)
+    for got, expected in zip(training_step(ours, images, labels), training_step(theirs, images, labels), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -132,6 +132,11 @@ class Autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype or torch.float32, enabled=dtype is not None)
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of products beside those passes that bear a short mantissa, but not a short exponent."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 def check_device(cfg: EngineConfig, device: torch.device) -> None:
     """Make sure that an engine can work on `device` as it is told. Raises `UserError`."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from data_pipeline.config import require
 from data_pipeline.loader import Batch
@@ -30,6 +29,7 @@ from trainer.engine import (
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
 from trainer.snapshot import Content, HostCopy, packed_state, packed_weights, writer
+from trainer.watchdog import Phase
 
 
 class DdpEngine:
@@ -51,11 +51,11 @@ class DdpEngine:
         if cfg.sync_bn:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module = module.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.module, optim)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
         self.judged = self.ema.module if self.ema else self.module  # what evaluation and the saved weights are about
         self.predict = Predictor(self.judged, normalise, cfg, device)
         self.autocast = self.predict.autocast
+        self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
         self.updates = 0
         self.copy = HostCopy()
@@ -101,14 +101,14 @@ class DdpEngine:
         pieces = [piece for batch in micro_batches for piece in _cut(batch, self.pieces)]
         for number, batch in enumerate(pieces, start=1):
             with self._no_sync() if number < len(pieces) else nullcontext():
-                with record_function("forward"), self.autocast():
+                with Phase("forward"), self.autocast():
                     logits = forward(self.normalise(batch.images)).float()
                 losses = smooth_loss(logits, batch, self.optim.label_smoothing)
-                with record_function("backward"):
+                with Phase("backward"):
                     # DDP averages over ranks; this makes the average the mean over the images of the whole update.
                     self.scaler.scale(losses * self.machine.world / batch.total).backward()
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        with record_function("update"):
+        with Phase("update"):
             if partly:
                 self._average_gradients()
             sums[4] = self._update()

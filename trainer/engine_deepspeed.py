@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Batch
@@ -34,6 +33,7 @@ from trainer.engine import (
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
 from trainer.snapshot import Content, HostCopy, packed_state, packed_weights, writer
+from trainer.watchdog import Phase
 
 SHARD = "optimizer-{rank}.pt"
 """Name of the file with a rank's part of the optimiser's state."""
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
         self.module.to(memory_format=torch.contiguous_format)
         self.autocast = Autocast(cfg.precision, device)
         self.replica = _Cast(compiled(self.module, cfg, device), self.autocast)
-        self.optimizer = build_optimizer(self.module, optim)
+        self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self._deepspeed = _import_deepspeed(machine)
         self.engine, self._zero, _, _ = self._deepspeed.initialize(
             model=self.replica, optimizer=self.optimizer, config=self._options(), dist_init_required=False
@@ -119,15 +119,15 @@ class DeepSpeedEngine:
             self._zero.override_loss_scale(self.scale)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with record_function("forward"):
+            with Phase("forward"):
                 logits = self.engine(self.normalise(batch.images))
             losses = smooth_loss(logits, batch, self.optim.label_smoothing)
             # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
             loss = losses * self.machine.world / batch.total
-            with record_function("backward"):
+            with Phase("backward"):
                 self.engine.backward(loss if self.stage > 0 else loss * self.scale)
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        with record_function("update"):
+        with Phase("update"):
             sums[4] = self._update()
         return sums
 

@@ -151,6 +151,10 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
     require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
     missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if name == "onnx" and not find_spec(module)]
     require(not missing, f"--format: onnx needs {', '.join(missing)}; run pip install 'sluice[export]'")
+    require(
+        cfg.model.shortcut == "conv" or name not in ("torchvision", "safetensors"),
+        f"--format: {name} is for torchvision's networks, of which none has model.shortcut pool; give onnx or torch_export",
+    )
     source = open_source(folder, cfg)
     catalog = _some_images(cfg.data, source.classes)
     images = _inputs(cfg.data, catalog)

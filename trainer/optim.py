@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from trainer.muon import Muon
 from trainer.resnet import HEAD_STAGE, stage_of
 
-OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "muon"]
 Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
 
 
@@ -25,24 +26,25 @@ class OptimConfig:
     """How the weights are updated."""
 
     name: OptimizerName = "sgd"
-    """Rule of the update: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), or for large batches
-    LARS (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) by timm."""
+    """Rule of the update: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for large batches LARS
+    (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) by timm, or Muon (Jordan et al. 2024),
+    which leaves the head, norms and biases to AdamW."""
 
     lr: float = 0.05
     """Peak learning rate, for the global batch as it stands; nothing scales it."""
 
     momentum: float = 0.9
-    """Momentum of SGD and LARS, from 0 to below 1."""
+    """Momentum of SGD, LARS and Muon, from 0 to below 1."""
 
     nesterov: bool = True
-    """Nesterov's momentum in SGD and LARS."""
+    """Nesterov's momentum in SGD, LARS and Muon."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's and LAMB's averages of the gradient and of its square, each from 0 to below 1."""
+    """Decay rates of AdamW's, LAMB's and Muon's averages of the gradient and of its square, each from 0 to below 1."""
 
     weight_decay: float = 5e-4
     """Decay of the weights of convolutions and linear layers; biases and norms have none. In SGD it is added to the
-    gradient (L2), in AdamW it is decoupled from it."""
+    gradient (L2), in AdamW and Muon it is decoupled from it."""
 
     schedule: Schedule = "onecycle"
     """Learning rate after the warm-up: constant; multiplied by gamma at the milestones (step); half a cosine to zero;
@@ -87,7 +89,7 @@ class OptimConfig:
             ("momentum", 0 <= self.momentum < 1, "is out of range; give a number from 0 to below 1"),
             (
                 "nesterov",
-                self.momentum > 0 or not self.nesterov or self.name not in ("sgd", "lars"),
+                self.momentum > 0 or not self.nesterov or self.name not in ("sgd", "lars", "muon"),
                 "needs a momentum; set optim.momentum above 0 or optim.nesterov to false",
             ),
             (
@@ -197,11 +199,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("scale", 1.0)  # there is none in a checkpoint from before there were any
 
 
-def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+def muon_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """`parameter_groups`, divided into the matrices that Muon makes orthogonal and the rest: the head, norms and biases."""
+    head = {id(parameter) for name, parameter in module.named_parameters() if stage_of(name) == HEAD_STAGE}
+    return [
+        {**group, "params": parameters, "orthogonal": orthogonal}
+        for group in parameter_groups(module, weight_decay, layer_decay)
+        for orthogonal in (True, False)
+        if (parameters := [p for p in group["params"] if (p.ndim > 1 and id(p) not in head) == orthogonal])
+    ]
+
+
+def build_optimizer(module: nn.Module, cfg: OptimConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """The optimiser of a module's parameters; the caller gives each update its learning rate by `set_lr`.
 
     SGD and AdamW update a parameter in one fused kernel: on a CPU ResNet-18's take half the time of "foreach". LARS and
-    LAMB leave weights without decay (norms and biases) to the plain rule.
+    LAMB leave weights without decay (norms and biases) to the plain rule. Muon multiplies matrices in `dtype`.
     """
     groups = parameter_groups(module, cfg.weight_decay, cfg.layer_decay)
     nesterov = cfg.nesterov and cfg.momentum > 0
@@ -210,6 +223,9 @@ def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimize
             return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=nesterov, fused=True)
         case "adamw":
             return torch.optim.AdamW(groups, cfg.lr, cfg.betas, fused=True)
+        case "muon":
+            groups = muon_groups(module, cfg.weight_decay, cfg.layer_decay)
+            return Muon(groups, cfg.lr, cfg.momentum, cfg.betas, nesterov=nesterov, dtype=dtype)
         case "lars":
             from timm.optim.lars import Lars
 

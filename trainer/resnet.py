@@ -3,7 +3,8 @@
 After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), table 1, with a projection
 shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
 convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
-order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start.
+order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. (With
+`shortcut: pool` they are timm's, of `ResNet(avg_down=True)`.)
 """
 
 import re
@@ -18,6 +19,7 @@ from data_pipeline.config import require
 from trainer.convolution import Convolution
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Shortcut = Literal["conv", "pool"]
 
 HEAD = "fc"
 """Name of the classifier."""
@@ -33,6 +35,10 @@ class ModelConfig:
 
     zero_init_gamma: bool = False
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    shortcut: Shortcut = "conv"
+    """How a shortcut halves the image: conv, as torchvision has it, looks at one of four positions; pool averages them
+    first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in as much time."""
 
     weights: str | None = None
     """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
@@ -52,6 +58,10 @@ class ModelConfig:
         require(
             self.name in get_args(ModelName),
             f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
+        )
+        require(
+            self.shortcut in get_args(Shortcut),
+            f"model.shortcut: {self.shortcut!r} is unknown; choose one of {', '.join(get_args(Shortcut))}",
         )
         require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
         if self.weights is not None and is_torchvision(self.weights):
@@ -78,10 +88,14 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.C
     return Convolution(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+def make_shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut) -> nn.Module:
     if stride == 1 and inputs == outputs:
         return nn.Identity()
-    return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    if kind == "conv":
+        return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    # Of an odd side, the last position stands alone, as the strided convolution beside the shortcut sees it.
+    pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+    return nn.Sequential(pool, convolution(inputs, outputs, 1), nn.BatchNorm2d(outputs))
 
 
 def rectify(x: Tensor) -> Tensor:
@@ -94,13 +108,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, width: int, stride: int = 1, shortcut: Shortcut = "conv") -> None:
         super().__init__()
         self.conv1 = convolution(inputs, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = convolution(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(inputs, width, stride)
+        self.downsample = make_shortcut(inputs, width, stride, shortcut)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -117,7 +131,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, width: int, stride: int = 1, shortcut: Shortcut = "conv") -> None:
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = convolution(inputs, width, 1)
@@ -126,7 +140,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = convolution(width, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = shortcut(inputs, outputs, stride)
+        self.downsample = make_shortcut(inputs, outputs, stride, shortcut)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -151,22 +165,24 @@ ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = 
 }
 
 
-def stage(block: type[Block], inputs: int, width: int, count: int, stride: int) -> nn.Sequential:
-    first = block(inputs, width, stride)
+def stage(block: type[Block], inputs: int, width: int, count: int, stride: int, shortcut: Shortcut) -> nn.Sequential:
+    first = block(inputs, width, stride, shortcut)
     return nn.Sequential(first, *(block(width * block.expansion, width) for _ in range(count - 1)))
 
 
 class ResNet(nn.Module):
     """A stem, four stages of residual blocks, global average pooling and a linear classifier."""
 
-    def __init__(self, block: type[Block], counts: tuple[int, int, int, int], classes: int) -> None:
+    def __init__(
+        self, block: type[Block], counts: tuple[int, int, int, int], classes: int, shortcut: Shortcut = "conv"
+    ) -> None:
         super().__init__()
         self.conv1 = convolution(3, 64, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = stage(block, 64, 64, counts[0], stride=1)
-        self.layer2 = stage(block, 64 * block.expansion, 128, counts[1], stride=2)
-        self.layer3 = stage(block, 128 * block.expansion, 256, counts[2], stride=2)
-        self.layer4 = stage(block, 256 * block.expansion, 512, counts[3], stride=2)
+        self.layer1 = stage(block, 64, 64, counts[0], 1, shortcut)
+        self.layer2 = stage(block, 64 * block.expansion, 128, counts[1], 2, shortcut)
+        self.layer3 = stage(block, 128 * block.expansion, 256, counts[2], 2, shortcut)
+        self.layer4 = stage(block, 256 * block.expansion, 512, counts[3], 2, shortcut)
         self.fc = nn.Linear(512 * block.expansion, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -197,7 +213,7 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     default for a linear layer.
     """
     block, counts = ARCHITECTURES[cfg.name]
-    network = ResNet(block, counts, classes)
+    network = ResNet(block, counts, classes, cfg.shortcut)
     if cfg.zero_init_gamma:
         for module in network.modules():
             if isinstance(module, Block):

@@ -24,7 +24,7 @@ T = TypeVar("T")
 LAST_S = 30.0
 """How long a run that fails waits for the checkpoint under way: about as long as launchers wait before they kill."""
 
-_MOMENTS = {"sgd": 1, "lars": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
+_MOMENTS = {"sgd": 1, "lars": 1, "muon": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
 
 
 class _Outcome(NamedTuple):
