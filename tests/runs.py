@@ -195,8 +195,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint(run: Path) -> dict[str, bytes]:
-    """Name and content of the files of the last checkpoint."""
-    return {file.name: file.read_bytes() for file in sorted((run / "checkpoints/last").iterdir())}
+    """Name and content of the files of the last checkpoint, but for its manifest and the time that training took."""
+    files = {file.name: file.read_bytes() for file in sorted((run / "checkpoints/last").iterdir())}
+    progress = json.loads(files["progress.json"])
+    assert progress.pop("train_s") > 0 and "manifest.json" in files
+    del files["manifest.json"]
+    return {**files, "progress.json": json.dumps(progress).encode()}
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:

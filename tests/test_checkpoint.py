@@ -73,7 +73,9 @@ def names(run: Path) -> list[str]:
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.newest() is None and store.chosen() is None
-    assert store.progress() == Progress(0, Cursor(0, 0), [], -1.0, False)
+    assert store.progress() == Progress(
+        0, Cursor(0, 0), [], train_s=0.0, best_top1_pct=-1.0, skipped=[], finished=False
+    )
     assert list(tmp_path.iterdir()) == []
 
 

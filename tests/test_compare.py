@@ -33,9 +33,19 @@ def made(folder: Path, top1_pct: list[float], seed: int = 0, name: str | None = 
     for epoch, top1 in enumerate(top1_pct, start=1):
         middle, end = 60 * (2 * epoch - 1), 60 * 2 * epoch
         minutes = {"perf/train_min": 2.0 * epoch - 1}
-        rows.append({"epoch": epoch - 0.5, "time": START_S + middle, "train/loss": 9.0, "train/lr": 0.1 / epoch, **minutes})
+        rows.append(
+            {"epoch": epoch - 0.5, "time": START_S + middle, "train/loss": 9.0, "train/lr": 0.1 / epoch, **minutes}
+        )
         scores = {"train/loss": 1 / epoch, "train/top1_pct": top1 + 1, "val/loss": 2 / epoch, "val/top1_pct": top1}
-        rows.append({"epoch": epoch, "time": START_S + end, **scores, "perf/images_per_s": 100.0 * epoch, "perf/train_min": 2.0 * epoch})
+        rows.append(
+            {
+                "epoch": epoch,
+                "time": START_S + end,
+                **scores,
+                "perf/images_per_s": 100.0 * epoch,
+                "perf/train_min": 2.0 * epoch,
+            }
+        )
     lines = [json.dumps({"step": number, **row}) + "\n" for number, row in enumerate(rows, start=1)]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder

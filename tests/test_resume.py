@@ -37,7 +37,7 @@ def scores(run: Path) -> dict[tuple[int, str], float]:
 
 def assert_same_end(run: Path, uninterrupted: Path) -> None:
     ours, theirs = checkpoint(run), checkpoint(uninterrupted)
-    assert ours.keys() == theirs.keys() == {"model.safetensors", "training.pt", "progress.json", "manifest.json"}
+    assert ours.keys() == theirs.keys() == {"model.safetensors", "training.pt", "progress.json"}
     for name in ours:
         assert ours[name] == theirs[name], f"{name} differs"
     assert scores(run) == pytest.approx(scores(uninterrupted), rel=1e-9)

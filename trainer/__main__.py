@@ -1,4 +1,7 @@
-"""python -m trainer [--config RECIPE] [--OPTION VALUE ...]; under torchrun, one process a GPU."""
+"""python -m trainer [--config RECIPE] [--OPTION VALUE ...]; under torchrun, one process a GPU.
+
+Exit codes: 0 at the end, 2 for what a user can mend, 75 where it hangs (see `watchdog`), and 128 + N on signal N.
+"""
 
 import sys
 

@@ -1,6 +1,5 @@
-"""What in a run's figures somebody should be told of who is not looking: a loss that is not finite, a fall of throughput."""
+"""What in a run's figures somebody should be told of who is not looking: a fall of throughput."""
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping
 
@@ -10,18 +9,14 @@ _BEFORE, _NOW = 10, 3  # rows: the least to compare with, and those compared; on
 
 
 class Alarms:
-    """Looks at each row of metrics, and raises each alarm once: a fall of throughput again after it has recovered."""
+    """Looks at each row of metrics, and tells a fall once, and again after it has recovered."""
 
     def __init__(self) -> None:
         self._speeds: list[float] = []
-        self._fallen = self._lost = False
+        self._fallen = False
 
     def row(self, scalars: Mapping[str, float], step: int) -> Iterator[tuple[str, str]]:
         """Title and text of each alarm that the row at an interval gives cause for."""
-        loss = scalars.get("train/loss", 0.0)
-        if not math.isfinite(loss) and not self._lost:
-            self._lost = True
-            yield "loss is not finite", f"train/loss is {loss} at step {step}; stop the run and lower optim.lr"
         if "perf/images_per_s" in scalars:
             yield from self._speed(scalars["perf/images_per_s"], step)
 

@@ -101,6 +101,8 @@ class Progress:
     """What training has taken so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0
     finished: bool = False
+    skipped: list[int] = field(default_factory=list)
+    """Updates, counted from 1, whose images are passed over and leave the weights alone (see `run.on_nonfinite`)."""
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -72,7 +72,8 @@ def _shared(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     start = os.path.commonprefix(names)  # noqa: RUF071, names are no paths
-    return start.removesuffix("seed").rstrip("-_./ =") or names[0]
+    joints = "-_./ =,"
+    return start.rstrip(joints).removesuffix("seed").rstrip(joints) or names[0]
 
 
 def run_table(settings: list[Setting]) -> pd.DataFrame:

@@ -2,13 +2,14 @@
 
 import difflib
 import io
+import math
 import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
@@ -53,6 +54,12 @@ class RunConfig:
     profile: str | None = None
     """Updates to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to profile/ in
     the run folder."""
+    on_nonfinite: Literal["stop", "back"] = "stop"
+    """When a loss, a gradient or a weight is infinite or NaN: stop ends the run, back goes on from the last checkpoint and
+    passes over the images of that update, three times at most until it has got further."""
+    stall_s: float = 600.0
+    """Seconds without any progress after which the run says which rank holds it up, writes stacks/ in the run folder and
+    ends with exit code 75; three times as many for the first update of an epoch, which may compile. 0 waits for ever."""
 
     def __post_init__(self) -> None:
         require(
@@ -74,6 +81,10 @@ class RunConfig:
         )
         if self.profile is not None:
             chosen_steps(self.profile)
+        require(
+            0 <= self.stall_s < math.inf,
+            f"run.stall_s: {self.stall_s} is no time; give seconds such as 600, or 0 for off",
+        )
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
 
 
@@ -116,6 +127,8 @@ FREE = {
     "run.keep",
     "run.keep_every",
     "run.profile",
+    "run.on_nonfinite",
+    "run.stall_s",
     "data.path",
     "data.images",
     "data.threads",

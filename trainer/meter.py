@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self, TypeVar
 
 import torch
-from torch.profiler import record_function
 
 from trainer.engine import SUMS
 from trainer.machine import Machine
+from trainer.watchdog import Phase
 
 T = TypeVar("T")
 
@@ -32,11 +32,28 @@ class Scores(NamedTuple):
         return {f"{split}/loss": self.loss, f"{split}/top1_pct": self.top1_pct, f"{split}/top5_pct": self.top5_pct}
 
 
-class Meter:
-    """Adds up on the device; nothing leaves it until `reduce`, once per logging interval."""
+class NonFinite(NamedTuple):
+    """The first update since the last `reduce` that has something infinite or NaN, on any rank."""
 
-    def __init__(self, machine: Machine, epoch_sums: list[float], train_s: float = 0.0) -> None:
+    update: int
+    """Counted from 1."""
+    what: str
+
+
+class Meter:
+    """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
+
+    With loss scaling (`scaled`) a gradient that is not finite is nothing unusual: the update is left out, and the scale
+    lowered.
+    """
+
+    def __init__(
+        self, machine: Machine, epoch_sums: list[float], train_s: float = 0.0, *, scaled: bool = False
+    ) -> None:
         self.machine = machine
+        self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
+        self.nonfinite: NonFinite | None = None
+        """As the last `reduce` has found."""
         self.train_s = train_s
         """What training has taken up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or [0.0] * len(SUMS)
@@ -51,7 +68,7 @@ class Meter:
         while True:
             start = time.perf_counter()
             try:
-                with record_function("data"):
+                with Phase("data"):
                     batch = next(iterator)
             except StopIteration:
                 return
@@ -60,7 +77,7 @@ class Meter:
 
     def add(self, sums: torch.Tensor) -> None:
         """Count one update; `sums` is what `Engine.step` returned."""
-        self._sums += sums
+        self._updates.append(sums)
         now = time.perf_counter()
         self._step_s.append(now - self._last)
         self._last = now
@@ -68,8 +85,11 @@ class Meter:
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
         """Scores and speed since the last call, and `counts` added up over the ranks along the way. Collective."""
         steps = len(self._step_s)
-        values = torch.cat([self._sums, self._sums.new_tensor([self._wait_s, *counts])])
+        table = torch.stack(self._updates)
+        lost = ~table[:, self._watched].isfinite()
+        values = torch.cat([table.sum(dim=0), table.new_tensor([self._wait_s, *counts]), lost.any()[None]])
         totals = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
         sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
         elapsed_s = time.perf_counter() - self._start
         self.train_s += elapsed_s
@@ -105,8 +125,15 @@ class Meter:
         """Start the clock anew: what lies behind was not training."""
         self._start = self._last = time.perf_counter()
 
+    def _first_nonfinite(self, lost: torch.Tensor) -> NonFinite:
+        """From what is `lost` on this rank: [1 + updates, 1 or 2] whether the loss is, and the gradient's norm. Collective."""
+        anywhere = self.machine.gather(lost.long()).sum(dim=0)
+        update = int(anywhere.any(dim=1).long().argmax())
+        return NonFinite(update, "loss" if anywhere[update, 0] else "gradient")
+
     def _restart(self) -> None:
-        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        self._updates = [nothing]  # and behind it what each update returned
         self._wait_s = 0.0
         self._step_s: list[float] = []
         self.pause()
