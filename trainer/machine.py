@@ -103,7 +103,11 @@ def open_machine() -> Iterator[Machine]:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that died.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
         keep_group()
     try:
         yield Machine(device, rank, world, cores)
