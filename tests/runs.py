@@ -130,6 +130,18 @@ class Job:
             time.sleep(0.02)
 
 
+def ranks_of(job: Job, start: int = 0) -> dict[int, int]:
+    """Process of each rank that torchrun has started for the `start`-th time, from 0."""
+    found: dict[int, int] = {}
+    for pid in descendants(job.process.pid):
+        with suppress(OSError):  # it has ended in the meantime
+            lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+            variables = dict(line.split("=", 1) for line in lines if "=" in line)
+            if variables.get("TORCHELASTIC_RESTART_COUNT") == str(start):
+                found.setdefault(int(variables["RANK"]), pid)
+    return found
+
+
 def train(ranks: int, base: Path, run: Path, epochs: int = EPOCHS, max_steps: int | None = None) -> Job:
     """Start or resume the training QUICK of the shared images in the folder `run`."""
     settings = settings_of(base, run, epochs)

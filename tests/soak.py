@@ -22,7 +22,7 @@ from rich.table import Table
 from data_pipeline.arguments import parse_plain
 from data_pipeline.command import run_command
 from data_pipeline.config import require
-from tests.runs import QUICK, Job, descendants, dotted, render_images
+from tests.runs import QUICK, Job, dotted, ranks_of, render_images
 from trainer.checkpoint import Progress, Store
 
 RANKS, TRAIN, VAL = 2, 240, 60
@@ -62,15 +62,6 @@ class Growth(NamedTuple):
         return self.last > self.first * (1 + share) + much
 
 
-def ranks_below(pid: int) -> dict[int, int]:
-    """Process of each rank that torchrun, the process `pid`, has started."""
-    found: dict[int, int] = {}
-    for child in descendants(pid):
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found |= {int(entry[5:]): child for entry in variables if entry.startswith(b"RANK=")}
-    return found
-
-
 def usage_of(pid: int, rank: int, minute: float, step: int) -> Usage:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
@@ -94,7 +85,7 @@ def watched(job: Job, run: Path, minutes: float, out: Path) -> list[Usage]:
             if job.process.poll() is not None:
                 raise RuntimeError(f"the run has ended\n{job.output()}")
             minute, step = (time.monotonic() - begin_s) / 60, Store(run).progress().step
-            now = [usage_of(pid, rank, minute, step) for rank, pid in sorted(ranks_below(job.process.pid).items())]
+            now = [usage_of(pid, rank, minute, step) for rank, pid in sorted(ranks_of(job).items())]
             writer.writerows(now)
             file.flush()
             usage += now

@@ -1,9 +1,9 @@
 """python -m tests.stalls: how long training stands still for a checkpoint, and how long for a place to go on from.
 
 ResNet-50 for 1,000 classes with momentum and an average of its weights is trained by the engine on one batch of 64 px, in
-turns without and with a checkpoint being written beside. What a checkpoint costs the training is the copy that it waits
-for, and by how much the updates during the writing are longer than the median of those before. One processor is left to the
-writing thread, as it is where a GPU trains.
+turns without and with a checkpoint being written beside. A checkpoint costs the training the check of the weights and their
+copy, which it waits for, and by how much the updates during the writing are longer than the median of those before. One
+processor is left to the writing thread, as it is where a GPU trains.
 
 A place in the order is sought in a training set of ImageNet's size, up to the first batch from there: the order of its
 epoch is drawn, and DALI's pipeline is built. Exits with 1 where the stall is above 1 % of 30 s, or a seek takes longer than
@@ -31,6 +31,7 @@ from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint import Progress, Stamp, Store
 from trainer.config import Config, load
 from trainer.engine import Engine
+from trainer.guard import find_nonfinite
 from trainer.loop import build_engine
 from trainer.machine import Machine, open_machine
 from trainer.saver import Saver
@@ -44,7 +45,7 @@ OPTIONS = ["--model.name=resnet50", f"--data.batch={BATCH}", "--data.size_px=64"
 
 class Save(NamedTuple):
     copy_s: float
-    """That training waits for: perf/ckpt_save_s."""
+    """Of the check and the copy, which training waits for: perf/ckpt_save_s."""
     write_s: float
     """From then on until the checkpoint is complete: perf/ckpt_write_s."""
     busy_s: float
@@ -76,12 +77,13 @@ def _written(saver: Saver) -> bool:
     return saver._save.done()
 
 
-def timed_save(engine: Engine, batch: Batch, saver: Saver, step: int) -> Save:
-    """A checkpoint beside the training, as `trainer.loop` has it."""
+def timed_save(engine: Engine, batch: Batch, saver: Saver, machine: Machine, step: int) -> Save:
+    """A checkpoint beside the training, as `Session.save` has it."""
     update_s = median(timed_updates(engine, batch))
     busy: list[float] = []
 
     start = time.perf_counter()
+    find_nonfinite(engine.module, machine)
     write = engine.snapshot({})
 
     def write_timed(folder: Path) -> dict[str, Stamp]:
@@ -110,7 +112,7 @@ def timed_saves(cfg: Config, machine: Machine) -> list[Save]:
     timed_updates(engine, batch)
     with tempfile.TemporaryDirectory(prefix="sluice-stalls-") as run:
         saver = Saver(Store(Path(run)), machine, Progress(), print)
-        return [timed_save(engine, batch, saver, step) for step in range(1, SAVES + 1)]
+        return [timed_save(engine, batch, saver, machine, step) for step in range(1, SAVES + 1)]
 
 
 def large_catalog(cfg: Config) -> Catalog:

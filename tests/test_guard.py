@@ -24,7 +24,7 @@ from trainer.engine_ddp import DdpEngine
 from trainer.guard import differing, find_nonfinite
 from trainer.loop import fit
 from trainer.machine import Machine
-from trainer.meter import Meter, NonFinite
+from trainer.meter import BadUpdate, Meter
 from trainer.preempt import StopFlag
 from trainer.resnet import ModelConfig, ResNet, build_resnet
 
@@ -48,8 +48,8 @@ def one_thread() -> Iterator[None]:
 # ---- the update that makes it --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scaled", "wanted"), [(False, NonFinite(2, "gradient")), (True, NonFinite(3, "loss"))])
-def test_the_first_update_is_found(scaled: bool, wanted: NonFinite) -> None:
+@pytest.mark.parametrize(("scaled", "wanted"), [(False, BadUpdate(2, "gradient")), (True, BadUpdate(3, "loss"))])
+def test_the_first_update_is_found(scaled: bool, wanted: BadUpdate) -> None:
     """With loss scaling, a gradient beyond its range is nothing unusual."""
     meter = Meter(SOLO, [], scaled=scaled)
     for loss, norm in ((1.0, 1.0), (1.0, float("inf")), (float("nan"), float("nan")), (1.0, 1.0)):

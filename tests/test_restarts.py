@@ -5,13 +5,12 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.command import run_command
-from tests.runs import Job, checkpoint, descendants, dotted, free_port, reference, rows, settings_of
+from tests.runs import Job, checkpoint, dotted, free_port, ranks_of, reference, rows, settings_of
 from trainer import __main__ as training
 from trainer.checkpoint import Progress, Stamp, Store, fault
 
@@ -19,18 +18,6 @@ from trainer.checkpoint import Progress, Stamp, Store, fault
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
-
-
-def ranks_of(job: Job, start: int) -> dict[int, int]:
-    """Process of each rank that torchrun has started for the `start`-th time, from 0."""
-    found: dict[int, int] = {}
-    for pid in descendants(job.process.pid):
-        with suppress(OSError):  # it has ended in the meantime
-            lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-            variables = dict(line.split("=", 1) for line in lines if "=" in line)
-            if variables.get("TORCHELASTIC_RESTART_COUNT") == str(start):
-                found.setdefault(int(variables["RANK"]), pid)
-    return found
 
 
 def test_torchrun_starts_ranks_again(base: Path, tmp_path: Path) -> None:

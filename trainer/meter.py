@@ -32,7 +32,7 @@ class Scores(NamedTuple):
         return {f"{split}/loss": self.loss, f"{split}/top1_pct": self.top1_pct, f"{split}/top5_pct": self.top5_pct}
 
 
-class NonFinite(NamedTuple):
+class BadUpdate(NamedTuple):
     """The first update since the last `reduce` that has something infinite or NaN, on any rank."""
 
     update: int
@@ -52,7 +52,7 @@ class Meter:
     ) -> None:
         self.machine = machine
         self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
-        self.nonfinite: NonFinite | None = None
+        self.nonfinite: BadUpdate | None = None
         """As the last `reduce` has found."""
         self.train_s = train_s
         """What training has taken up to the last `reduce`, without what lies before a `pause`."""
@@ -125,11 +125,11 @@ class Meter:
         """Start the clock anew: what lies behind was not training."""
         self._start = self._last = time.perf_counter()
 
-    def _first_nonfinite(self, lost: torch.Tensor) -> NonFinite:
+    def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
         """From what is `lost` on this rank: [1 + updates, 1 or 2] whether the loss is, and the gradient's norm. Collective."""
         anywhere = self.machine.gather(lost.long()).sum(dim=0)
         update = int(anywhere.any(dim=1).long().argmax())
-        return NonFinite(update, "loss" if anywhere[update, 0] else "gradient")
+        return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
 
     def _restart(self) -> None:
         nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
