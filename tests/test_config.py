@@ -12,9 +12,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from tests.runs import environment
-from trainer.config import RECIPES, Config, first_difference, load, load_run, to_yaml
-
-RECIPE_NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+from trainer.config import RECIPES, Config, first_difference, load, load_run, recipes, to_yaml
 
 
 def reload(cfg: Config, folder: Path) -> Config:
@@ -22,7 +20,7 @@ def reload(cfg: Config, folder: Path) -> Config:
     return load_run(folder, [])
 
 
-@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_reloads(name: str, tmp_path: Path) -> None:
     cfg = load(["--config", name])
     assert cfg == load([f"--config={name}"]) == load(["--config", str(RECIPES / f"{name}.yaml")])

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torchvision  # type: ignore[import-untyped]
 from safetensors.torch import load_file
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
@@ -214,6 +216,22 @@ def test_mixed_images_have_soft_targets() -> None:
     assert sums[0].item() == pytest.approx(-(smooth * log_p).sum(dim=1)[:4].sum().item(), rel=1e-5)
     assert sums[1].item() == (log_p.argmax(dim=1) == labels).sum().item()
     assert sums[3].item() == 4
+
+
+def test_binary_loss_is_timms() -> None:
+    """Of labels, smoothed, and of mixed images, in which a fifth of an image is not there; ours is a sum over counted rows."""
+    one = batch(6, total=4)
+    labels = torch.cat([one.labels[:4], torch.full((2,), UNCOUNTED)])
+    shares = torch.tensor([0.2, 0.3, 0.5] + [0.0] * (CLASSES - 3)).repeat(6, 1)
+    with torch.no_grad():
+        logits = small_net()(normalised(one.images))[:4]
+    for smoothing, targets, expected in (
+        (0.1, None, BinaryCrossEntropy(smoothing=0.1)(logits, labels[:4])),
+        (0.0, shares, BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, shares[:4])),
+    ):
+        engine = build(small_net(), replace(PLAIN, loss="binary", label_smoothing=smoothing))
+        sums = engine.step([one._replace(labels=labels, targets=targets, valid=4)], 0.1)
+        assert sums[0].item() == pytest.approx(4 * expected.item(), rel=1e-5)
 
 
 def join(rank: int, world: int, folder: Path) -> Machine:

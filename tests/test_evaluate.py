@@ -22,7 +22,7 @@ from tests.runs import SOLO, TINTS, VAL, Job, images, reference, render_images, 
 from trainer.checkpoint import Store
 from trainer.config import load_run
 from trainer.engine import EngineConfig, Normalise, Predictor, load_weights
-from trainer.evaluate import evaluate, main
+from trainer.evaluate import evaluate, main, with_mirror
 from trainer.machine import Machine
 from trainer.meter import Scores
 from trainer.resnet import build_resnet
@@ -128,16 +128,16 @@ def test_command_prints_what_the_training_found(base: Path) -> None:
 def test_command_on_other_images(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three classes of the seven keep their labels."""
+    """Three classes of the seven keep their labels, mirrored or not."""
     other = tmp_path / "other images"
     for split in ("train", "val"):
         for name in ("cyan", "red", "yellow"):
             shutil.copytree(images(base) / split / name, other / split / name)
     kept = len(list((other / "val").rglob("*.jpg")))
-    monkeypatch.setattr(sys, "argv", ["", str(reference(base, 1)), "--data.path", str(other)])
+    monkeypatch.setattr(sys, "argv", ["", str(reference(base, 1)), "--flip", "--data.path", str(other)])
     main()
     found = re.fullmatch(
-        rf".* on {kept} of {kept} images in {other}/val: loss \d+\.\d+  top-1 (.*) %  top-5 (.*) %\n",
+        rf".*, with mirror images, on {kept} of {kept} images in {other}/val: loss \d+\.\d+  top-1 (.*) %  top-5 (.*) %\n",
         capsys.readouterr().out,
     )
     assert found and float(found[1]) > 50, "labels are those of the training"
@@ -151,3 +151,22 @@ def test_unreadable_images_are_left_out_and_said(
     monkeypatch.setattr(sys, "argv", ["", str(reference(base, 1)), "--data.path", str(other)])
     main()
     assert "on 22 of 23 images" in capsys.readouterr().out
+
+
+def test_a_mirror_image_has_half_a_say(tmp_path: Path) -> None:
+    """A predictor that goes by the brightness of the left half: with mirror images it is the mean of both halves' words."""
+    cfg = DataConfig(path=str(render_images(tmp_path)), batch=8, size_px=16)
+    loader = Loader(open_catalog(cfg, "val", sorted(TINTS)), cfg, SOLO, training=False)
+
+    def by_half(images: torch.Tensor) -> torch.Tensor:
+        left = images[..., :8].float().mean(dim=(1, 2, 3)) / 100
+        return torch.stack([left] + [torch.zeros_like(left)] * (len(TINTS) - 1), dim=1)
+
+    losses = []
+    for batch in loader:
+        shares = [by_half(images).softmax(1) for images in (batch.images, batch.images.flip(3))]
+        rows = torch.arange(batch.valid)
+        losses += (-((shares[0] + shares[1]) / 2).log()[rows, batch.labels[rows]]).tolist()
+    scores = evaluate(with_mirror(by_half), loader, SOLO)
+    assert scores.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert scores.loss != evaluate(by_half, loader, SOLO).loss

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from data_pipeline.command import run_command
 from tests.runs import images, place_checkpoint, tree
-from trainer.config import RECIPES, load, to_yaml
+from trainer.config import RECIPES, load, recipes, to_yaml
 from trainer.resnet import ModelConfig, build_resnet
 
 NO_DATA = (
@@ -23,7 +23,7 @@ NO_DATA = (
 )
 NO_RUN = "nowhere is not a run folder: it has no config.yaml; give one such as runs/builtin"
 NO_SUBMISSION = "no run of that name was submitted from here; `python -m launch status` lists them"
-RECIPE_NAMES = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+RECIPE_NAMES = ", ".join(recipes())
 
 # IMAGES is a folder of images, RUN a run folder with a checkpoint; the other names are of files in the working folder.
 MISTAKES = {
@@ -36,6 +36,10 @@ MISTAKES = {
     "trainer --optim.lr": "--optim.lr: expected one argument",
     "trainer --optim.lr -1": "optim.lr: -1.0 is not positive; give a learning rate above 0",
     "trainer --model.shortcut max": "model.shortcut: max does not fit; give one of 'conv', 'pool'",
+    "trainer --model.stem deep": "model.stem: deep does not fit; give one of 'conv', 'patch'",
+    "trainer --model.width 0": "model.width: 0.0 is out of range; give a factor above 0, up to 16",
+    "trainer --model.bn_momentum 0": "model.bn_momentum: 0.0 is out of range; give a share above 0, up to 1",
+    "trainer --optim.loss hinge": "optim.loss: hinge does not fit; give one of 'cross_entropy', 'binary'",
     "trainer --optim.name muon --engine.name deepspeed": "optim.name: muon needs whole weights, which ZeRO divides; "
     "choose one of sgd, adamw, or set engine.zero_stage to 0",
     "trainer --run.stall_s -1": "run.stall_s: -1.0 is no time; give seconds such as 600, or 0 for off",

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from trainer import plan
-from trainer.config import RECIPES, Config, load
+from trainer.config import RECIPES, Config, load, recipes
 from trainer.optim import lr_at
 
 IMAGES = 1_281_167  # to train on in ImageNet-1k
 GPUS = 8  # of a node
 
-NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+NAMES = recipes()
 PAGE = (RECIPES / "IMAGENET.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
@@ -52,7 +52,7 @@ def test_a_recipe_uses_all_that_it_lists(name: str) -> None:
     epochs = range(cfg.run.epochs)
     assert {cfg.data.size_at(epoch, cfg.run.epochs) for epoch in epochs} == set(cfg.data.sizes_px)
     assert {cfg.data.batch_at(epoch, cfg.run.epochs) for epoch in epochs} == set(cfg.data.batches)
-    assert cfg.run.name == name
+    assert cfg.run.name == Path(name).name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +63,7 @@ def test_a_header_gives_commands_and_says_what_was_measured(name: str) -> None:
     assert commands
     for words in commands:
         asked = words[words.index("--config") :] if "--config" in words else []
-        assert load(asked).run.name == name
+        assert load(asked).run.name == Path(name).name
     assert re.search(r"\bmeasured\b", header(name), re.IGNORECASE)
 
 

@@ -1,6 +1,7 @@
 """The networks against torchvision's, and their cost against the paper's table 1."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.errors import UserError
-from trainer.resnet import ARCHITECTURES, ModelConfig, ModelName, ResNet, build_resnet
+from trainer.resnet import ARCHITECTURES, ModelConfig, ModelName, ResNet, Shortcut, build_resnet
 
 NAMES = tuple(ARCHITECTURES)
 CLASSES = 10
@@ -35,13 +36,13 @@ BLOCKS = {
 }
 
 
-def multiply_adds(name: str, stride_in_first: bool = False, projections: bool = True) -> int:
+def multiply_adds(name: str, stride_in_first: bool = False, projections: bool = True, narrower: int = 1) -> int:
     """Multiply-adds of one 224 px image through convolutions and classifier of 1000 classes, from the table alone."""
     convolutions, counts = BLOCKS[name]
-    total = 112**2 * 64 * 3 * 7**2
-    inputs, size_in = 64, 56
+    total = 112**2 * (64 // narrower) * 3 * 7**2
+    inputs, size_in = 64 // narrower, 56
     for number, count in enumerate(counts):
-        width, size = 64 * 2**number, 56 // 2**number
+        width, size = 64 // narrower * 2**number, 56 // 2**number
         for _ in range(count):
             outputs = width if convolutions == 2 else 4 * width
             if convolutions == 2:
@@ -205,3 +206,60 @@ def test_pooling_shortcuts_are_timms(name: ModelName, side: int) -> None:
     for got, expected in zip(training_step(ours, images, labels), training_step(theirs, images, labels), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_factor_of_the_width_is_one_of_all_channels(name: ModelName) -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_resnet(ModelConfig(name, width=0.5), 1000)(torch.empty(1, 3, 224, 224))
+    assert counter.get_total_flops() == 2 * multiply_adds(name, narrower=2)
+    with torch.device("meta"):
+        odd = build_resnet(ModelConfig(name, width=0.7), CLASSES)
+    assert [len(odd.state_dict()[name]) for name in ("bn1.weight", "layer2.0.bn1.weight")] == [
+        48,
+        96,
+    ]  # of 44.8 and 89.6
+
+
+def test_a_patch_stem_sees_each_pixel_once() -> None:
+    network = build_resnet(ModelConfig(stem="patch"), CLASSES)
+    images = torch.randn(2, 3, 64, 64)
+    rows = nn.functional.unfold(images, kernel_size=4, stride=4).transpose(1, 2)  # [B, 16 * 16, 3 * 4 * 4]
+    expected = nn.functional.linear(rows, network.conv1.weight.flatten(1)).transpose(1, 2).unflatten(2, (16, 16))
+    seen: list[Tensor] = []
+    network.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    network(images)
+    normed = nn.functional.batch_norm(expected, None, None, training=True)
+    torch.testing.assert_close(seen[0], normed.relu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shortcut", "count"), [("resnet18", "conv", 6), ("resnet50", "pool", 3)])
+def test_blur_comes_before_every_stride_but_the_stems(name: ModelName, shortcut: Shortcut, count: int) -> None:
+    """Each such convolution has the weights of the plain network, and sees its image through a filter of two running means."""
+    torch.manual_seed(0)
+    blurred = build_resnet(ModelConfig(name, blur=True, shortcut=shortcut), CLASSES)
+    torch.manual_seed(0)
+    plain = build_resnet(ModelConfig(name, shortcut=shortcut), CLASSES)
+    assert list(blurred.state_dict()) == list(plain.state_dict())
+    kinds = [
+        (module, blurred.get_submodule(where))
+        for where, module in plain.named_modules()
+        if isinstance(module, nn.Conv2d) and type(module) is not type(blurred.get_submodule(where))
+    ]
+    assert len(kinds) == count
+    for was, now in kinds:
+        images = torch.randn(2, was.in_channels, 9, 8)
+        half = nn.functional.avg_pool2d(nn.functional.pad(images, (1, 1, 1, 1)), 2, 1)
+        torch.testing.assert_close(now(images), was(nn.functional.avg_pool2d(half, 2, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_of_batch_norm_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours = build_resnet(ModelConfig(bn_momentum=0.3), CLASSES)
+    norm = partial(nn.BatchNorm2d, momentum=0.3)
+    theirs: nn.Module = torchvision.models.resnet18(num_classes=CLASSES, norm_layer=norm)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    ours(images), theirs(images)
+    for got, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

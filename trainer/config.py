@@ -200,11 +200,16 @@ def _split_config(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
+def recipes() -> list[str]:
+    """Names of the shipped recipes, as --config takes them."""
+    return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
+
+
 def _config_file(name: str) -> Path:
     """The file or shipped recipe of that name, once every option in it is known to exist."""
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        shipped = ", ".join(recipes())
         raise UserError(f"--config: {name} is neither a file nor a recipe; the recipes are {shipped}")
     _refuse_unknown(path)
     return path

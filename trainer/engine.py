@@ -21,6 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.loader import UNCOUNTED, Batch
 from trainer.checkpoint import Write
 from trainer.machine import Precision, resolve_precision
+from trainer.optim import OptimConfig
 from trainer.snapshot import METADATA
 
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
@@ -29,6 +30,9 @@ WEIGHTS, STATE = "model.safetensors", "training.pt"
 
 SUMS = ("loss", "top1", "top5", "images", "grad_norm")
 """What `Engine.step` adds up, in this order."""
+
+PRESENT = 0.2
+"""Share of a mixed image above which the binary loss takes its class to be there; that of timm's recipes with this loss."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,21 @@ def keep_compiled(cfg: EngineConfig, run: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cfg.compile_cache or str(run / "compiled")
 
 
-def smooth_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Sum over the counted rows of cross-entropy with label smoothing (Szegedy et al. 2015, sec. 7)."""
+def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
+    """Sum of `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7)."""
     targets = batch.labels if batch.targets is None else batch.targets
-    losses = functional.cross_entropy(
-        logits, targets, ignore_index=UNCOUNTED, label_smoothing=smoothing, reduction="none"
-    )
-    # Label smoothing gives a loss to rows without any target too.
+    smoothing = optim.label_smoothing
+    if optim.loss == "cross_entropy":
+        losses = functional.cross_entropy(
+            logits, targets, ignore_index=UNCOUNTED, label_smoothing=smoothing, reduction="none"
+        )
+    else:
+        classes = logits.shape[1]
+        if batch.targets is None:
+            targets = functional.one_hot(targets.clamp_min(0), classes)
+        present = (targets > PRESENT).to(logits.dtype) * (1 - smoothing) + smoothing / classes
+        losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
+    # Rows without any target have a loss too, by label smoothing or as images of no class.
     return torch.where(batch.labels != UNCOUNTED, losses, 0).sum()
 
 

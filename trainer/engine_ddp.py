@@ -24,7 +24,7 @@ from trainer.engine import (
     count,
     load_state,
     load_weights,
-    smooth_loss,
+    training_loss,
 )
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
@@ -103,7 +103,7 @@ class DdpEngine:
             with self._no_sync() if number < len(pieces) else nullcontext():
                 with Phase("forward"), self.autocast():
                     logits = forward(self.normalise(batch.images)).float()
-                losses = smooth_loss(logits, batch, self.optim.label_smoothing)
+                losses = training_loss(logits, batch, self.optim)
                 with Phase("backward"):
                     # DDP averages over ranks; this makes the average the mean over the images of the whole update.
                     self.scaler.scale(losses * self.machine.world / batch.total).backward()

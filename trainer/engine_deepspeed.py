@@ -28,7 +28,7 @@ from trainer.engine import (
     count,
     load_state,
     load_weights,
-    smooth_loss,
+    training_loss,
 )
 from trainer.machine import Machine
 from trainer.optim import Ema, OptimConfig, build_optimizer, set_lr
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             with Phase("forward"):
                 logits = self.engine(self.normalise(batch.images))
-            losses = smooth_loss(logits, batch, self.optim.label_smoothing)
+            losses = training_loss(logits, batch, self.optim)
             # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
             loss = losses * self.machine.world / batch.total
             with Phase("backward"):

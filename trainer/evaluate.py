@@ -1,8 +1,9 @@
 """Scores over a whole split: every sample once, whatever the number of ranks and the batch.
 
-python -m trainer.evaluate RUN [--data.path FOLDER]
+python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from data_pipeline.arguments import parse_known
 from data_pipeline.catalog import open_catalog
 from data_pipeline.command import run_command
 from data_pipeline.errors import UserError
@@ -67,17 +69,38 @@ def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ma
     return Scores.of(total)
 
 
+def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`predict` of each image and its mirror image: the logarithm of the mean of their probabilities."""
+
+    def both(images: torch.Tensor) -> torch.Tensor:
+        mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
+        return (predict(images).softmax(dim=1) + predict(mirrored).softmax(dim=1)).div(2).log()
+
+    return both
+
+
 def main() -> None:
-    folder, overrides = run_folder(sys.argv[1:], "python -m trainer.evaluate")
-    cfg = load_run(folder, overrides)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate",
+        description="Score a run's best weights on its validation images.",
+        epilog="Besides, --data.path FOLDER and the other options of python -m trainer.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
+    parser.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
+    args, options = parse_known(parser, sys.argv[1:])
+    folder, _ = run_folder(sys.argv[1:], parser.prog)
+    cfg = load_run(folder, options)
     with open_machine() as machine:
         trained = machine.agree(lambda: open_trained(folder, cfg, machine))
         catalog = machine.agree(lambda: open_catalog(cfg.data, "val", trained.classes))
         loader = Loader(catalog, cfg.data, machine, training=False)
-        scores = evaluate(trained.predict, loader, machine)
+        scores = evaluate(with_mirror(trained.predict) if args.flip else trained.predict, loader, machine)
     if machine.primary:
+        views = ", with mirror images," if args.flip else ""
         print(
-            f"{trained.checkpoint} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
+            f"{trained.checkpoint}{views} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
             f"loss {scores.loss:.4f}  top-1 {scores.top1_pct:.2f} %  top-5 {scores.top5_pct:.2f} %"
         )
 

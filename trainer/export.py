@@ -40,6 +40,7 @@ from trainer.config import Config, load_run, run_folder
 from trainer.engine import Normalise
 from trainer.evaluate import open_trained
 from trainer.machine import Machine
+from trainer.resnet import unknown_to_torchvision
 
 HERE = Machine(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
 """A GPU is not needed, and its sums differ from those of a CPU."""
@@ -151,9 +152,10 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
     require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
     missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if name == "onnx" and not find_spec(module)]
     require(not missing, f"--format: onnx needs {', '.join(missing)}; run pip install 'sluice[export]'")
+    foreign = unknown_to_torchvision(cfg.model)
     require(
-        cfg.model.shortcut == "conv" or name not in ("torchvision", "safetensors"),
-        f"--format: {name} is for torchvision's networks, of which none has model.shortcut pool; give onnx or torch_export",
+        foreign is None or name not in ("torchvision", "safetensors"),
+        f"--format: {name} is for torchvision's networks, of which none has {foreign}; give onnx or torch_export",
     )
     source = open_source(folder, cfg)
     catalog = _some_images(cfg.data, source.classes)

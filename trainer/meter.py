@@ -17,7 +17,7 @@ class Scores(NamedTuple):
     """How well a model does on some images."""
 
     loss: float
-    """Mean cross-entropy in nats: with label smoothing while training, without it in evaluation."""
+    """Mean in nats: of what training minimises (optim.loss, label smoothing included), in evaluation of the cross-entropy."""
     top1_pct: float
     top5_pct: float
     images: int

@@ -18,6 +18,7 @@ from trainer.muon import Muon
 from trainer.resnet import HEAD_STAGE, stage_of
 
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "muon"]
+Loss = Literal["cross_entropy", "binary"]
 Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
 
 
@@ -72,6 +73,10 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest global L2 norm of the gradient; longer gradients are scaled down to it. 0 is off."""
 
+    loss: Loss = "cross_entropy"
+    """What training minimises: cross-entropy, or for each class by itself the binary cross-entropy of whether it is there,
+    mixed in or not (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation has the first."""
+
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes, from 0 to below 1."""
 
@@ -124,6 +129,7 @@ class OptimConfig:
             ("gamma", 0 < self.gamma <= 1, "is out of range; give a factor above 0 and at most 1"),
             ("layer_decay", 0 < self.layer_decay <= 1, "is out of range; give a factor above 0, or 1 for none"),
             ("clip_norm", 0 <= self.clip_norm < math.inf, "is out of range; give a norm above 0, or 0 for none"),
+            ("loss", self.loss in get_args(Loss), f"is unknown; choose one of {_listed(Loss)}"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
             ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per update"),

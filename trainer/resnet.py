@@ -4,13 +4,15 @@ After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512
 shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
 convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
 order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. (With
-`shortcut: pool` they are timm's, of `ResNet(avg_down=True)`.)
+`shortcut: pool` they are timm's, of `ResNet(avg_down=True)`. `stem` and `width` change shapes, `blur` what they compute.)
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +21,7 @@ from data_pipeline.config import require
 from trainer.convolution import Convolution
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Stem = Literal["conv", "patch"]
 Shortcut = Literal["conv", "pool"]
 
 HEAD = "fc"
@@ -35,6 +38,21 @@ class ModelConfig:
 
     zero_init_gamma: bool = False
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    stem: Stem = "conv"
+    """How an image becomes a map of a quarter of its side: conv, as torchvision has it, by a 7x7 convolution and a maximum;
+    patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2),
+    which takes less time."""
+
+    width: float = 1.0
+    """Factor of the channels in all stages (Zagoruyko and Komodakis 2016, arXiv 1605.07146), to the next multiple of 8."""
+
+    blur: bool = False
+    """Blur what a convolution with a stride is about to sample, the stem excepted (Zhang 2019, "BlurPool", arXiv 1904.11486;
+    before the convolution, as FFCV's ResNets have it)."""
+
+    bn_momentum: float = 0.1
+    """Weight of the newest batch in the running statistics of batch normalisation, above 0 and at most 1."""
 
     shortcut: Shortcut = "conv"
     """How a shortcut halves the image: conv, as torchvision has it, looks at one of four positions; pool averages them
@@ -60,6 +78,15 @@ class ModelConfig:
             f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
         )
         require(
+            self.stem in get_args(Stem),
+            f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",
+        )
+        require(0 < self.width <= 16, f"model.width: {self.width} is out of range; give a factor above 0, up to 16")
+        require(
+            0 < self.bn_momentum <= 1,
+            f"model.bn_momentum: {self.bn_momentum} is out of range; give a share above 0, up to 1",
+        )
+        require(
             self.shortcut in get_args(Shortcut),
             f"model.shortcut: {self.shortcut!r} is unknown; choose one of {', '.join(get_args(Shortcut))}",
         )
@@ -79,20 +106,38 @@ class ModelConfig:
             )
 
 
+def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
+    """The first option, with its value, by which a network is none of torchvision's."""
+    plain = ModelConfig()
+    options = (name for name in ("stem", "width", "blur", "shortcut") if getattr(cfg, name) != getattr(plain, name))
+    return next((f"model.{name} {getattr(cfg, name)}" for name in options), None)
+
+
 def is_torchvision(weights: str) -> bool:
     """Whether weights are given by torchvision's name for them."""
     return re.fullmatch(r"ResNet\d+_Weights\.\w+", weights) is not None
 
 
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return Convolution(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+class BlurredConvolution(Convolution):
+    """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B,outputs,H/stride,W/stride] of images [B,inputs,H,W], float in channels-last memory."""
+        line = images.new_tensor([0.25, 0.5, 0.25])
+        kernel = torch.outer(line, line).expand(self.in_channels, 1, 3, 3)
+        return super().forward(F.conv2d(images, kernel, padding=1, groups=self.in_channels))
 
 
-def make_shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut) -> nn.Module:
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, *, blur: bool = False) -> nn.Conv2d:
+    kind = BlurredConvolution if blur and stride > 1 else Convolution
+    return kind(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def make_shortcut(inputs: int, outputs: int, stride: int, cfg: ModelConfig) -> nn.Module:
     if stride == 1 and inputs == outputs:
         return nn.Identity()
-    if kind == "conv":
-        return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    if cfg.shortcut == "conv":
+        return nn.Sequential(convolution(inputs, outputs, 1, stride, blur=cfg.blur), nn.BatchNorm2d(outputs))
     # Of an odd side, the last position stands alone, as the strided convolution beside the shortcut sees it.
     pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
     return nn.Sequential(pool, convolution(inputs, outputs, 1), nn.BatchNorm2d(outputs))
@@ -108,13 +153,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int = 1, shortcut: Shortcut = "conv") -> None:
+    def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
         super().__init__()
-        self.conv1 = convolution(inputs, width, 3, stride)
+        self.conv1 = convolution(inputs, width, 3, stride, blur=cfg.blur)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = convolution(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = make_shortcut(inputs, width, stride, shortcut)
+        self.downsample = make_shortcut(inputs, width, stride, cfg)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -131,16 +176,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int = 1, shortcut: Shortcut = "conv") -> None:
+    def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = convolution(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = convolution(width, width, 3, stride)
+        self.conv2 = convolution(width, width, 3, stride, blur=cfg.blur)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = convolution(width, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = make_shortcut(inputs, outputs, stride, shortcut)
+        self.downsample = make_shortcut(inputs, outputs, stride, cfg)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -165,25 +210,29 @@ ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = 
 }
 
 
-def stage(block: type[Block], inputs: int, width: int, count: int, stride: int, shortcut: Shortcut) -> nn.Sequential:
-    first = block(inputs, width, stride, shortcut)
-    return nn.Sequential(first, *(block(width * block.expansion, width) for _ in range(count - 1)))
+def stage(block: type[Block], inputs: int, width: int, count: int, stride: int, cfg: ModelConfig) -> nn.Sequential:
+    first = block(inputs, width, stride, cfg)
+    return nn.Sequential(first, *(block(width * block.expansion, width, 1, cfg) for _ in range(count - 1)))
 
 
 class ResNet(nn.Module):
     """A stem, four stages of residual blocks, global average pooling and a linear classifier."""
 
-    def __init__(
-        self, block: type[Block], counts: tuple[int, int, int, int], classes: int, shortcut: Shortcut = "conv"
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, classes: int) -> None:
         super().__init__()
-        self.conv1 = convolution(3, 64, 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = stage(block, 64, 64, counts[0], 1, shortcut)
-        self.layer2 = stage(block, 64 * block.expansion, 128, counts[1], 2, shortcut)
-        self.layer3 = stage(block, 128 * block.expansion, 256, counts[2], 2, shortcut)
-        self.layer4 = stage(block, 256 * block.expansion, 512, counts[3], 2, shortcut)
-        self.fc = nn.Linear(512 * block.expansion, classes)
+        block, counts = ARCHITECTURES[cfg.name]
+        widths = [math.ceil(cfg.width * width / 8) * 8 for width in (64, 128, 256, 512)]
+        inputs = [widths[0], *(width * block.expansion for width in widths)]
+        patches = cfg.stem == "patch"
+        self.conv1 = nn.Conv2d(3, widths[0], 4, 4, bias=False) if patches else convolution(3, widths[0], 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        # The maximum of rectified values is the rectified maximum, of which there are a quarter as many.
+        self.pool = nn.Identity() if patches else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = stage(block, inputs[0], widths[0], counts[0], 1, cfg)
+        self.layer2 = stage(block, inputs[1], widths[1], counts[1], 2, cfg)
+        self.layer3 = stage(block, inputs[2], widths[2], counts[2], 2, cfg)
+        self.layer4 = stage(block, inputs[3], widths[3], counts[3], 2, cfg)
+        self.fc = nn.Linear(inputs[4], classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -198,9 +247,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
-        # The maximum of rectified values is the rectified maximum, of which there are a quarter as many.
-        x = F.max_pool2d(self.bn1(self.conv1(images)), kernel_size=3, stride=2, padding=1)
-        x = rectify(x)
+        x = rectify(self.pool(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
         return logits
@@ -212,12 +259,12 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     Convolutions: normal, fan out (He et al. 2015, arXiv 1502.01852). Batch norm: gamma 1, beta 0. Classifier: torch's
     default for a linear layer.
     """
-    block, counts = ARCHITECTURES[cfg.name]
-    network = ResNet(block, counts, classes, cfg.shortcut)
-    if cfg.zero_init_gamma:
-        for module in network.modules():
-            if isinstance(module, Block):
-                nn.init.zeros_(module.last_norm.weight)
+    network = ResNet(cfg, classes)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = cfg.bn_momentum
+        if isinstance(module, Block) and cfg.zero_init_gamma:
+            nn.init.zeros_(module.last_norm.weight)
     return network
 
 
