@@ -66,7 +66,7 @@ SECTIONS = (
             Panel("Images per second", "images/s", ("perf/images_per_s",)),
             Panel("Time of an update, median and 95th percentile", "ms", ("perf/step_ms_p50", "perf/step_ms_p95")),
             Panel("Time of an epoch", "s", ("perf/epoch_s",), "epoch"),
-            Panel("Time of a checkpoint", "s", ("perf/ckpt_save_s",)),
+            Panel("Checkpoint: the wait for its copy, and its writing", "s", ("perf/ckpt_save_s", "perf/ckpt_write_s")),
         ),
     ),
     Section(

@@ -79,8 +79,6 @@ def page(runs: list[Run], now_s: float) -> str:
 
 
 def _row(number: int, run: Run, own: dict[str, Any], now_s: float) -> str:
-    lost = next((row["step"] for row in run.rows if math.isnan(row.get("train/loss", 0.0))), None)
-    fault = "" if lost is None else f'<small class="bad">loss is not finite at step {lost:.0f}</small>'
     figures = (
         f"{round(run.epochs, 2):g} / {run.options.get('run.epochs', '?')}",
         _figure(run.best_top1_pct, ".2f"),
@@ -93,7 +91,7 @@ def _row(number: int, run: Run, own: dict[str, Any], now_s: float) -> str:
     )
     return (
         f'<tr><td class="name">{swatch(number)}<bdi>{text(run.name)}</bdi><small>{text(run.folder)}</small></td>'
-        f"<td>{run.state(now_s)}{fault}</td>"
+        f"<td>{run.state(now_s)}</td>"
         + "".join(f'<td class="number">{text(figure)}</td>' for figure in figures)
         + f"<td>{options}</td></tr>"
     )

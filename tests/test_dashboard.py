@@ -60,8 +60,8 @@ def test_every_metric_shown_is_one_that_a_run_logs(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.2")
-    options = settings_of(tmp_path_factory.getbasetemp(), tmp_path / "run", epochs=2) | {"tracking.wandb": "online"}
-    options["tracking.histograms_every"] = "0"  # they have pages of their own
+    options = settings_of(tmp_path_factory.getbasetemp(), tmp_path / "run", epochs=3) | {"tracking.wandb": "online"}
+    options |= {"run.log_every": "1", "tracking.histograms_every": "0"}  # which have pages of their own
     train_here(load(dotted(options)))
     logged = {name for row in rows(tmp_path / "run") for name in row}
     sent = {name for row in backend.run.history.values() for name in row}
