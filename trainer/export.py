@@ -191,12 +191,7 @@ def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
         print(f"checking on the built-in images, as the run's cannot be opened: {error}", file=sys.stderr)
         catalog = open_catalog(DataConfig(), "val")
     rows = np.unique(np.linspace(0, len(catalog) - 1, IMAGES).astype(int)).tolist()
-    return replace(
-        catalog,
-        paths=[catalog.paths[row] for row in rows],
-        labels=catalog.labels[rows],
-        spans=catalog.spans[rows] if catalog.shards else catalog.spans,
-    )
+    return catalog.part(rows)
 
 
 def _inputs(cfg: DataConfig, catalog: Catalog) -> Tensor:

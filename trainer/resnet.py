@@ -44,6 +44,10 @@ class ModelConfig:
     patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2),
     which takes less time."""
 
+    whiten: bool = False
+    """Start the stem's filters from the principal components of patches of training images (Jordan 2024, arXiv 2404.00498,
+    section 3.2) in place of random numbers."""
+
     width: float = 1.0
     """Factor of the channels in all stages (Zagoruyko and Komodakis 2016, arXiv 1605.07146), to the next multiple of 8."""
 
@@ -80,6 +84,10 @@ class ModelConfig:
         require(
             self.stem in get_args(Stem),
             f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",
+        )
+        require(
+            not self.whiten or self.weights is None,
+            f"model.whiten: {self.whiten} is for random weights, and model.weights gives others; leave one of them out",
         )
         require(0 < self.width <= 16, f"model.width: {self.width} is out of range; give a factor above 0, up to 16")
         require(

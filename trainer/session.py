@@ -29,6 +29,7 @@ from trainer.trace import Trace
 from trainer.tracker import Tracker
 from trainer.watchdog import Watchdog, note
 from trainer.weights import load_weights_to_start
+from trainer.whiten import whiten_stem
 
 
 class Session:
@@ -51,6 +52,9 @@ class Session:
         model, started = fresh_model(cfg, len(classes)), None
         if cfg.model.weights and not newest:
             started = load_weights_to_start(model, cfg.model, classes, machine)
+        if cfg.model.whiten and not newest:
+            first_px = cfg.data.size_at(0, cfg.run.epochs)
+            machine.agree(lambda: whiten_stem(model, train.catalog, cfg.data, first_px))
         self.engine = engine_for(cfg, model, machine)
         if newest:
             self.engine.load(newest)

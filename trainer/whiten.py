@@ -1,0 +1,54 @@
+"""A stem that begins with what its images vary in, in place of random filters."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipeline.catalog import Catalog
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
+from data_pipeline.loader import UNCOUNTED, Loader
+from trainer.engine import Normalise
+from trainer.machine import Machine
+from trainer.resnet import ResNet
+
+IMAGES = 256
+FLOOR = 5e-4
+"""Least variance of a direction that is scaled to one, as a share of the largest: what varies less is noise."""
+
+
+def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int) -> None:
+    """Start the stem of `network` from images of `catalog`, evenly spread over it, in squares of `size_px`.
+
+    Equal on every rank, without a word between them. Raises `UserError` where none of the images can be read.
+    """
+    rows = np.unique(np.linspace(0, len(catalog) - 1, IMAGES).astype(int)).tolist()
+    here = Machine(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
+    options = replace(cfg, batch=len(rows), decode="cpu", eval_size_px=size_px)
+    (batch,) = Loader(catalog.part(rows), options, here, training=False)
+    images = batch.images[batch.labels != UNCOUNTED]
+    if not len(images):
+        raise UserError(f"model.whiten: none of {len(rows)} images in {catalog.root} could be read; leave it out")
+    set_filters(network, Normalise(cfg.mean, cfg.std, here.device)(images))
+
+
+@torch.no_grad()
+def set_filters(network: ResNet, images: Tensor) -> None:
+    """Let the stem's filters be the directions in which its patches of normalised images [N,3,H,W] vary most, and their
+    negatives, which the rectifier needs: each answers with variance one, and none like another.
+
+    The whitening layer of Jordan 2024 (arXiv 2404.00498, section 3.2), which is of 2 x 2 px there and stays frozen; here
+    filters are as large as the stem has them, and learn. Where it has more than twice as many as there are directions,
+    the others stay as they are.
+    """
+    stem = network.conv1
+    patches = functional.unfold(images, stem.kernel_size, stride=stem.stride).transpose(1, 2).flatten(0, 1)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    count = min(stem.out_channels // 2, len(variances))
+    scales = (variances[-count:] + FLOOR * variances[-1]).rsqrt()
+    filters = (directions[:, -count:] * scales).T
+    stem.weight[: 2 * count] = torch.cat([filters, -filters]).view(-1, *stem.weight.shape[1:])
