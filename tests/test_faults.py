@@ -354,7 +354,7 @@ def assert_said_once(job: Job, line: str) -> None:
     """By rank 0 alone, without a traceback of ours; torchrun then adds its own report."""
     assert job.wait() == 1, job.output()
     ours, _, report = job.output().partition("Traceback (most recent call last):")
-    assert ours.count("error: ") == 1 and f"\nerror: {line}" in ours
+    assert ours.count("error: ") == 1 and any(told.startswith(f"error: {line}") for told in ours.splitlines())
     assert "exitcode  : 2" in report and "/trainer/" not in report
 
 
