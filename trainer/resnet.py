@@ -129,11 +129,16 @@ def is_torchvision(weights: str) -> bool:
 class BlurredConvolution(Convolution):
     """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges."""
 
+    blur: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, padding: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=padding, bias=bias)
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("blur", torch.outer(line, line).repeat(inputs, 1, 1, 1), persistent=False)
+
     def forward(self, images: Tensor) -> Tensor:
         """[B,outputs,H/stride,W/stride] of images [B,inputs,H,W], float in channels-last memory."""
-        line = images.new_tensor([0.25, 0.5, 0.25])
-        kernel = torch.outer(line, line).expand(self.in_channels, 1, 3, 3)
-        return super().forward(F.conv2d(images, kernel, padding=1, groups=self.in_channels))
+        return super().forward(F.conv2d(images, self.blur, padding=1, groups=self.in_channels))
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, *, blur: bool = False) -> nn.Conv2d:
