@@ -49,10 +49,12 @@ class Saver:
         self._group: Any = dist.new_group(backend="gloo") if machine.world > 1 else None
         self._save: Future[_Outcome] | None = None
         self._told: Future[_Outcome] | None = None
+        self._untold: dict[str, float] = {}
 
     def start(self, progress: Progress, write: Write, *, best: bool) -> None:
         """Begin to save what `write` writes on this rank. `wait` comes before the next. Collective."""
         assert self._save is None or self._save.done()
+        self._untold = self.take_scalars()  # no row may have been written since it ended
         save: Future[_Outcome] = Future()
         self._save = save
 
@@ -73,11 +75,12 @@ class Saver:
         return self._save.result().failure if self._save else None
 
     def take_scalars(self) -> dict[str, float]:
-        """Figures of the save that has ended since the last call, if one has."""
-        if self._save is None or self._save is self._told or not self._save.done():
-            return {}
-        self._told = self._save
-        return {"perf/ckpt_write_s": self._save.result().seconds, "perf/ckpt_failed": float(self.failed)}
+        """Figures of the last save that has ended since the last call, if one has."""
+        if self._save and self._save is not self._told and self._save.done():
+            self._told = self._save
+            self._untold = {"perf/ckpt_write_s": self._save.result().seconds, "perf/ckpt_failed": float(self.failed)}
+        scalars, self._untold = self._untold, {}
+        return scalars
 
     def __enter__(self) -> Self:
         return self

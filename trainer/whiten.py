@@ -46,9 +46,13 @@ def set_filters(network: ResNet, images: Tensor) -> None:
     the others stay as they are.
     """
     stem = network.conv1
-    patches = functional.unfold(images, stem.kernel_size, stride=stem.stride).transpose(1, 2).flatten(0, 1)
-    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
-    count = min(stem.out_channels // 2, len(variances))
-    scales = (variances[-count:] + FLOOR * variances[-1]).rsqrt()
-    filters = (directions[:, -count:] * scales).T
-    stem.weight[: 2 * count] = torch.cat([filters, -filters]).view(-1, *stem.weight.shape[1:])
+    # In double precision, as directions of like variance turn with the last digit: ranks and machines round differently.
+    products, count = torch.zeros(()), 0
+    for some in images.split(16):  # as patches take many times the memory of images
+        patches = functional.unfold(some, stem.kernel_size, stride=stem.stride).transpose(1, 2).flatten(0, 1).double()
+        products, count = products + patches.T @ patches, count + len(patches)
+    variances, directions = torch.linalg.eigh(products / count)  # ascending
+    half = min(stem.out_channels // 2, len(variances))
+    scales = (variances[-half:] + FLOOR * variances[-1]).rsqrt()
+    filters = (directions[:, -half:] * scales).T
+    stem.weight[: 2 * half] = torch.cat([filters, -filters]).view(-1, *stem.weight.shape[1:])
