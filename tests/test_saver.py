@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,23 @@ def test_training_goes_on_and_sees_all_or_nothing(tmp_path: Path) -> None:
     scalars = one.take_scalars()
     assert scalars.keys() == figures and scalars["perf/ckpt_failed"] == 0
     assert one.take_scalars() == {}, "each is told once"
+
+
+def test_one_thread_writes_all_saves_and_ends(tmp_path: Path) -> None:
+    """Each thread may hold on to a pool of memory of its own, of a checkpoint's size."""
+    one, threads = saver(tmp_path), list[threading.Thread]()
+
+    def write(folder: Path) -> dict[str, Stamp]:
+        threads.append(threading.current_thread())
+        return writer(len(threads))(folder)
+
+    with one:
+        for step in range(1, 4):
+            one.start(progress(step), write, best=False)
+            assert one.wait() is None
+    assert len(threads) == 3 and len(set(threads)) == 1
+    threads[0].join(30)
+    assert not threads[0].is_alive()
 
 
 def test_what_is_written_is_the_moment_of_the_snapshot(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -47,6 +48,8 @@ class Saver:
         self.failed = 0
         """Saves that were given up."""
         self._group: Any = dist.new_group(backend="gloo") if machine.world > 1 else None
+        self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: Thread | None = None
         self._save: Future[_Outcome] | None = None
         self._told: Future[_Outcome] | None = None
         self._untold: dict[str, float] = {}
@@ -64,8 +67,12 @@ class Saver:
             except BaseException as error:
                 save.set_exception(error)
 
-        # A daemon: who leaves at once, by a second Ctrl-C, does not wait for a disk that hangs.
-        Thread(target=run, name="saver", daemon=True).start()
+        if self._thread is None:
+            # A daemon: who leaves at once, by a second Ctrl-C, does not wait for a disk that hangs. One for all saves, as
+            # each thread may be given a pool of memory of its own: 16 pools of 42 MiB on two processors (ResNet-18).
+            self._thread = Thread(target=self._work, name="saver", daemon=True)
+            self._thread.start()
+        self._saves.put(run)
 
     def wait(self) -> UserError | None:
         """Wait until the save under way has ended; what the last one failed of, if it did. Collective.
@@ -90,6 +97,11 @@ class Saver:
     ) -> None:
         if self._save and kind and issubclass(kind, Exception):
             wait_for([self._save], LAST_S)
+        self._saves.put(None)
+
+    def _work(self) -> None:
+        while save := self._saves.get():
+            save()
 
     def _write(self, progress: Progress, write: Write, best: bool) -> _Outcome:
         start_s = time.perf_counter()
