@@ -74,6 +74,11 @@ class Catalog:
             spans=self.spans[rows] if self.shards else self.spans,
         )
 
+    def spread(self, count: int) -> list[int]:
+        """At most `count` of its rows, evenly spread from the first to the last."""
+        count = min(count, len(self))
+        return [number * (len(self) - 1) // max(count - 1, 1) for number in range(count)]
+
     def fingerprint(self) -> str:
         """Hash of names and labels: equal where an interrupted epoch can be continued."""
         digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)

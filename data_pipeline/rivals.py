@@ -167,8 +167,7 @@ class _Here(NamedTuple):
 def copy_sample(cfg: DataConfig, folder: Path, count: int) -> None:
     """Copy `count` JPEGs of the training data, evenly spread: as class folders and as tar shards. Raises `UserError`."""
     catalog = open_catalog(cfg, "train")
-    picked = np.unique(np.linspace(0, len(catalog) - 1, min(count, len(catalog))).astype(int)).tolist()
-    streams = [(row, stream) for row in picked if (stream := catalog.read(row)).startswith(b"\xff\xd8")]
+    streams = [(row, stream) for row in catalog.spread(count) if (stream := catalog.read(row)).startswith(b"\xff\xd8")]
     require(
         len(streams) >= BATCH,
         f"data.path: {cfg.path} has {len(streams)} JPEGs for training; give a dataset with {BATCH} or more",

@@ -42,6 +42,13 @@ def complaint(root: Path, split: str = "train", classes: list[str] | None = None
     return message
 
 
+def test_rows_spread_from_the_first_to_the_last(tmp_path: Path) -> None:
+    catalog = opened(fill(tmp_path, "train/a", "train/b", "val/a", "val/b", images=5))
+    assert len(catalog) == 10
+    assert catalog.spread(4) == [0, 3, 6, 9] and catalog.spread(3) == [0, 4, 9] and catalog.spread(1) == [0]
+    assert catalog.spread(10) == catalog.spread(99) == list(range(10))
+
+
 # train/ and val/
 
 

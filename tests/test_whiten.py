@@ -10,7 +10,7 @@ from torch.nn import functional
 from data_pipeline.catalog import open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from tests.runs import QUICK, Job, dotted, render_images
+from tests.runs import QUICK, SOLO, Job, dotted, render_images
 from trainer.checkpoint import Store
 from trainer.engine import load_weights
 from trainer.resnet import ModelConfig, Stem, build_resnet
@@ -67,7 +67,7 @@ def test_a_run_starts_so_on_every_rank(tmp_path: Path) -> None:
         stems.append(network.conv1.weight.detach())
     cfg = DataConfig(path=str(data))
     expected = build_resnet(ModelConfig(), 7)
-    whiten_stem(expected, open_catalog(cfg, "train"), cfg, size_px=int(QUICK["data.size_px"]))
+    whiten_stem(expected, open_catalog(cfg, "train"), cfg, int(QUICK["data.size_px"]), SOLO)
     for stem in stems:
         torch.testing.assert_close(stem, expected.conv1.weight.detach())
 
@@ -78,4 +78,4 @@ def test_without_a_readable_image_it_ends_in_one_line(tmp_path: Path) -> None:
     for path in catalog.paths:
         (catalog.root / path).write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^model\.whiten: none of \d+ images in .* could be read; leave it out$"):
-        whiten_stem(build_resnet(ModelConfig(), 7), catalog, cfg, 32)
+        whiten_stem(build_resnet(ModelConfig(), 7), catalog, cfg, 32, SOLO)

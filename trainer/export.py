@@ -23,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -190,8 +189,7 @@ def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
     except UserError as error:
         print(f"checking on the built-in images, as the run's cannot be opened: {error}", file=sys.stderr)
         catalog = open_catalog(DataConfig(), "val")
-    rows = np.unique(np.linspace(0, len(catalog) - 1, IMAGES).astype(int)).tolist()
-    return catalog.part(rows)
+    return catalog.part(catalog.spread(IMAGES))
 
 
 def _inputs(cfg: DataConfig, catalog: Catalog) -> Tensor:

@@ -54,7 +54,7 @@ class Session:
             started = load_weights_to_start(model, cfg.model, classes, machine)
         if cfg.model.whiten and not newest:
             first_px = cfg.data.size_at(0, cfg.run.epochs)
-            machine.agree(lambda: whiten_stem(model, train.catalog, cfg.data, first_px))
+            machine.agree(lambda: whiten_stem(model, train.catalog, cfg.data, first_px, machine))
         self.engine = engine_for(cfg, model, machine)
         if newest:
             self.engine.load(newest)
@@ -63,6 +63,7 @@ class Session:
             "classes": json.dumps(classes),
             "data": train.catalog.fingerprint(),
         }
+        self.engine.snapshot(self.metadata)  # thrown away: it gets the memory for copies, which training would wait for
         self.tracker = machine.agree(self._open_tracker)
         for checkpoint, why in store.passed_over.items():
             self.tracker.note(f"passed over {checkpoint}: {why}")

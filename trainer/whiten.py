@@ -1,9 +1,7 @@
 """A stem that begins with what its images vary in, in place of random filters."""
 
-import os
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,13 +19,13 @@ FLOOR = 5e-4
 """Least variance of a direction that is scaled to one, as a share of the largest: what varies less is noise."""
 
 
-def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int) -> None:
+def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int, machine: Machine) -> None:
     """Start the stem of `network` from images of `catalog`, evenly spread over it, in squares of `size_px`.
 
     Equal on every rank, without a word between them. Raises `UserError` where none of the images can be read.
     """
-    rows = np.unique(np.linspace(0, len(catalog) - 1, IMAGES).astype(int)).tolist()
-    here = Machine(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
+    rows = catalog.spread(IMAGES)
+    here = replace(machine, device=torch.device("cpu"), rank=0, world=1)
     options = replace(cfg, batch=len(rows), decode="cpu", eval_size_px=size_px)
     (batch,) = Loader(catalog.part(rows), options, here, training=False)
     images = batch.images[batch.labels != UNCOUNTED]
