@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from data_pipeline import draws
-from tests.chaos import BATCH, EPOCHS, IMAGES, faults_of_order, faults_of_weights, read_order, starts
+from tests.chaos import BATCH
+from tests.recorded import EPOCHS, IMAGES, faults_of_order, faults_of_weights, read_order, starts
 from tests.runs import ROOT, environment
 
 pytestmark = pytest.mark.slow
