@@ -142,7 +142,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(_READERS)
         self._reading = 1  # batches at a time: threads take the interpreter from each other, so no more than needed
         self._orders: dict[int, Future[NDArray[np.int64]]] = {}
-        self._marks = self._pool.submit(proof.marks, catalog.paths)
+        self._marks: Future[NDArray[np.int64]] | None = None
         self._read_of_epoch: list[NDArray[np.int64]] = []
         self._started = Cursor()
         self._ahead: Iterator[_Rows] = iter(())
@@ -158,7 +158,7 @@ class Loader:
 
     def tally(self) -> proof.Tally:
         """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
-        start, marks = self._started, self._marks.result()
+        start, marks = self._started, self._marks_of_samples().result()
         order = self._order_of(start.epoch).result()
         deal = self._deal_of(start.epoch)
         firsts = np.arange(start.seen, len(order), deal.rows * self.place.world)
@@ -292,7 +292,9 @@ class Loader:
                 if number > 2 * graph.PREFETCH and not pending[0].done():
                     self._reading = min(self._reading + 1, _READERS)  # storage is slow here
                 yield self._awaited(pending.popleft())
-        self._order_of(start.epoch + 1)  # of a million images it takes a while, and the training must not wait for it
+        # Of a million images both take a while: the training must not wait for them, nor its first batch.
+        self._order_of(start.epoch + 1)
+        self._marks_of_samples()
         while pending:
             yield self._awaited(pending.popleft())
 
@@ -320,6 +322,12 @@ class Loader:
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
         count = len(self.catalog)
         return draws.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
+
+    def _marks_of_samples(self) -> Future[NDArray[np.int64]]:
+        """The mark of every sample, found in another thread from the first call on."""
+        if self._marks is None:
+            self._marks = self._pool.submit(proof.marks, self.catalog.paths)
+        return self._marks
 
     def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> _Rows:
         positions = micro.start + deal.places

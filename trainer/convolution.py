@@ -7,14 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 16  # positions of an output, 4 x 4: with more, copying the windows costs more than it saves
+MANY = (
+    8  # images for each position of an output: with fewer, writing the matrix of a whole image costs more than it saves
+)
 
 
 class Convolution(nn.Conv2d):
     """nn.Conv2d with an odd kernel, half of it as padding, and no bias: the same up to rounding, only faster.
 
     oneDNN divides a convolution by positions, of which the last stages of a ResNet leave few: at 2 x 2 it reaches a tenth
-    of the speed that it has at 16 x 16, in the gradient of the weights less still. There, a training CPU gathers the window
-    of each output position as a row and has one matrix product.
+    of the speed that it has at 16 x 16, in the gradient of the weights less still. There, a training CPU has one matrix
+    product: of whole images, where the kernel at each output position reaches all of the image, else of the windows around
+    the output positions, gathered as rows. At 2 x 2 five ninths of a window would be padding.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -22,9 +26,41 @@ class Convolution(nn.Conv2d):
         height, width = (_positions(side, self.stride[0]) for side in images.shape[2:])
         if height * width > FEW or images.device.type != "cpu" or not self.training:
             return super().forward(images)
-        rows = _Windows.apply(images.permute(0, 2, 3, 1), self.kernel_size[0], self.stride[0])
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(rows, weight).view(len(images), height, width, -1).permute(0, 3, 1, 2)
+        pixels, weight = images.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
+        reach, size = self.kernel_size[0] // 2, images.shape[2:]
+        if self.stride[0] == 1 and max(size) <= reach + 1 and len(images) >= MANY * height * width:
+            products = F.linear(pixels.flatten(1), _Whole.apply(weight, *size))
+        else:
+            rows = _Windows.apply(pixels, self.kernel_size[0], self.stride[0])
+            products = F.linear(rows, weight.flatten(1))
+        return products.view(len(images), height, width, -1).permute(0, 3, 1, 2)
+
+
+class _Whole(torch.autograd.Function):
+    """[H * W * outputs, H * W * inputs] of weights [outputs,size,size,inputs]: what maps images [H,W,inputs] to theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, height: int, width: int) -> Tensor:
+        ctx.shape, ctx.sides = weight.shape, (height, width)
+        return torch.cat([taps.flatten(1) for taps in _taps_of_positions(weight, height, width)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight = gradients[0].new_zeros(ctx.shape)
+        parts = gradients[0].view(-1, len(weight), *ctx.sides, weight.shape[3])
+        for taps, part in zip(_taps_of_positions(weight, *ctx.sides), parts, strict=True):
+            taps += part
+        return weight, None, None
+
+
+def _taps_of_positions(weight: Tensor, height: int, width: int) -> list[Tensor]:
+    """Views [outputs,height,width,inputs] of weights: those that each output position, row by row, has for the image."""
+    reach = weight.shape[1] // 2
+    return [
+        weight[:, reach - row : reach - row + height, reach - column : reach - column + width]
+        for row in range(height)
+        for column in range(width)
+    ]
 
 
 class _Windows(torch.autograd.Function):
