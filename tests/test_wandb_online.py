@@ -209,3 +209,4 @@ def test_killed_client_is_dropped(base: Path, run: Path, backend: Backend, capfd
     death.join()
     assert_complete(run, epochs=2)
     assert sum("wandb failed and is dropped" in line for line in capfd.readouterr().out.splitlines()) == 1
+    assert wandb.run is None, "else another run in this process, or one that steps back, would find no key"

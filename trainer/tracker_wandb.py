@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import wandb
+from wandb.sdk.lib.module import unset_globals
 
 from data_pipeline.errors import UserError
 from trainer.checkpoint import Store
@@ -186,6 +187,10 @@ def _run_id(folder: Path) -> str:
 
 
 def _teardown() -> None:
-    """End wandb's background process; a dead one raises, here rather than in a traceback at the program's exit."""
+    """End wandb's background process; a dead one raises, here rather than in a traceback at the program's exit.
+
+    Its run stays the current one, and as long as there is one, no key is looked for: a tracker opened anew would find none.
+    """
     with contextlib.suppress(Exception):
         wandb.teardown()
+    unset_globals()
