@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 
 from tests.runs import SOLO
 from trainer.checkpoint import Progress
@@ -258,6 +257,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def isolate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No key, mode or settings of whoever runs the tests, or of a test before, reaches them; no request is waited for long."""
+    import wandb  # not by who imports this file for a server alone
+
     wandb.teardown()  # it keeps the settings that it has read once in a process
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
