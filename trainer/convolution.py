@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 16  # positions of an output, 4 x 4: with more, copying the windows costs more than it saves
-MANY = 8  # images for each position of an output: with fewer, writing the matrix for whole images costs more than it saves
+MANY = 8  # images for each position of an output: with fewer, writing the matrix of a whole image does not pay
 
 
 class Convolution(nn.Conv2d):
