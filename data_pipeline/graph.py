@@ -5,6 +5,7 @@ GPU) and the rest follows on the GPU; without one everything runs in DALI's CPU 
 and resize for a GPU that does the rest.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ PREFETCH = 2  # batches that DALI works on ahead of the one handed out
 # Larger buffers of the CPU's come from a pool: malloc gives theirs back to the system and fetches them anew, at ten page
 # faults an image. DALI reads this when it first allocates.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "65536")
+
+# A process that is forked has none of DALI's threads, and crashes where it collects a pipeline as garbage.
+os.register_at_fork(after_in_child=gc.freeze)
 
 _DEFAULTS = DataConfig()
 

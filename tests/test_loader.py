@@ -1,5 +1,7 @@
 """The loader, through the real DALI graph: pixels against torchvision and PIL, positions, memory, resuming, bad files."""
 
+import gc
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -348,6 +350,19 @@ def test_abandoned_iterations_leave_no_trace(folder: Path) -> None:
     for _ in range(2):
         loader.seek(Cursor())
         assert equal(take(loader), whole)
+
+
+def test_a_forked_process_does_not_collect_a_loader(folder: Path) -> None:
+    """DALI's pipelines cannot be ended there, and a worker of a torch DataLoader collects garbage as any process does."""
+    batches = iter(opened(config(folder, batch=4)))
+    cycle: list[object] = [next(batches), batches]
+    cycle.append(cycle)
+    del cycle, batches
+    child = os.fork()
+    if not child:
+        gc.collect()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Files that go bad after they were found good
