@@ -293,8 +293,9 @@ class Loader:
                     self._reading = min(self._reading + 1, _READERS)  # storage is slow here
                 yield self._awaited(pending.popleft())
         # Of a million images both take a while: the training must not wait for them, nor its first batch.
-        self._order_of(start.epoch + 1)
-        self._marks_of_samples()
+        if self.training:
+            self._order_of(start.epoch + 1)
+            self._marks_of_samples()
         while pending:
             yield self._awaited(pending.popleft())
 

@@ -130,6 +130,7 @@ def refused(
     return err
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # which would stand before the line
 @pytest.mark.parametrize("make", [by_pickle, by_torch])
 def test_hostile_training_state_is_refused(
     make: Callable[[Trap], bytes],

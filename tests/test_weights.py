@@ -186,7 +186,7 @@ def line(weights: Path, name: ModelName = "resnet18") -> str:
     return str(error.value).replace(str(weights), "FILE")
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("error::UserWarning")  # which would stand before the line
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 def test_a_pickle_that_runs_code_is_refused(suffix: str, tmp_path: Path) -> None:
     file, mark = tmp_path / f"weights.{suffix}", tmp_path / "hacked"

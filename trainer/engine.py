@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 def load_state(file: Path, device: torch.device) -> dict[str, Any]:
     """What `packed_state` made of training state. Raises `UserError` for a file of anything but tensors and plain values."""
-    with _reading(file):
+    with _reading(file), warnings.catch_warnings(action="ignore"):  # torch warns of what it then refuses
         state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         return state
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def _open(path: Path) -> object:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # torch warns of what it then refuses
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
