@@ -139,7 +139,14 @@ def test_the_head_alone_is_a_linear_layer_on_features(optimizer: Any) -> None:
 # Thawing
 
 RATE = 0.002
-"""So low that eight updates do not blow rounding up: it makes 1e-6, the factor of one stage left out a thousand times as much."""
+"""So low that eight updates do not blow rounding up: it makes 2e-6 of a loss, any stage's factor doubled 6e-4 and more."""
+
+
+def assert_told_the_same(told: list[list[float]], wanted: Tensor) -> None:
+    """Losses and gradient norms; of those a ReLU that rounds to the other side of zero makes up to 8e-4, a factor 4e-3."""
+    ours = torch.tensor(told)
+    torch.testing.assert_close(ours[:, 0], wanted[:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours[:, 1], wanted[:, 1], rtol=2e-3, atol=0)
 
 
 def in_epochs(engine: DdpEngine, model: ModelConfig, machine: Machine = SOLO, epochs: int = 4) -> list[list[float]]:
@@ -189,7 +196,7 @@ def test_thawing_is_what_torch_does(layer_decay: float, tmp_path: Path) -> None:
     wanted = torch.tensor(by_torch(network, [layer_decay**behind for behind in (5, 4, 3, 2, 1, 0)]))
     model, optim = replace(FIRST, freeze_bn=True), replace(PLAIN, layer_decay=layer_decay)
     engine = engine_of(network, model, optim)
-    torch.testing.assert_close(torch.tensor(in_epochs(engine, model)), wanted, rtol=1e-4, atol=1e-5)
+    assert_told_the_same(in_epochs(engine, model), wanted)
     for name, value in network.state_dict().items():
         moved = not torch.equal(engine.module.state_dict()[name], value)
         assert moved == (value.ndim > 1 or name == "fc.bias"), name
@@ -198,7 +205,7 @@ def test_thawing_is_what_torch_does(layer_decay: float, tmp_path: Path) -> None:
         return
     torch.multiprocessing.start_processes(as_one_of_two, (tmp_path, layer_decay), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2)]
-    torch.testing.assert_close(torch.tensor(ranks[0]["told"]), wanted, rtol=1e-4, atol=1e-5)
+    assert_told_the_same(ranks[0]["told"], wanted)
     assert_equal(ranks[1]["state"], ranks[0]["state"])
     assert_equal(ranks[0]["again"], ranks[0]["state"])
     for name, value in engine.module.state_dict().items():
