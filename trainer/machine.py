@@ -1,5 +1,6 @@
 """The processes and the processor that a run works on. The only file that asks whether there is CUDA."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,11 +120,18 @@ def open_machine() -> Iterator[Machine]:
 _groups: list[object] = []
 
 
+@atexit.register
+def _leave_groups() -> None:
+    _groups.clear()
+
+
 def keep_group() -> None:
-    """Keep the process group until the interpreter ends, though it be left before.
+    """Keep the process group until the interpreter is about to end, though it be left before.
 
     Whoever lets go of it last waits for its threads. With a communication hook that may be one of these threads itself, a
-    moment after the training has ended, and gloo then aborts the process ("Resource deadlock avoided").
+    moment after the training has ended, and gloo then aborts the process ("Resource deadlock avoided"). Nor may the
+    interpreter end first: a thread that then lets go of the tensors of the last collective wants the interpreter's lock,
+    and the process is aborted as well ("terminate called without an active exception").
     """
     _groups.append(dist.group.WORLD)
 
