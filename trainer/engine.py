@@ -198,9 +198,15 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 def load_state(file: Path, device: torch.device) -> dict[str, Any]:
     """What `packed_state` made of training state. Raises `UserError` for a file of anything but tensors and plain values."""
-    with _reading(file), warnings.catch_warnings(action="ignore"):  # torch warns of what it then refuses
-        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    with _reading(file):
+        state: dict[str, Any] = unpickled(file, device)
         return state
+
+
+def unpickled(file: Path, device: torch.device, *known: type) -> Any:
+    """What torch.save wrote: tensors, containers, plain values and what is `known`; else torch's error, without its warning."""
+    with torch.serialization.safe_globals([*known]), warnings.catch_warnings(action="ignore"):
+        return torch.load(file, map_location=device, weights_only=True)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

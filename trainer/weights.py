@@ -4,7 +4,6 @@ import argparse
 import json
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
 from trainer.checkpoint import Store
-from trainer.engine import WEIGHTS, read_metadata
+from trainer.engine import WEIGHTS, read_metadata, unpickled
 from trainer.machine import Machine
 from trainer.resnet import ARCHITECTURES, HEAD, ModelConfig, ModelName, ResNet, build_resnet, is_torchvision
 
@@ -146,9 +145,7 @@ def _open(path: Path) -> object:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        # torch warns of what it then refuses
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return unpickled(path, torch.device("cpu"), argparse.Namespace)
     except OSError:
         raise
     except Exception:  # what is not a pickle may look like any
