@@ -118,11 +118,7 @@ def open_machine() -> Iterator[Machine]:
 
 
 _groups: list[object] = []
-
-
-@atexit.register
-def _leave_groups() -> None:
-    _groups.clear()
+atexit.register(_groups.clear)
 
 
 def keep_group() -> None:
