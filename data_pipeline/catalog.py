@@ -25,8 +25,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.faults import quarantined
 from data_pipeline.files import read_bytes, replace_file
 from data_pipeline.headers import BadImage, inspect
-from data_pipeline.layouts import TABLES, UNLABELLED, Listing, list_images, list_samples
+from data_pipeline.layouts import list_images, list_samples
+from data_pipeline.listing import UNLABELLED, Listing
 from data_pipeline.named import NAMED, dataset_root
+from data_pipeline.tables import TABLES
 from data_pipeline.workers import progress
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.catalog import Catalog, _scan, open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.layouts import Listing
+from data_pipeline.listing import Listing
 from tests.conftest import HOSTILE_NAMES, KINDS, picture
 
 JPEG = KINDS["plain.jpg"](picture(12, 16))

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as transforms  # type: ignore[impo
 from data_pipeline.catalog import open_images
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.layouts import UNLABELLED
+from data_pipeline.listing import UNLABELLED
 from data_pipeline.loader import UNCOUNTED
 from tests.conftest import encode, picture
 from tests.runs import QUICK, SOLO, TINTS, Job, dotted, images, reference, tree

@@ -26,8 +26,8 @@ from data_pipeline.config import DataConfig, require
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
 from data_pipeline.files import replace_file
-from data_pipeline.layouts import TABLES, table_names
 from data_pipeline.loader import Loader
+from data_pipeline.tables import TABLES, table_names
 from trainer import sample
 from trainer.config import load_run, run_folder
 from trainer.evaluate import Trained, open_trained
