@@ -12,7 +12,7 @@ from data_pipeline.config import require
 from data_pipeline.headers import SUFFIXES
 
 UNLABELLED = -1
-"""Label of images of no known class; loaders give them as `loader.UNCOUNTED`, which is the same."""
+"""Label of images of no known class; loaders give them as `loader.IGNORE_LABEL`, which is the same."""
 KINDS = ", ".join(sorted(SUFFIXES))
 
 

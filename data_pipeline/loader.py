@@ -25,7 +25,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.headers import BadImage, Size, inspect
 
-UNCOUNTED = -1  # the label of a row that no loss and no score may count
+IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
 
 _READERS = 8  # threads at most that read from storage, each a batch, ahead of DALI
 _PATIENCE_S = 30.0  # that storage may take for a batch before its files are named
@@ -53,15 +53,15 @@ class Cursor:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank, B rows, of which the first `valid` are samples and the rest padding."""
+    """One micro-batch of one rank, B rows, of which the first `num_real` are samples and the rest padding."""
 
     images: torch.Tensor
     """[B, 3, H, W] RGB in channels-last memory on the rank's device, uint8; float32 in 0..255 where mixup blends."""
     labels: torch.Tensor
-    """[B] int64 on the rank's device; UNCOUNTED for padding and for images that could not be read."""
+    """[B] int64 on the rank's device; IGNORE_LABEL for padding and for images that could not be read."""
     ids: torch.Tensor
     """[B] int64 on the CPU: row in the catalog."""
-    valid: int
+    num_real: int
     total: int
     """Samples in the whole update, over its micro-batches and all ranks: what a mean loss is divided by."""
     targets: torch.Tensor | None = None
@@ -92,13 +92,13 @@ class _Deal(NamedTuple):
     """[rows] where those of this rank stand in a micro-batch: the ranks take turns, with one image or with a pair's two."""
 
 
-class _Rows(NamedTuple):
+class HostBatch(NamedTuple):
     """One micro-batch on its way through DALI."""
 
     inputs: _Inputs
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
-    valid: int
+    num_real: int
     total: int
     update: int
     cursor: Cursor
@@ -145,8 +145,8 @@ class Loader:
         self._marks: Future[NDArray[np.int64]] | None = None
         self._read_of_epoch: list[NDArray[np.int64]] = []
         self._started = Cursor()
-        self._ahead: Iterator[_Rows] = iter(())
-        self._in_flight: deque[_Rows] = deque()
+        self._ahead: Iterator[HostBatch] = iter(())
+        self._in_flight: deque[HostBatch] = deque()
 
     def updates(self, epoch: int = 0) -> int:
         """Updates of a whole epoch; for validation, batches."""
@@ -205,7 +205,7 @@ class Loader:
                 images = self._mend(self._in_flight[0], size_px)
             rows = self._in_flight.popleft()
             self.cursor = rows.cursor
-            self._read_of_epoch.append(rows.ids[: rows.valid])
+            self._read_of_epoch.append(rows.ids[: rows.num_real])
             labels, targets = torch.from_numpy(rows.labels).to(device, non_blocking=True), None
             if self._mixes:
                 mixing = mix.draw(self.seed, rows.cursor.epoch, rows.update, self.cfg.augment)
@@ -215,7 +215,7 @@ class Loader:
                 images=images.permute(0, 3, 1, 2),
                 labels=labels,
                 ids=torch.from_numpy(rows.ids),
-                valid=rows.valid,
+                num_real=rows.num_real,
                 total=rows.total,
                 targets=targets,
             )
@@ -252,7 +252,7 @@ class Loader:
             cfg=self.cfg,
         )
 
-    def _mend(self, rows: _Rows, size_px: int) -> torch.Tensor:
+    def _mend(self, rows: HostBatch, size_px: int) -> torch.Tensor:
         """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
         singles = iter([tuple([value] for value in row) for row in zip(*rows.inputs, strict=True)])
         pipeline = self._build(lambda: next(singles), 1, size_px)
@@ -264,7 +264,7 @@ class Loader:
                 if not _damaged(error):
                     raise
                 images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.place.device))
-                rows.labels[row] = UNCOUNTED
+                rows.labels[row] = IGNORE_LABEL
                 self._note_bad(int(sample), "its image data are damaged")
         return torch.cat(images)
 
@@ -274,7 +274,7 @@ class Loader:
         self._in_flight.append(rows)
         return rows.inputs
 
-    def _read_ahead(self, start: Cursor) -> Iterator[_Rows]:
+    def _read_ahead(self, start: Cursor) -> Iterator[HostBatch]:
         """This rank's micro-batches from `start` to the end of the epoch, read by a few threads before they are needed."""
         count, deal = len(self.catalog), self._deal
         order = self._order_of(start.epoch).result()
@@ -285,7 +285,7 @@ class Loader:
             for first in range(start.seen, count, deal.update)
             for micro in range(self.micro_batches)
         )
-        pending: deque[Future[_Rows]] = deque()
+        pending: deque[Future[HostBatch]] = deque()
         for number, micro_batch in enumerate(micro_batches):
             pending.append(self._pool.submit(self._fetch, micro_batch, deal, order))
             if len(pending) > self._reading:
@@ -299,7 +299,7 @@ class Loader:
         while pending:
             yield self._awaited(pending.popleft())
 
-    def _awaited(self, rows: Future[_Rows]) -> _Rows:
+    def _awaited(self, rows: Future[HostBatch]) -> HostBatch:
         """The rows, however long they take; what they wait for is said again and again."""
         waited_s = 0.0
         while wait([rows], _PATIENCE_S).not_done:
@@ -330,16 +330,16 @@ class Loader:
             self._marks = self._pool.submit(proof.marks, self.catalog.paths)
         return self._marks
 
-    def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> _Rows:
+    def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> HostBatch:
         positions = micro.start + deal.places
         ids = order[positions % len(order)]
-        labels = np.where(positions < micro.end, self.catalog.labels[ids], UNCOUNTED)
+        labels = np.where(positions < micro.end, self.catalog.labels[ids], IGNORE_LABEL)
         sizes = np.empty((deal.rows, 2), np.int32)
         encoded = []
         for row, sample in enumerate(ids):
             image = self._read(int(sample))
             if image is None:
-                labels[row] = UNCOUNTED
+                labels[row] = IGNORE_LABEL
             data, sizes[row] = image or _BLANK
             encoded.append(np.frombuffer(data, np.uint8))
         if self.training:
@@ -353,11 +353,11 @@ class Loader:
         if self._operators:
             u = draws.uniforms(self.seed, micro.epoch, positions, draws.LOOK)
             inputs += [operator.draw(u, self._size_px) for operator in self._operators]
-        return _Rows(
+        return HostBatch(
             inputs=(encoded, *inputs),
             labels=labels,
             ids=ids,
-            valid=int((positions < micro.end).sum()),
+            num_real=int((positions < micro.end).sum()),
             total=micro.end - micro.update,
             update=micro.update,
             cursor=Cursor(micro.epoch, micro.end),

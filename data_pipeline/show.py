@@ -24,7 +24,7 @@ from data_pipeline.draws import order
 from data_pipeline.errors import UserError
 from data_pipeline.faults import printable
 from data_pipeline.files import replace_file
-from data_pipeline.loader import UNCOUNTED, Cursor, Loader
+from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 
 ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original
 _SMALLEST, _LINE, _GAP = 144, 15, 4  # pixels: side of a cell, height of a line of text, space between cells
@@ -93,7 +93,7 @@ def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: i
 
 
 def _caption(classes: list[str], label: int, targets: torch.Tensor | None) -> list[str]:
-    if label == UNCOUNTED:
+    if label == IGNORE_LABEL:
         return ["does not count"]
     if targets is None or targets[label] == 1:
         return [classes[label]]

@@ -175,8 +175,8 @@ def in_order(ranks: Iterable[list[Batch]]) -> tuple[torch.Tensor, torch.Tensor, 
     """Images, labels and ids of the counted positions of an epoch, from the batches of each of its ranks."""
     parts: list[tuple[torch.Tensor, ...]] = []
     for batches in zip(*ranks, strict=True):
-        valid = sum(batch.valid for batch in batches)
+        num_real = sum(batch.num_real for batch in batches)
         columns = zip(*((batch.images, batch.labels, batch.ids) for batch in batches), strict=True)
-        parts.append(tuple(torch.stack(column, dim=1).flatten(0, 1)[:valid] for column in columns))
+        parts.append(tuple(torch.stack(column, dim=1).flatten(0, 1)[:num_real] for column in columns))
     images, labels, ids = (torch.cat(column) for column in zip(*parts, strict=True))
     return images, labels, ids

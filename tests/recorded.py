@@ -39,7 +39,7 @@ def recorded(folder: Path, batches: Callable[[Loader], Iterator[Batch]]) -> Call
     def iterate(self: Loader) -> Iterator[Batch]:
         with (folder / f"{self.place.rank}.jsonl").open("ab", buffering=0) as file:
             for batch in batches(self):
-                record = [self.cursor.epoch, self.cursor.seen, batch.valid, _hashed(batch)] if self.training else []
+                record = [self.cursor.epoch, self.cursor.seen, batch.num_real, _hashed(batch)] if self.training else []
                 file.write(json.dumps(record).encode() + b"\n")
                 yield batch
 
@@ -95,9 +95,9 @@ def read_order(run: Path) -> dict[Update, list[Row]]:
         updates: dict[Update, dict[int, list[Row]]] = {}
         counted: Counter[Update] = Counter()
         for rank in range(int(folder.name.split()[1])):
-            for epoch, seen, valid, found in filter(None, records(folder / f"{rank}.jsonl")):
+            for epoch, seen, num_real, found in filter(None, records(folder / f"{rank}.jsonl")):
                 updates.setdefault((epoch, seen), {})[rank] = [(image, pixels) for image, pixels in found]
-                counted[epoch, seen] += valid
+                counted[epoch, seen] += num_real
         for update, ranks in updates.items():
             shares = [ranks[rank] for rank in sorted(ranks)]
             turns = range(0, len(shares[0]), PAIR)

@@ -20,7 +20,7 @@ from data_pipeline.augment import BINS, Operator, erased_boxes, operators, stage
 from data_pipeline.catalog import open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import UNCOUNTED, Batch, Cursor, Loader
+from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
 from tests.conftest import Place, picture, take
 
 SIDE = 64
@@ -444,8 +444,8 @@ def test_the_last_images_of_an_epoch_are_no_others_than_in_the_middle(folder: Pa
     catalog = open_catalog(cfg, "train")
     short = replace(catalog, paths=catalog.paths[:13], labels=catalog.labels[:13])
     last = take(Loader(short, cfg, Place(), training=True, seed=7))[-1]
-    assert last.valid == 3 and last.targets is not None
-    assert last.labels[3:].tolist() == [UNCOUNTED] * 7
+    assert last.num_real == 3 and last.targets is not None
+    assert last.labels[3:].tolist() == [IGNORE_LABEL] * 7
     assert last.targets.sum(dim=1).tolist() == pytest.approx([1] * 3 + [0] * 7)
     assert last.targets[2].max() == 1, "it has no partner"
 
@@ -468,10 +468,10 @@ def test_a_damaged_image_changes_no_pixel_but_of_its_pair(folder: Path, tmp_path
     hurt = take(loader, 1)[0]
     gone = (hurt.ids == spoilt).nonzero().ravel().tolist()
     assert whole.targets is not None and hurt.targets is not None
-    assert gone and hurt.valid == 8
+    assert gone and hurt.num_real == 8
     for row in range(8):
         if row in gone:
-            assert hurt.labels[row] == UNCOUNTED and not hurt.targets[row].any()
+            assert hurt.labels[row] == IGNORE_LABEL and not hurt.targets[row].any()
         elif row ^ 1 in gone:
             assert hurt.targets[row].max() == 1
         else:

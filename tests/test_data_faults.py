@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline import loader as loading
 from data_pipeline.catalog import open_catalog
-from data_pipeline.loader import UNCOUNTED, Cursor, Loader
+from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.pack import PackConfig, pack
 from tests.conftest import Place, config, in_order, take
 from tests.runs import STEPS, Job, dotted, images, render_images, rows, settings_of
@@ -69,7 +69,7 @@ def assert_lost(loader: Loader, whole: tuple[torch.Tensor, ...], lost: set[int],
     for epoch in range(2):
         images, labels, ids = epoch_of(loader)
         assert torch.equal(ids, whole[2])
-        assert torch.equal(labels, whole[1].masked_fill(gone, UNCOUNTED))
+        assert torch.equal(labels, whole[1].masked_fill(gone, IGNORE_LABEL))
         assert torch.equal(images[~gone], whole[0][~gone])
         named = dict(loader.take_bad())
         assert named.keys() == ({loader.catalog.paths[sample] for sample in lost} if epoch == 0 else set())
@@ -181,7 +181,7 @@ def test_a_pipe_that_nobody_writes(
 
 def assert_lost_once(loader: Loader, whole: tuple[torch.Tensor, ...], sample: int, why: str) -> None:
     _, labels, ids = epoch_of(loader)
-    assert torch.equal(labels, whole[1].masked_fill(ids == sample, UNCOUNTED))
+    assert torch.equal(labels, whole[1].masked_fill(ids == sample, IGNORE_LABEL))
     assert loader.take_bad() == [(loader.catalog.paths[sample], why)]
 
 

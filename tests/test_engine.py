@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import UNCOUNTED, Batch
+from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.runs import SOLO, environment, free_port
 from trainer import compression
 from trainer.engine import (
@@ -184,9 +184,9 @@ def test_padding_does_not_count() -> None:
     other = batch(8, seed=9)
     padded = Batch(
         images=torch.cat([one.images, other.images[:3]]).to(memory_format=torch.channels_last),
-        labels=torch.cat([one.labels, torch.full((3,), UNCOUNTED)]),
+        labels=torch.cat([one.labels, torch.full((3,), IGNORE_LABEL)]),
         ids=torch.arange(8),
-        valid=5,
+        num_real=5,
         total=5,
     )
     torch.testing.assert_close(filled.step([padded], 0.1), five.step([one], 0.1), rtol=1e-5, atol=1e-7)
@@ -197,7 +197,7 @@ def test_an_update_of_padding_alone_only_decays() -> None:
     """What a rank does whose share of the last micro-batch is empty: no gradient, no hits, no NaN."""
     engine = build(small_net(), OptimConfig(lr=0.1, weight_decay=0.0))
     before = parameters(engine)
-    empty = batch(4, total=1)._replace(labels=torch.full((4,), UNCOUNTED), valid=0)
+    empty = batch(4, total=1)._replace(labels=torch.full((4,), IGNORE_LABEL), num_real=0)
     assert engine.step([empty], 0.1).tolist() == [0, 0, 0, 0, 0]
     assert_equal(parameters(engine), before)
 
@@ -209,12 +209,12 @@ def test_mixed_images_have_soft_targets() -> None:
     targets = torch.rand(6, CLASSES, generator=torch.Generator().manual_seed(0))
     targets /= targets.sum(dim=1, keepdim=True)
     labels = targets.argmax(dim=1)
-    labels[4:] = UNCOUNTED
+    labels[4:] = IGNORE_LABEL
     targets[5] = 0
     with torch.no_grad():
         log_p = functional.log_softmax(small_net()(normalised(one.images)), dim=1)
     smooth = (1 - PLAIN.label_smoothing) * targets + PLAIN.label_smoothing / CLASSES
-    sums = engine.step([one._replace(labels=labels, targets=targets, valid=4)], 0.1)
+    sums = engine.step([one._replace(labels=labels, targets=targets, num_real=4)], 0.1)
     assert sums[0].item() == pytest.approx(-(smooth * log_p).sum(dim=1)[:4].sum().item(), rel=1e-5)
     assert sums[1].item() == (log_p.argmax(dim=1) == labels).sum().item()
     assert sums[3].item() == 4
@@ -223,7 +223,7 @@ def test_mixed_images_have_soft_targets() -> None:
 def test_binary_loss_is_timms() -> None:
     """Of labels, smoothed, and of mixed images, in which a fifth of an image is not there; ours is a sum over counted rows."""
     one = batch(6, total=4)
-    labels = torch.cat([one.labels[:4], torch.full((2,), UNCOUNTED)])
+    labels = torch.cat([one.labels[:4], torch.full((2,), IGNORE_LABEL)])
     shares = torch.tensor([0.2, 0.3, 0.5] + [0.0] * (CLASSES - 3)).repeat(6, 1)
     with torch.no_grad():
         logits = small_net()(normalised(one.images))[:4]
@@ -232,7 +232,7 @@ def test_binary_loss_is_timms() -> None:
         (0.0, shares, BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, shares[:4])),
     ):
         engine = build(small_net(), replace(PLAIN, loss="binary", label_smoothing=smoothing))
-        sums = engine.step([one._replace(labels=labels, targets=targets, valid=4)], 0.1)
+        sums = engine.step([one._replace(labels=labels, targets=targets, num_real=4)], 0.1)
         assert sums[0].item() == pytest.approx(4 * expected.item(), rel=1e-5)
 
 
@@ -266,8 +266,8 @@ def updates() -> Iterator[list[Batch]]:
         one = batch(16, seed)
         if seed == 2:
             labels = one.labels.clone()
-            labels[11:] = UNCOUNTED
-            one = one._replace(labels=labels, valid=11, total=11)
+            labels[11:] = IGNORE_LABEL
+            one = one._replace(labels=labels, num_real=11, total=11)
         yield [part(one, slice(0, 8)), part(one, slice(8, 16))]
 
 
@@ -613,7 +613,7 @@ def test_count(classes: int) -> None:
     draw = np.random.default_rng(classes)
     logits = draw.normal(size=(64, classes)).astype(np.float32)
     labels = draw.integers(classes, size=64)
-    labels[[0, 7, 63]] = UNCOUNTED
+    labels[[0, 7, 63]] = IGNORE_LABEL
     ranks = np.argsort(np.argsort(-logits, axis=1), axis=1)
     top1 = sum(ranks[row, label] == 0 for row, label in enumerate(labels) if label >= 0)
     top5 = sum(ranks[row, label] < 5 for row, label in enumerate(labels) if label >= 0)

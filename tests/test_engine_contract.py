@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import UNCOUNTED, Batch
+from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.test_engine import CLASSES, assert_equal, batch, join, normalised, part
 from trainer.engine import WEIGHTS, Engine, EngineConfig, Normalise
 from trainer.engine_ddp import DdpEngine
@@ -62,13 +62,13 @@ def updates(micro_batches: int) -> Iterator[list[Batch]]:
     for seed, total in enumerate((rows, rows, rows, rows - 5)):
         one = batch(rows, seed, total)
         labels = one.labels.clone()
-        labels[total:] = UNCOUNTED
+        labels[total:] = IGNORE_LABEL
         if seed == 1:
             shares = torch.rand(rows, CLASSES, generator=torch.Generator().manual_seed(seed))
             one = one._replace(targets=shares / shares.sum(dim=1, keepdim=True))
         if seed == 2:
-            labels[1] = UNCOUNTED
-        one = one._replace(labels=labels, valid=total)
+            labels[1] = IGNORE_LABEL
+        one = one._replace(labels=labels, num_real=total)
         yield [part_of(one, slice(start, start + 8)) for start in range(0, rows, 8)]
 
 

@@ -165,7 +165,7 @@ def test_a_mirror_image_has_half_a_say(tmp_path: Path) -> None:
     losses = []
     for batch in loader:
         shares = [by_half(images).softmax(1) for images in (batch.images, batch.images.flip(3))]
-        rows = torch.arange(batch.valid)
+        rows = torch.arange(batch.num_real)
         losses += (-((shares[0] + shares[1]) / 2).log()[rows, batch.labels[rows]]).tolist()
     scores = evaluate(with_mirror(by_half), loader, SOLO)
     assert scores.loss == pytest.approx(np.mean(losses), rel=1e-5)

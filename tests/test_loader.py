@@ -23,7 +23,7 @@ from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.graph import images_of
-from data_pipeline.loader import UNCOUNTED, Batch, Cursor, Loader
+from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
 from tests.conftest import KINDS, Place, config, decoded, in_order, picture, take
 
 SEED = 1
@@ -54,7 +54,7 @@ def equal(first: list[Batch], second: list[Batch]) -> bool:
         torch.equal(a.images, b.images)
         and torch.equal(a.labels, b.labels)
         and torch.equal(a.ids, b.ids)
-        and (a.valid, a.total) == (b.valid, b.total)
+        and (a.num_real, a.total) == (b.num_real, b.total)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -229,9 +229,9 @@ def test_every_image_once_an_epoch(folder: Path, training: bool, world: int, bat
     for together in zip(*ranks, strict=True):
         assert all(one.images.shape[0] == batch // world for one in together)
         assert all(one.total == together[0].total for one in together)
-        assert sum(one.valid for one in together) == together[0].total
+        assert sum(one.num_real for one in together) == together[0].total
         for one in together:
-            assert (one.labels[one.valid :] == UNCOUNTED).all() and (one.labels[: one.valid] >= 0).all()
+            assert (one.labels[one.num_real :] == IGNORE_LABEL).all() and (one.labels[: one.num_real] >= 0).all()
 
 
 def test_validation_of_a_batch_that_ranks_cannot_share(folder: Path) -> None:
@@ -254,7 +254,7 @@ def test_pixels_of_a_position_do_not_depend_on_who_reads_it(
 
 def test_the_cursor_and_totals_count_whole_updates(folder: Path) -> None:
     loader = opened(config(folder, batch=20, size_px=8), Place(1, 2), accumulate=2)
-    seen = [(batch.valid, batch.total, loader.cursor.seen) for batch in loader]
+    seen = [(batch.num_real, batch.total, loader.cursor.seen) for batch in loader]
     assert seen == [(5, 20, 20), (5, 20, 20), (5, 20, 40), (5, 20, 40), (4, 8, 48), (0, 8, 48)]
     assert loader.updates() == 3
 
@@ -411,7 +411,7 @@ def test_a_file_gone_bad_is_replaced_and_named_once(copied: Path, how: str, trai
         loader.seek(Cursor())
         their_images, their_labels, their_ids = in_order([take(loader)])
         assert torch.equal(their_ids, ids)
-        assert torch.equal(their_labels, labels.masked_fill(ids == sample, UNCOUNTED))
+        assert torch.equal(their_labels, labels.masked_fill(ids == sample, IGNORE_LABEL))
         assert torch.equal(their_images[ids != sample], images[ids != sample])
         assert (their_images[ids == sample] == their_images[ids == sample][..., :1, :1]).all() or cfg.augment.rotate_deg
         bad = loader.take_bad()
@@ -430,8 +430,8 @@ def test_a_batch_of_nothing_but_damage(tmp_path: Path) -> None:
     for sample in range(6):
         assert spoil(loader.catalog.root / loader.catalog.paths[sample], "corrupted")
     batches = take(loader)
-    assert [batch.labels.tolist() for batch in batches] == [[UNCOUNTED] * 3] * 2
-    assert [batch.valid for batch in batches] == [3, 3]
+    assert [batch.labels.tolist() for batch in batches] == [[IGNORE_LABEL] * 3] * 2
+    assert [batch.num_real for batch in batches] == [3, 3]
     assert sorted(path for path, _ in loader.take_bad()) == loader.catalog.paths
 
 

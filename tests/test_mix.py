@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from data_pipeline.config import AugmentConfig
-from data_pipeline.loader import UNCOUNTED, Batch
+from data_pipeline.loader import IGNORE_LABEL, Batch
 from data_pipeline.mix import Mixing, box, draw, mix
 from tests.runs import SOLO
 from trainer.engine import EngineConfig
@@ -77,12 +77,14 @@ def test_mixes_as_torchvision(
 def test_pairs_that_do_not_wholly_count_stay_as_they_are(cut: bool) -> None:
     """Bit for bit, and without a trace in the other's target; and the pair beside them is mixed."""
     images, labels = some_images(8)
-    labels[:] = torch.tensor([3, UNCOUNTED, UNCOUNTED, 2, UNCOUNTED, UNCOUNTED, 1, 5])
+    labels[:] = torch.tensor([3, IGNORE_LABEL, IGNORE_LABEL, 2, IGNORE_LABEL, IGNORE_LABEL, 1, 5])
     mixing = Mixing(cut, 0.3, 0.5, 0.5)
     mixed, dominant, targets = mix(images, labels, CLASSES, mixing)
     assert torch.equal(mixed[:6], images[:6].to(mixed.dtype))
     assert not torch.equal(mixed[6:], images[6:].to(mixed.dtype))
-    assert dominant.tolist() == [3, UNCOUNTED, UNCOUNTED, 2, UNCOUNTED, UNCOUNTED, 5, 1], "own shares are below a half"
+    assert dominant.tolist() == [3, IGNORE_LABEL, IGNORE_LABEL, 2, IGNORE_LABEL, IGNORE_LABEL, 5, 1], (
+        "own shares are below a half"
+    )
     assert targets[0, 3] == targets[3, 2] == 1
     assert targets.sum(dim=1).tolist() == pytest.approx([1, 0, 0, 1, 0, 0, 1, 1])
 
@@ -142,7 +144,7 @@ def test_the_engine_learns_from_shares_of_classes(smoothing: float) -> None:
     optim = OptimConfig(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=smoothing)
     engine = DdpEngine(Mean(), nn.Identity(), EngineConfig(precision="fp32"), optim, SOLO)
     images, labels = some_images(8)
-    labels[5:] = UNCOUNTED
+    labels[5:] = IGNORE_LABEL
     mixed, dominant, targets = mix(images, labels, CLASSES, Mixing(False, 0.3, 0, 0))
     batch = Batch(mixed.permute(0, 3, 1, 2), dominant, torch.arange(8), 5, 5, targets)
 
@@ -164,7 +166,7 @@ def test_the_engine_learns_from_shares_of_classes(smoothing: float) -> None:
 
 def test_hard_labels_and_their_one_hot_targets_train_alike() -> None:
     images, labels = some_images(8)
-    labels[7] = UNCOUNTED
+    labels[7] = IGNORE_LABEL
     batch = Batch(images.permute(0, 3, 1, 2), labels, torch.arange(8), 7, 7)
     targets = functional.one_hot(labels.clamp(min=0), CLASSES).float() * (labels >= 0)[:, None]
     results = []

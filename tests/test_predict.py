@@ -17,7 +17,7 @@ from data_pipeline.catalog import open_images
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.listing import UNLABELLED
-from data_pipeline.loader import UNCOUNTED
+from data_pipeline.loader import IGNORE_LABEL
 from tests.conftest import encode, picture
 from tests.runs import QUICK, SOLO, TINTS, Job, dotted, images, reference, tree
 from trainer import predict, sample
@@ -148,7 +148,7 @@ def test_views_by_hand(tmp_path: Path) -> None:
 
 
 def test_unlabelled_images_keep_the_order_and_the_names_of_their_table(tmp_path: Path) -> None:
-    assert UNLABELLED == UNCOUNTED
+    assert UNLABELLED == IGNORE_LABEL
     (tmp_path / "sub folder").mkdir()
     for name in ("007.jpg", "10.jpg", "sub folder/ü.png"):
         picture(20, 20).save(tmp_path / name)
@@ -157,7 +157,7 @@ def test_unlabelled_images_keep_the_order_and_the_names_of_their_table(tmp_path:
 
     (tmp_path / "table.csv").write_text("id\n10\n007\n")
     catalog = open_images(DataConfig(path=str(tmp_path / "table.csv")))
-    assert catalog.paths == ["10.jpg", "007.jpg"] and catalog.labels.tolist() == [UNCOUNTED] * 2
+    assert catalog.paths == ["10.jpg", "007.jpg"] and catalog.labels.tolist() == [IGNORE_LABEL] * 2
     (tmp_path / "table.csv").write_text("id\n10\n7\n")
     with pytest.raises(UserError, match=r"1 of the 2 images that .* are not in .*: 7;"):
         open_images(DataConfig(path=str(tmp_path / "table.csv")))

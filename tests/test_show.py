@@ -47,7 +47,7 @@ def test_cells_are_what_training_sees(
     while min(columns.values()) < show.COLUMNS:
         loader.seek(Cursor(epoch))
         for batch in take(loader):
-            for sample, image in list(zip(batch.ids.tolist(), batch.images, strict=True))[: batch.valid]:
+            for sample, image in list(zip(batch.ids.tolist(), batch.images, strict=True))[: batch.num_real]:
                 if columns.get(sample, show.COLUMNS) < show.COLUMNS:
                     columns[sample] += 1
                     ours = window(sheet, columns[sample], ids.index(sample), lines)

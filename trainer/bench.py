@@ -140,10 +140,10 @@ class Ours:
         """One whole update; returns the number of this rank's images in it."""
         batches = self._fetch()
         self.engine.step(batches, LR)
-        return float(sum(batch.valid for batch in batches))
+        return float(sum(batch.num_real for batch in batches))
 
     def _load(self) -> float:
-        return float(sum(batch.valid for batch in self._fetch()))
+        return float(sum(batch.num_real for batch in self._fetch()))
 
     def _compute(self, engine: Engine) -> float:
         engine.step(self._synthetic, LR)

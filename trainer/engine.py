@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from data_pipeline.config import require
 from data_pipeline.errors import UserError
-from data_pipeline.loader import UNCOUNTED, Batch
+from data_pipeline.loader import IGNORE_LABEL, Batch
 from trainer.checkpoint import Write
 from trainer.machine import Precision, resolve_precision
 from trainer.optim import OptimConfig
@@ -178,7 +178,7 @@ def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
     smoothing = optim.label_smoothing
     if optim.loss == "cross_entropy":
         losses = functional.cross_entropy(
-            logits, targets, ignore_index=UNCOUNTED, label_smoothing=smoothing, reduction="none"
+            logits, targets, ignore_index=IGNORE_LABEL, label_smoothing=smoothing, reduction="none"
         )
     else:
         classes = logits.shape[1]
@@ -187,7 +187,7 @@ def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
         present = (targets > PRESENT).to(logits.dtype) * (1 - smoothing) + smoothing / classes
         losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
     # Rows without any target have a loss too, by label smoothing or as images of no class.
-    return torch.where(batch.labels != UNCOUNTED, losses, 0).sum()
+    return torch.where(batch.labels != IGNORE_LABEL, losses, 0).sum()
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
@@ -232,7 +232,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     """[4] float64 sums over the counted rows: loss, top-1 hits, top-5 hits, rows. `logits` [B, classes], `labels` [B]."""
-    counted = labels != UNCOUNTED
+    counted = labels != IGNORE_LABEL
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels[:, None]) & counted[:, None]
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()]).double()

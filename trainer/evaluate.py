@@ -18,7 +18,7 @@ from data_pipeline.arguments import parse_known
 from data_pipeline.catalog import open_catalog
 from data_pipeline.command import run_command
 from data_pipeline.errors import UserError
-from data_pipeline.loader import UNCOUNTED, Cursor, Loader
+from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from trainer.checkpoint import Store
 from trainer.config import Config, load_run, run_folder
 from trainer.engine import Normalise, Predictor, count, load_weights, read_metadata
@@ -61,7 +61,7 @@ def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ma
     loader.seek(Cursor())
     for batch in loader:
         logits = predict(batch.images)
-        loss = functional.cross_entropy(logits, batch.labels, ignore_index=UNCOUNTED, reduction="sum")
+        loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE_LABEL, reduction="sum")
         sums += count(logits, batch.labels, loss)
     total = machine.sum(sums).tolist()
     if not total[3]:

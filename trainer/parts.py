@@ -230,7 +230,7 @@ def synthetic(cfg: Config, classes: int, alone: Machine, images: int) -> list[Ba
     rows, size_px = images // cfg.optim.accumulate, _size_px(cfg)
     pixels = torch.randint(256, (rows, size_px, size_px, 3), dtype=torch.uint8, device=alone.device)
     labels = torch.randint(classes, (rows,), device=alone.device)
-    batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(rows), valid=rows, total=images)
+    batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(rows), num_real=rows, total=images)
     return [batch] * cfg.optim.accumulate
 
 

@@ -68,7 +68,7 @@ def predict_all(
         for loaded, rows in zip(loader, own, strict=True):
             shown = view.of(loaded.images, cfg.validation_px)
             mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
-            probabilities[rows] = mean[: loaded.valid]
+            probabilities[rows] = mean[: loaded.num_real]
             read[rows] += 1
         unreadable[_name_unreadable(loader, catalog)] = 1
     for sums in (probabilities, read, unreadable):

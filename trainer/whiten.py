@@ -9,7 +9,7 @@ from torch.nn import functional
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import UNCOUNTED, Loader
+from data_pipeline.loader import IGNORE_LABEL, Loader
 from trainer.engine import Normalise
 from trainer.machine import Machine
 from trainer.resnet import ResNet
@@ -28,7 +28,7 @@ def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int
     here = replace(machine, device=torch.device("cpu"), rank=0, world=1)
     options = replace(cfg, batch=len(rows), decode="cpu", eval_size_px=size_px)
     (batch,) = Loader(catalog.part(rows), options, here, training=False)
-    images = batch.images[batch.labels != UNCOUNTED]
+    images = batch.images[batch.labels != IGNORE_LABEL]
     if not len(images):
         raise UserError(f"model.whiten: none of {len(rows)} images in {catalog.root} could be read; leave it out")
     set_filters(network, Normalise(cfg.mean, cfg.std, here.device)(images))
