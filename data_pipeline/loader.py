@@ -31,7 +31,7 @@ _READERS = 8  # threads at most that read from storage, each a batch, ahead of D
 _PATIENCE_S = 30.0  # that storage may take for a batch before its files are named
 
 
-class Place(Protocol):
+class RankInfo(Protocol):
     """Where a loader works; `trainer.machine.Machine` is one."""
 
     @property
@@ -116,15 +116,15 @@ class Loader:
         self,
         catalog: Catalog,
         cfg: DataConfig,
-        place: Place,
+        rank_info: RankInfo,
         *,
         training: bool,
         seed: int = 0,
         epochs: int = 1,
         accumulate: int = 1,
     ) -> None:
-        graph.check_decode(cfg, on_gpu=place.device.type == "cuda")
-        self.catalog, self.cfg, self.place = catalog, cfg, place
+        graph.check_decode(cfg, on_gpu=rank_info.device.type == "cuda")
+        self.catalog, self.cfg, self.rank_info = catalog, cfg, rank_info
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
         self._mixes = training and cfg.augment.mixes
@@ -161,7 +161,7 @@ class Loader:
         start, marks = self._started, self._marks_of_samples().result()
         order = self._order_of(start.epoch).result()
         deal = self._deal_of(start.epoch)
-        firsts = np.arange(start.seen, len(order), deal.rows * self.place.world)
+        firsts = np.arange(start.seen, len(order), deal.rows * self.rank_info.world)
         share = (firsts[:, None] + deal.places).ravel()
         read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
         parts = [read, order[share[share < len(order)]], order[start.seen :]]
@@ -192,7 +192,7 @@ class Loader:
         self._in_flight.clear()
         self._started, self._read_of_epoch, self._bad_of_epoch = self.cursor, [], set()
         self._ahead = self._read_ahead(self.cursor)
-        device = self.place.device
+        device = self.rank_info.device
         stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
         while True:
             try:
@@ -227,7 +227,7 @@ class Loader:
 
     def _deal_out(self, batch: int) -> _Deal:
         """Share updates of so many images among ranks and micro-batches. Raises `UserError`."""
-        world = self.place.world
+        world = self.rank_info.world
         shares, turn = world * self.micro_batches, 2 if self._mixes else 1
         if self.training and batch % (shares * turn):
             how = " in pairs, as mixup and cutmix need" if self._mixes else ""
@@ -236,11 +236,11 @@ class Loader:
                 f"choose a multiple of {shares * turn}"
             )
         rows = -(-batch // shares)
-        places = np.arange(rows * world).reshape(-1, world, turn)[:, self.place.rank].ravel()
+        places = np.arange(rows * world).reshape(-1, world, turn)[:, self.rank_info.rank].ravel()
         return _Deal(rows, rows * shares, places)
 
     def _build(self, source: Callable[[], _Inputs], batch: int, size_px: int) -> Pipeline:
-        device = self.place.device
+        device = self.rank_info.device
         return graph.build_graph(
             source,
             batch=batch,
@@ -248,7 +248,7 @@ class Loader:
             rotate=self._rotate,
             operators=self._operators,
             gpu=(device.index or 0) if device.type == "cuda" else None,
-            threads=self.cfg.threads or self.place.cores,
+            threads=self.cfg.threads or self.rank_info.cores,
             cfg=self.cfg,
         )
 
@@ -263,7 +263,7 @@ class Loader:
             except RuntimeError as error:
                 if not _damaged(error):
                     raise
-                images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.place.device))
+                images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.rank_info.device))
                 rows.labels[row] = IGNORE_LABEL
                 self._note_bad(int(sample), "its image data are damaged")
         return torch.cat(images)
@@ -280,7 +280,7 @@ class Loader:
         order = self._order_of(start.epoch).result()
         micro_batches = (
             _MicroBatch(
-                start.epoch, first + micro * deal.rows * self.place.world, first, min(first + deal.update, count)
+                start.epoch, first + micro * deal.rows * self.rank_info.world, first, min(first + deal.update, count)
             )
             for first in range(start.seen, count, deal.update)
             for micro in range(self.micro_batches)
@@ -306,7 +306,7 @@ class Loader:
             waited_s += _PATIENCE_S
             files = [f"{self.catalog.root}/{self.catalog.paths[sample]}" for sample in list(self._being_read)]
             print(
-                f"rank {self.place.rank} has waited {waited_s:g} s for {', '.join(files[:3])}"
+                f"rank {self.rank_info.rank} has waited {waited_s:g} s for {', '.join(files[:3])}"
                 f"{' and others' * (len(files) > 3)}; storage does not answer",
                 file=sys.stderr,
                 flush=True,

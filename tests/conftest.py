@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One of `world` ranks, without the process."""
 
     rank: int = 0

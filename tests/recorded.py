@@ -37,7 +37,7 @@ def recorded(folder: Path, batches: Callable[[Loader], Iterator[Batch]]) -> Call
     """`Loader.__iter__`, such that it writes down the batches it hands out, for training with what is in each row."""
 
     def iterate(self: Loader) -> Iterator[Batch]:
-        with (folder / f"{self.place.rank}.jsonl").open("ab", buffering=0) as file:
+        with (folder / f"{self.rank_info.rank}.jsonl").open("ab", buffering=0) as file:
             for batch in batches(self):
                 record = [self.cursor.epoch, self.cursor.seen, batch.num_real, _hashed(batch)] if self.training else []
                 file.write(json.dumps(record).encode() + b"\n")

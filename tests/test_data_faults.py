@@ -17,7 +17,7 @@ from data_pipeline import loader as loading
 from data_pipeline.catalog import open_catalog
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.pack import PackConfig, pack
-from tests.conftest import Place, config, in_order, take
+from tests.conftest import RankInfo, config, in_order, take
 from tests.runs import STEPS, Job, dotted, images, render_images, rows, settings_of
 from tests.test_faults import mounted
 from trainer.checkpoint import Store
@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> Path:
 
 def opened(root: Path, batch: int = 6) -> Loader:
     cfg = config(root, batch=batch)
-    return Loader(open_catalog(cfg, "train"), cfg, Place(), training=True)
+    return Loader(open_catalog(cfg, "train"), cfg, RankInfo(), training=True)
 
 
 def epoch_of(loader: Loader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -201,7 +201,7 @@ def test_ranks_together_count_each_bad_image_once(folders: Path) -> None:
     for path in catalog.paths[:2]:
         (catalog.root / path).unlink()
     (catalog.root / catalog.paths[2]).write_bytes(b"no image")
-    ranks = [Loader(catalog, cfg, Place(rank, 2), training=True, epochs=6) for rank in range(2)]
+    ranks = [Loader(catalog, cfg, RankInfo(rank, 2), training=True, epochs=6) for rank in range(2)]
     for epoch in range(6):
         for loader in ranks:
             loader.seek(Cursor(epoch))

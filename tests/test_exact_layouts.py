@@ -12,7 +12,7 @@ from data_pipeline.catalog import open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.pack import PackConfig, pack
-from tests.conftest import HOSTILE_NAMES, KINDS, Place, picture, take
+from tests.conftest import HOSTILE_NAMES, KINDS, RankInfo, picture, take
 from tests.test_augment import EVERYTHING
 
 LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack")
@@ -79,7 +79,7 @@ def epoch_of(cfg: DataConfig, world: int, split: str = "train", seen: int = 0) -
     ranks = []
     for rank in range(world):
         catalog = open_catalog(cfg, split)
-        loader = Loader(catalog, cfg, Place(rank, world), training=split == "train", seed=7, epochs=2)
+        loader = Loader(catalog, cfg, RankInfo(rank, world), training=split == "train", seed=7, epochs=2)
         loader.seek(Cursor(1, seen))
         ranks.append(take(loader))
     turn = 2 if split == "train" and cfg.augment.mixes else 1  # neighbouring positions that one rank reads

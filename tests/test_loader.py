@@ -24,17 +24,19 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.graph import images_of
 from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
-from tests.conftest import KINDS, Place, config, decoded, in_order, picture, take
+from tests.conftest import KINDS, RankInfo, config, decoded, in_order, picture, take
 
 SEED = 1
 ROTATED = AugmentConfig(min_area=0.2, rotate_deg=30)
 
 
 def opened(
-    cfg: DataConfig, place: Place | None = None, *, training: bool = True, accumulate: int = 1, epochs: int = 1
+    cfg: DataConfig, rank_info: RankInfo | None = None, *, training: bool = True, accumulate: int = 1, epochs: int = 1
 ) -> Loader:
     catalog = open_catalog(cfg, "train" if training else "val")
-    return Loader(catalog, cfg, place or Place(), training=training, seed=SEED, epochs=epochs, accumulate=accumulate)
+    return Loader(
+        catalog, cfg, rank_info or RankInfo(), training=training, seed=SEED, epochs=epochs, accumulate=accumulate
+    )
 
 
 def epoch_of(
@@ -43,7 +45,7 @@ def epoch_of(
     """The batches of each rank."""
     ranks = []
     for rank in range(world):
-        loader = opened(cfg, Place(rank, world), training=training, accumulate=accumulate, epochs=2)
+        loader = opened(cfg, RankInfo(rank, world), training=training, accumulate=accumulate, epochs=2)
         loader.seek(cursor or Cursor())
         ranks.append(take(loader))
     return ranks
@@ -103,7 +105,7 @@ def test_validation_pixels_of_real_images_are_torchvisions(imagenette: Path, siz
     cfg = config(imagenette, batch=50, size_px=size_px)
     catalog = every(20, open_catalog(cfg, "val"))
     transform = Compose([Resize(round(size_px / 0.875)), CenterCrop(size_px)])
-    images, _, ids = in_order([take(Loader(catalog, cfg, Place(), training=False))])
+    images, _, ids = in_order([take(Loader(catalog, cfg, RankInfo(), training=False))])
     levels = np.stack([difference(image, transform(decoded(catalog, i))) for i, image in enumerate(images)])
     assert len(ids) == len(levels) == 99
     assert levels.mean() < 0.2 and np.percentile(levels, 99) <= 1 and levels.max() <= 2
@@ -138,7 +140,7 @@ def test_training_pixels_of_real_images_are_nearly_those_of_a_crop(imagenette: P
     """torchvision crops, then resizes: at the edges of the window it cannot see what DALI's filter sees beyond them."""
     cfg = config(imagenette, batch=50, size_px=128)
     catalog = every(90, open_catalog(cfg, "train"))
-    images, _, ids = in_order([take(Loader(catalog, cfg, Place(), training=True, seed=SEED))])
+    images, _, ids = in_order([take(Loader(catalog, cfg, RankInfo(), training=True, seed=SEED))])
     levels = []
     for position, (image, sample) in enumerate(zip(images, ids.tolist(), strict=True)):
         source = decoded(catalog, sample)
@@ -253,7 +255,7 @@ def test_pixels_of_a_position_do_not_depend_on_who_reads_it(
 
 
 def test_the_cursor_and_totals_count_whole_updates(folder: Path) -> None:
-    loader = opened(config(folder, batch=20, size_px=8), Place(1, 2), accumulate=2)
+    loader = opened(config(folder, batch=20, size_px=8), RankInfo(1, 2), accumulate=2)
     seen = [(batch.num_real, batch.total, loader.cursor.seen) for batch in loader]
     assert seen == [(5, 20, 20), (5, 20, 20), (5, 20, 40), (5, 20, 40), (4, 8, 48), (0, 8, 48)]
     assert loader.updates() == 3
@@ -280,7 +282,7 @@ def test_each_epoch_has_its_size(folder: Path) -> None:
 def test_each_epoch_has_its_batch(folder: Path) -> None:
     """Batches grow with the sizes; the images of a position stay, and each epoch is read once."""
     cfg = config(folder, batch=[12, 24], size_px=[16, 24])
-    loaders = [opened(cfg, Place(rank, 2), epochs=4) for rank in range(2)]
+    loaders = [opened(cfg, RankInfo(rank, 2), epochs=4) for rank in range(2)]
     for epoch, (batch, size_px) in enumerate([(12, 16), (12, 16), (24, 24), (24, 24)]):
         ranks = []
         for loader in loaders:
@@ -297,13 +299,13 @@ def test_each_epoch_has_its_batch(folder: Path) -> None:
 
 def test_every_batch_must_be_shared(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.batch: 9 images cannot be shared by 2 ranks"):
-        opened(config(folder, batch=[12, 9]), Place(0, 2))
+        opened(config(folder, batch=[12, 9]), RankInfo(0, 2))
 
 
 @pytest.mark.parametrize(("world", "accumulate", "multiple"), [(3, 1, 3), (4, 3, 12)])
 def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, world: int, accumulate: int, multiple: int) -> None:
     with pytest.raises(UserError, match=rf"data.batch: 64 .* {world} ranks x {accumulate} .* multiple of {multiple}$"):
-        opened(config(folder, batch=64), Place(0, world), accumulate=accumulate)
+        opened(config(folder, batch=64), RankInfo(0, world), accumulate=accumulate)
 
 
 # Resuming
@@ -314,7 +316,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, world: int, accu
 def test_seeking_gives_the_same_remainder(folder: Path, seen: int, world: int) -> None:
     cfg = config(folder, batch=12, augment=ROTATED)
     for rank, whole in enumerate(epoch_of(cfg, world, cursor=Cursor(1))):
-        loader = opened(cfg, Place(rank, world), epochs=2)
+        loader = opened(cfg, RankInfo(rank, world), epochs=2)
         loader.seek(Cursor(1, seen))
         assert equal(take(loader), whole[seen // 12 :])
 
@@ -493,7 +495,7 @@ def test_operators_run_where_they_should() -> None:
 def test_a_gpu_gives_the_pixels_of_a_cpu(folder: Path, training: bool) -> None:
     """Decoders may round differently: the mean differs by less than 2 levels, 99 % of the levels by at most 12."""
     cfg = config(folder, batch=10, size_px=64)
-    gpu = Place(device=torch.device("cuda", 0))
+    gpu = RankInfo(device=torch.device("cuda", 0))
     loader = opened(cfg, gpu, training=training)
     kept = list(loader)
     assert all(batch.images.device == batch.labels.device == gpu.device for batch in kept)

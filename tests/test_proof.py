@@ -10,7 +10,7 @@ from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.config import AugmentConfig
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.proof import first_fault
-from tests.conftest import Place, config, take
+from tests.conftest import RankInfo, config, take
 
 START = Cursor()
 
@@ -26,7 +26,7 @@ def tallies(
     rows = []
     for catalog, rank in zip(catalogs, ranks, strict=True):
         cfg = config(folder, batch=12, augment=augment)
-        loader = Loader(catalog, cfg, Place(rank, len(ranks)), training=True, epochs=3)
+        loader = Loader(catalog, cfg, RankInfo(rank, len(ranks)), training=True, epochs=3)
         loader.seek(start)
         take(loader)
         rows.append(loader.tally())
@@ -61,6 +61,6 @@ def test_a_node_with_other_images(catalog: Catalog, folder: Path) -> None:
 
 
 def test_a_rank_that_stops_early(catalog: Catalog, folder: Path) -> None:
-    loader = Loader(catalog, config(folder, batch=12), Place(), training=True)
+    loader = Loader(catalog, config(folder, batch=12), RankInfo(), training=True)
     take(loader, 2)
     assert "rank 0 read 24 images" in (first_fault(loader.tally()[None]) or "")
