@@ -142,30 +142,30 @@ class Loader:
         self._pool = ThreadPoolExecutor(_READERS)
         self._reading = 1  # batches at a time: threads take the interpreter from each other, so no more than needed
         self._orders: dict[int, Future[NDArray[np.int64]]] = {}
-        self._marks: Future[NDArray[np.int64]] | None = None
+        self._sample_hashes: Future[NDArray[np.int64]] | None = None
         self._read_of_epoch: list[NDArray[np.int64]] = []
         self._started = Cursor()
         self._ahead: Iterator[HostBatch] = iter(())
         self._in_flight: deque[HostBatch] = deque()
 
-    def updates(self, epoch: int = 0) -> int:
-        """Updates of a whole epoch; for validation, batches."""
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Optimizer steps of a whole epoch; for validation, batches."""
         return -(-len(self.catalog) // self._deal_of(epoch).update)
 
     def seek(self, cursor: Cursor) -> None:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
         self.cursor = cursor
 
-    def tally(self) -> proof.Tally:
+    def coverage_sums(self) -> proof.CoverageSums:
         """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
-        start, marks = self._started, self._marks_of_samples().result()
+        start, hashes = self._started, self._hashes_of_samples().result()
         order = self._order_of(start.epoch).result()
         deal = self._deal_of(start.epoch)
         firsts = np.arange(start.seen, len(order), deal.rows * self.rank_info.world)
         share = (firsts[:, None] + deal.places).ravel()
         read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
         parts = [read, order[share[share < len(order)]], order[start.seen :]]
-        return np.array([number for ids in parts for number in proof.weigh(marks[ids])], np.int64)
+        return np.array([number for ids in parts for number in proof.checksum(hashes[ids])], np.int64)
 
     @property
     def bad_images(self) -> int:
@@ -295,7 +295,7 @@ class Loader:
         # Of a million images both take a while: the training must not wait for them, nor its first batch.
         if self.training:
             self._order_of(start.epoch + 1)
-            self._marks_of_samples()
+            self._hashes_of_samples()
         while pending:
             yield self._awaited(pending.popleft())
 
@@ -324,11 +324,11 @@ class Loader:
         count = len(self.catalog)
         return draws.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
 
-    def _marks_of_samples(self) -> Future[NDArray[np.int64]]:
-        """The mark of every sample, found in another thread from the first call on."""
-        if self._marks is None:
-            self._marks = self._pool.submit(proof.marks, self.catalog.paths)
-        return self._marks
+    def _hashes_of_samples(self) -> Future[NDArray[np.int64]]:
+        """The hash of every sample, found in another thread from the first call on."""
+        if self._sample_hashes is None:
+            self._sample_hashes = self._pool.submit(proof.sample_hashes, self.catalog.paths)
+        return self._sample_hashes
 
     def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> HostBatch:
         positions = micro.start + deal.places

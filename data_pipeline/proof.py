@@ -9,24 +9,24 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-Tally = NDArray[np.int64]
-"""[6]: count and mark of what a rank has read, of what its share was, and of what all ranks together should read."""
+CoverageSums = NDArray[np.int64]
+"""[6]: count and checksum of what a rank has read, of what its share was, and of what all ranks together should read."""
 
 
-def marks(paths: list[str]) -> NDArray[np.int64]:
-    """[N] a number for each sample that follows from its name; sums of them, modulo 2^64, tell sets of samples apart."""
+def sample_hashes(paths: list[str]) -> NDArray[np.int64]:
+    """[N] a hash for each sample that follows from its name; sums of them, modulo 2^64, tell sets of samples apart."""
     sums = np.fromiter((zlib.crc32(path.encode(errors="surrogateescape")) for path in paths), np.uint64, len(paths))
     return (sums * np.uint64(0x9E3779B97F4A7C15) ^ (sums >> np.uint64(7))).view(np.int64)
 
 
-def weigh(numbers: NDArray[np.int64]) -> tuple[int, int]:
-    """Count and mark of samples with these marks."""
-    return len(numbers), int(numbers.sum())
+def checksum(hashes: NDArray[np.int64]) -> tuple[int, int]:
+    """Count and checksum of samples with these hashes."""
+    return len(hashes), int(hashes.sum())
 
 
-def first_fault(tallies: NDArray[np.int64]) -> str | None:
-    """What is wrong with the `tallies` [world, 6] of all ranks, if anything."""
-    read, share, whole = tallies[:, 0:2], tallies[:, 2:4], tallies[:, 4:6]
+def first_fault(sums: NDArray[np.int64]) -> str | None:
+    """What is wrong with the `sums` [world, 6] of all ranks, if anything."""
+    read, share, whole = sums[:, 0:2], sums[:, 2:4], sums[:, 4:6]
     for rank in np.flatnonzero((whole != whole[0]).any(axis=1)):
         return f"rank {rank} finds other images than rank 0; make data.path the same on every node"
     for rank in np.flatnonzero((read != share).any(axis=1)):

@@ -200,7 +200,7 @@ def test_images_are_channels_last_in_dalis_memory(
         assert batch.images.data_ptr() == pointers[number]
         assert batch.labels.shape == batch.ids.shape == (10,)
         assert batch.labels.dtype == batch.ids.dtype == torch.int64
-    assert len(pointers) == loader.updates()
+    assert len(pointers) == loader.steps_per_epoch()
 
 
 def test_batches_that_are_kept_stay_as_they_are(folder: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_cursor_and_totals_count_whole_updates(folder: Path) -> None:
     loader = opened(config(folder, batch=20, size_px=8), RankInfo(1, 2), accumulate=2)
     seen = [(batch.num_real, batch.total, loader.cursor.seen) for batch in loader]
     assert seen == [(5, 20, 20), (5, 20, 20), (5, 20, 40), (5, 20, 40), (4, 8, 48), (0, 8, 48)]
-    assert loader.updates() == 3
+    assert loader.steps_per_epoch() == 3
 
 
 def test_epochs_differ_in_order_and_windows(folder: Path) -> None:
@@ -289,11 +289,11 @@ def test_each_epoch_has_its_batch(folder: Path) -> None:
             loader.seek(Cursor(epoch))
             ranks.append(take(loader))
         assert {tuple(one.images.shape) for batches in ranks for one in batches} == {(batch // 2, 3, size_px, size_px)}
-        assert len(ranks[0]) == loaders[0].updates(epoch) == 48 / batch
+        assert len(ranks[0]) == loaders[0].steps_per_epoch(epoch) == 48 / batch
         steady = epoch_of(replace(cfg, batch=48, size_px=size_px), cursor=Cursor(epoch))
         for grown, alone in zip(in_order(ranks), in_order(steady), strict=True):
             assert torch.equal(grown, alone)
-        assert proof.first_fault(np.array([loader.tally() for loader in loaders])) is None
+        assert proof.first_fault(np.array([loader.coverage_sums() for loader in loaders])) is None
     assert all(one.images.shape[0] == 24 for one in opened(cfg, training=False))
 
 

@@ -15,7 +15,7 @@ from tests.conftest import RankInfo, config, take
 START = Cursor()
 
 
-def tallies(
+def coverage_of(
     catalogs: list[Catalog],
     ranks: list[int],
     folder: Path,
@@ -29,7 +29,7 @@ def tallies(
         loader = Loader(catalog, cfg, RankInfo(rank, len(ranks)), training=True, epochs=3)
         loader.seek(start)
         take(loader)
-        rows.append(loader.tally())
+        rows.append(loader.coverage_sums())
     return np.stack(rows)
 
 
@@ -41,26 +41,26 @@ def catalog(folder: Path) -> Catalog:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("start", [Cursor(), Cursor(2, 24)])
 def test_every_image_once_is_proven(catalog: Catalog, folder: Path, world: int, start: Cursor) -> None:
-    found = tallies([catalog] * world, list(range(world)), folder, start)
+    found = coverage_of([catalog] * world, list(range(world)), folder, start)
     assert found[:, 0].sum() == len(catalog) - start.seen
     assert first_fault(found) is None
 
 
 def test_repeated_augmentation_is_proven(catalog: Catalog, folder: Path) -> None:
-    found = tallies([catalog] * 2, [0, 1], folder, Cursor(1), AugmentConfig(repeats=3, mixup=0.2))
+    found = coverage_of([catalog] * 2, [0, 1], folder, Cursor(1), AugmentConfig(repeats=3, mixup=0.2))
     assert first_fault(found) is None
 
 
 def test_a_rank_started_twice(catalog: Catalog, folder: Path) -> None:
-    assert "their shares overlap" in (first_fault(tallies([catalog] * 3, [0, 1, 1], folder)) or "")
+    assert "their shares overlap" in (first_fault(coverage_of([catalog] * 3, [0, 1, 1], folder)) or "")
 
 
 def test_a_node_with_other_images(catalog: Catalog, folder: Path) -> None:
     other = replace(catalog, paths=[*catalog.paths[:-1], "another.jpg"])
-    assert "rank 1 finds other images" in (first_fault(tallies([catalog, other], [0, 1], folder)) or "")
+    assert "rank 1 finds other images" in (first_fault(coverage_of([catalog, other], [0, 1], folder)) or "")
 
 
 def test_a_rank_that_stops_early(catalog: Catalog, folder: Path) -> None:
     loader = Loader(catalog, config(folder, batch=12), RankInfo(), training=True)
     take(loader, 2)
-    assert "rank 0 read 24 images" in (first_fault(loader.tally()[None]) or "")
+    assert "rank 0 read 24 images" in (first_fault(loader.coverage_sums()[None]) or "")

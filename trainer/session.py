@@ -48,7 +48,7 @@ class Session:
         self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
         self.loader, self.val_loader = train, val
         self.images, classes = len(train.catalog), train.catalog.classes
-        self.total_steps = sum(train.updates(epoch) for epoch in range(cfg.run.epochs))
+        self.total_steps = sum(train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
         model, started = fresh_model(cfg, len(classes)), None
         if cfg.model.weights and not newest:
             started = load_weights_to_start(model, cfg.model, classes, machine)
@@ -162,7 +162,7 @@ class Session:
 
     def prove_shares(self) -> None:
         """Make sure that the ranks together read every image of this epoch exactly once. Collective."""
-        fault = first_fault(self.machine.gather(torch.from_numpy(self.loader.tally())).numpy())
+        fault = first_fault(self.machine.gather(torch.from_numpy(self.loader.coverage_sums())).numpy())
         if fault:
             raise UserError(f"data.path: {fault}")
 
