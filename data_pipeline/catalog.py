@@ -10,7 +10,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile
@@ -26,14 +26,14 @@ from data_pipeline.faults import quarantined
 from data_pipeline.files import read_bytes, replace_file
 from data_pipeline.headers import BadImage, inspect
 from data_pipeline.layouts import list_images, list_samples
-from data_pipeline.listing import UNLABELLED, Listing
+from data_pipeline.listing import UNLABELLED, Listing, Taken
 from data_pipeline.named import NAMED, dataset_root
 from data_pipeline.tables import TABLES
 from data_pipeline.workers import progress
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 1  # of the cache: raise it when a scan would find something else
+_VERSION = 2  # of the cache: raise it when a scan would find something else
 _NO_SPANS = np.empty((0, 3), np.int64)
 
 
@@ -53,6 +53,7 @@ class Catalog:
     """Paths of tar files below `root`; none where each sample is a file."""
     spans: NDArray[np.int64] = field(default_factory=lambda: _NO_SPANS)
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
+    taken: Taken = field(default_factory=Taken)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -179,6 +180,7 @@ def _dump(catalog: Catalog, watched: dict[str, int]) -> bytes:
         "classes": catalog.classes,
         "bad": catalog.bad,
         "shards": catalog.shards,
+        "taken": asdict(catalog.taken),
         # Bad files are watched one by one, so that a mended one is taken up.
         "watched": watched | _changes([catalog.root / name for name in catalog.bad]),
     }
@@ -204,6 +206,7 @@ def _load(file: Path) -> Catalog | None:
                 about["bad"],
                 about["shards"],
                 arrays["spans"],
+                taken=Taken(**about["taken"]),
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -244,6 +247,7 @@ def _scan(listing: Listing) -> Catalog:
         bad,
         listing.shards,
         listing.spans[good] if listing.shards else _NO_SPANS,
+        taken=listing.taken,
     )
 
 

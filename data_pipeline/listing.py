@@ -17,6 +17,18 @@ KINDS = ", ".join(sorted(SUFFIXES))
 
 
 @dataclass(frozen=True)
+class Taken:
+    """How a dataset was understood, for a run to say at its start."""
+
+    layout: str = ""
+    """The layout in a few words; of a table its columns too, as "table train.csv: images by id, classes by breed"."""
+    val_from: str = ""
+    """Where the validation images come from, as "Testing/" or "10 % of each class, by a hash of the names"."""
+    notes: list[str] = field(default_factory=list)
+    """What was left aside or is odd, a line each, as "3 .gif files are not read"."""
+
+
+@dataclass(frozen=True)
 class Listing:
     """The N samples of one split, not yet looked into."""
 
@@ -31,6 +43,7 @@ class Listing:
     """Paths of the tar files below `root`; none where each sample is a file."""
     spans: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
+    taken: Taken = field(default_factory=Taken)
 
 
 def is_image(name: str) -> bool:
