@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 
 def require(ok: bool, message: str) -> None:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from PIL import Image
 
-from data_pipeline import augment, draws, graph, mix, proof
-from data_pipeline.catalog import Catalog
+from data_pipeline import coverage, sampling
+from data_pipeline import mixing as mix
+from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import UserError
-from data_pipeline.headers import BadImage, Size, inspect
+from data_pipeline.dali import augment, graph
+from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.image_headers import BadImage, Size, inspect
 
 IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
 
@@ -32,7 +34,7 @@ _PATIENCE_S = 30.0  # that storage may take for a batch before its files are nam
 
 
 class RankInfo(Protocol):
-    """Where a loader works; `trainer.machine.Machine` is one."""
+    """Where a loader works; `trainer.distributed.Machine` is one."""
 
     @property
     def rank(self) -> int: ...
@@ -156,7 +158,7 @@ class Loader:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
         self.cursor = cursor
 
-    def coverage_sums(self) -> proof.CoverageSums:
+    def coverage_sums(self) -> coverage.CoverageSums:
         """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
         start, hashes = self._started, self._hashes_of_samples().result()
         order = self._order_of(start.epoch).result()
@@ -165,7 +167,7 @@ class Loader:
         share = (firsts[:, None] + deal.places).ravel()
         read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
         parts = [read, order[share[share < len(order)]], order[start.seen :]]
-        return np.array([number for ids in parts for number in proof.checksum(hashes[ids])], np.int64)
+        return np.array([number for ids in parts for number in coverage.checksum(hashes[ids])], np.int64)
 
     @property
     def bad_images(self) -> int:
@@ -322,12 +324,12 @@ class Loader:
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
         count = len(self.catalog)
-        return draws.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
+        return sampling.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
 
     def _hashes_of_samples(self) -> Future[NDArray[np.int64]]:
         """The hash of every sample, found in another thread from the first call on."""
         if self._sample_hashes is None:
-            self._sample_hashes = self._pool.submit(proof.sample_hashes, self.catalog.paths)
+            self._sample_hashes = self._pool.submit(coverage.sample_hashes, self.catalog.paths)
         return self._sample_hashes
 
     def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> HostBatch:
@@ -343,15 +345,15 @@ class Loader:
             data, sizes[row] = image or _BLANK
             encoded.append(np.frombuffer(data, np.uint8))
         if self.training:
-            u = draws.uniforms(self.seed, micro.epoch, positions)
-            geometry = draws.training_geometry(u, sizes, self.cfg.augment)
+            u = sampling.uniforms(self.seed, micro.epoch, positions)
+            geometry = sampling.training_geometry(u, sizes, self.cfg.augment)
         else:
-            geometry = draws.centre_geometry(sizes, self.cfg.validation_px, self.cfg.eval_crop)
+            geometry = sampling.centre_geometry(sizes, self.cfg.validation_px, self.cfg.eval_crop)
         inputs = [np.ascontiguousarray(geometry.roi[:, :2]), np.ascontiguousarray(geometry.roi[:, 2:])]
         if self._rotate:
             inputs.append(geometry.angle_deg)
         if self._operators:
-            u = draws.uniforms(self.seed, micro.epoch, positions, draws.LOOK)
+            u = sampling.uniforms(self.seed, micro.epoch, positions, sampling.LOOK)
             inputs += [operator.draw(u, self._size_px) for operator in self._operators]
         return HostBatch(
             inputs=(encoded, *inputs),

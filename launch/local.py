@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from data_pipeline.errors import UserError
-from trainer.machine import gpu_count
+from data_pipeline.common.errors import UserError
+from trainer.distributed import gpu_count
 
 
 def main(arguments: list[str]) -> None:

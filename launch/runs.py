@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.errors import UserError
-from launch.slurm import Queued, queue, run_slurm
-from launch.submission import Submission, find, newest
+from data_pipeline.common.errors import UserError
+from launch.slurm.commands import Queued, queue, run_slurm
+from launch.slurm.submission import Submission, find, newest
 
 POLL_S = 0.5
 

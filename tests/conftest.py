@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.catalog import Catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Batch, Loader
+from data_pipeline.sources.catalog import Catalog
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

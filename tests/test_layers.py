@@ -9,12 +9,12 @@ from functools import cache
 from tests.conftest import ROOT
 
 LAYERS = ("data_pipeline", "trainer", "launch")  # each may import itself and those before it
-OPERATORS = {"data_pipeline.graph", "data_pipeline.augment"}  # the modules that name DALI operators
+OPERATORS = {"data_pipeline.dali.graph", "data_pipeline.dali.augment"}  # the modules that name DALI operators
 HEAVY = {
-    "wandb": {"trainer.tracker_wandb", "launch.dashboard"},
-    "wandb_workspaces": {"launch.dashboard"},
-    "deepspeed": {"trainer.engine_deepspeed"},
-    "submitit": {"launch.submit", "launch.sweep"},
+    "wandb": {"trainer.tracking.wandb_sink", "launch.pages.dashboards"},
+    "wandb_workspaces": {"launch.pages.dashboards"},
+    "deepspeed": {"trainer.engine.deepspeed"},
+    "submitit": {"launch.slurm.submit", "launch.sweep.cli"},
 }
 """Packages that take long to import, and the modules that may do so whenever they are imported themselves."""
 
@@ -54,8 +54,8 @@ def dotted(node: ast.AST) -> str:
 
 def test_there_is_something_to_read() -> None:
     assert {"data_pipeline.loader", "trainer.loop"} < modules().keys()
-    assert ("data_pipeline.catalog.Catalog", False) in imports(modules()["data_pipeline.loader"])
-    assert ("trainer.tracker_wandb.WandbSink", True) in imports(modules()["trainer.tracker"])
+    assert ("data_pipeline.sources.catalog.Catalog", False) in imports(modules()["data_pipeline.loader"])
+    assert ("trainer.tracking.wandb_sink.WandbSink", True) in imports(modules()["trainer.tracking.tracker"])
 
 
 def test_no_import_runs_upward() -> None:
@@ -93,7 +93,7 @@ def test_only_the_machine_asks_for_cuda() -> None:
         for node in ast.walk(tree)
         if dotted(node).endswith(("cuda.is_available", "cuda.device_count"))
     }
-    assert asking == {"trainer.machine"}
+    assert asking == {"trainer.distributed"}
 
 
 def test_heavy_packages_wait_until_they_are_needed() -> None:

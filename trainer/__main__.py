@@ -5,11 +5,11 @@ Exit codes: 0 at the end, 2 for what a user can mend, 75 where it hangs (see `wa
 
 import sys
 
-from data_pipeline.command import run_command
+from data_pipeline.common.entry_point import run_command
 from trainer.config import load
+from trainer.distributed import open_machine
 from trainer.loop import fit
-from trainer.machine import open_machine
-from trainer.preempt import StopFlag
+from trainer.resilience.signals import StopFlag
 
 
 def main() -> None:

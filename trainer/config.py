@@ -14,15 +14,15 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig, require
-from data_pipeline.errors import UserError
-from trainer.engine import EngineConfig
-from trainer.engine_deepspeed import check_deepspeed
-from trainer.optim import OptimConfig
-from trainer.resnet import ModelConfig
-from trainer.trace import chosen_steps
-from trainer.tracker import TrackingConfig
-from trainer.weights import preprocessing
+from trainer.engine.base import EngineConfig
+from trainer.engine.deepspeed import check_deepspeed
+from trainer.model.pretrained import preprocessing
+from trainer.model.resnet import ModelConfig
+from trainer.optim.optimizer import OptimConfig
+from trainer.tracking.profiler import chosen_steps
+from trainer.tracking.tracker import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

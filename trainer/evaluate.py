@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from data_pipeline.arguments import parse_known
-from data_pipeline.catalog import open_catalog
-from data_pipeline.command import run_command
-from data_pipeline.errors import UserError
+from data_pipeline.common.cli import parse_known
+from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.errors import UserError
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
-from trainer.checkpoint import Store
+from data_pipeline.sources.catalog import open_catalog
+from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run, run_folder
-from trainer.engine import Normalise, Predictor, count, load_weights, read_metadata
-from trainer.machine import Machine, open_machine
-from trainer.meter import Scores
-from trainer.resnet import build_resnet
+from trainer.distributed import Machine, open_machine
+from trainer.engine.base import Normalise, Predictor, count, load_weights, read_metadata
+from trainer.model.resnet import build_resnet
+from trainer.tracking.meter import Scores
 
 
 class Trained(NamedTuple):

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.catalog import Catalog, open_catalog
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, Loader
-from trainer.checkpoint import Progress, Store, check_run, claim_run, read_progress, record_run
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from trainer.checkpoint.async_writer import check_room, checkpoint_bytes
+from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.engine import Engine, check_device, keep_compiled, read_metadata
-from trainer.guard import NonFinite, limit_bad
-from trainer.machine import Machine
-from trainer.optim import lr_at
-from trainer.preempt import StopFlag
-from trainer.saver import check_room, checkpoint_bytes
+from trainer.distributed import Machine
+from trainer.engine.base import Engine, check_device, keep_compiled, read_metadata
+from trainer.optim.optimizer import lr_at
+from trainer.resilience.sanity_checks import NonFinite, limit_bad
+from trainer.resilience.signals import StopFlag
+from trainer.resilience.watchdog import note
 from trainer.session import Session, engine_for, fresh_model
-from trainer.watchdog import note
 
 
 def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:

@@ -11,25 +11,25 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Cursor, Loader
-from data_pipeline.proof import first_fault
-from trainer.checkpoint import Progress, Store, read_progress
+from trainer.checkpoint.async_writer import Saver
+from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config
-from trainer.engine import Engine, Normalise
-from trainer.engine_ddp import DdpEngine
+from trainer.distributed import Machine, resolve_precision
+from trainer.engine.base import Engine, Normalise
+from trainer.engine.ddp import DdpEngine
 from trainer.evaluate import evaluate
-from trainer.guard import STEPS_BACK, NonFinite, find_nonfinite, limit_bad
-from trainer.layers import Layer, layers
-from trainer.machine import Machine, resolve_precision
-from trainer.meter import Meter
-from trainer.resnet import ResNet, build_resnet, freeze
-from trainer.saver import Saver
-from trainer.trace import Trace
-from trainer.tracker import Tracker
-from trainer.watchdog import Watchdog, note
-from trainer.weights import load_weights_to_start
-from trainer.whiten import whiten_stem
+from trainer.model.pretrained import load_weights_to_start
+from trainer.model.resnet import ResNet, build_resnet, freeze
+from trainer.model.whitening import whiten_stem
+from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, find_nonfinite, limit_bad
+from trainer.resilience.watchdog import Watchdog, note
+from trainer.tracking.meter import Meter
+from trainer.tracking.model_summary import Layer, layers
+from trainer.tracking.profiler import Trace
+from trainer.tracking.tracker import Tracker
 
 
 class Session:
@@ -294,7 +294,7 @@ def engine_for(cfg: Config, model: ResNet, machine: Machine) -> Engine:
     """What trains `model`. Collective."""
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
     if cfg.engine.name == "deepspeed":
-        from trainer.engine_deepspeed import DeepSpeedEngine
+        from trainer.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, machine)
     return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)

@@ -1,0 +1,277 @@
+"""Our loader beside others, and beside bare decoding as the limit: python -m data_pipeline.bench [--data.path FOLDER]
+
+All read the same sample of the data, copied to a temporary folder, with the same crop and flip to uint8 images, by as
+many threads or processes as there are processors. Each lives in a process of its own. They take turns, round after
+round, and whoever is not at its turn is stopped, with its children: no loader works ahead on another's time, and a
+machine that slows down slows them all. What a loader burns is the CPU time of its process and its children.
+"""
+
+import importlib.util
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Self
+
+import pandas as pd
+import torch
+
+from data_pipeline.bench.peers import CONTESTANTS, OURS, Task, copy_sample
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import CHOOSING, command_line, parse
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import DataConfig, require
+
+SIZES_PX = "224,128,64"
+SAMPLE, ROUNDS, TURN = 4096, 9, 640  # images copied; turns of each; images a turn
+# Imported once by the process that the contestants are forked from, not by each of them.
+_PRELOADED = ["pandas", "data_pipeline.common.cli", "data_pipeline.bench.peers"]
+_READY_S, _END_S = 300, 10  # longest time that a loader may take for its first batch, and to end
+
+
+# ---- processes that take turns --------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    images: int
+    wall_s: float
+    cpu_s: float
+
+
+class Runner:
+    """A contestant in a process group of its own, stopped but for its turns."""
+
+    def __init__(self, name: str, task: Task) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self.name = name
+        self._orders, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, task, theirs))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGCONT)
+        self._orders.close()  # which lets it end in order
+        self._process.join(_END_S)
+        self._signal(signal.SIGKILL)
+        self._process.kill()  # should it not lead its group yet
+        self._process.join()
+
+    def wait_until_ready(self) -> None:
+        """Until the first batch is there. Raises `UserError` with the reason why there is none."""
+        failure = self._answer(_READY_S)
+        if failure:
+            raise UserError(f"{self.name}: {failure}")
+        self._signal(signal.SIGSTOP)
+
+    def turn(self, images: int) -> Turn:
+        """Let it deliver `images` or a few more. Raises `UserError` if it fails."""
+        before = self._cpu_s()
+        self._signal(signal.SIGCONT)
+        self._orders.send(images)
+        answer = self._answer(None)
+        self._signal(signal.SIGSTOP)
+        if isinstance(answer, str):
+            raise UserError(f"{self.name}: {answer}")
+        delivered, wall_s = answer
+        return Turn(delivered, wall_s, self._cpu_s() - before)
+
+    def _answer(self, timeout_s: float | None) -> Any:
+        with suppress(EOFError):
+            return self._orders.recv() if self._orders.poll(timeout_s) else f"no batch within {timeout_s} s"
+        self._process.join()
+        return f"its process ended with exit code {self._process.exitcode}"
+
+    def _cpu_s(self) -> float:
+        return sum(_cpu_s(pid) for pid in _family(self._process.pid or 0))
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid or 0, number)
+
+
+def _serve(name: str, task: Task, orders: Connection) -> None:
+    """Deliver images when told to; the answer to an order is (images, seconds), or why there are none."""
+    # With a group of its own it can be stopped whole; and the kernel ends a stopped group whose parent is gone.
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    with suppress(EOFError, BrokenPipeError):
+        try:
+            delivery = CONTESTANTS[name].deliver(task)
+            next(delivery)
+            orders.send(None)
+            while True:
+                wanted, start, seen = orders.recv(), time.perf_counter(), 0
+                while seen < wanted:
+                    seen += next(delivery)
+                orders.send((seen, time.perf_counter() - start))
+        except EOFError:
+            raise
+        except Exception as error:  # whatever another's library raises is no reason to stop the others
+            orders.send(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _family(pid: int) -> Iterator[int]:
+    """The process and all below it."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in children.read_text().split():
+                yield from _family(int(child))
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of all threads of a process, those that ended included."""
+    with suppress(OSError):
+        return time.clock_gettime(~pid << 3 | 2)  # its clock's number, as clock_getcpuclockid(3) makes it on Linux
+    return 0.0
+
+
+# ---- the measurement ------------------------------------------------------------------------------------------------
+
+
+def measure(
+    cfg: DataConfig, sizes_px: list[int], *, rounds: int = ROUNDS, images: int = TURN, sample: int = SAMPLE
+) -> pd.DataFrame:
+    """One row a turn: size_px, loader, round, images, wall_s, cpu_s, images_per_s, cpu_ms an image. Raises `UserError`."""
+    rows: list[tuple[object, ...]] = []
+    with TemporaryDirectory(prefix="sluice-bench-") as folder:
+        copy_sample(cfg, Path(folder), sample)
+        names = _installed()
+        for size_px in sizes_px:
+            task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
+            with ExitStack() as stack:
+                runners = _start(names, task, stack)
+                for number in range(-1, rounds):  # the first does not count: it lives on what was made before
+                    rows += [(size_px, runner.name, number, *runner.turn(images)) for runner in runners]
+    turns = pd.DataFrame(rows, columns=["size_px", "loader", "round", *Turn._fields])
+    turns["images_per_s"] = turns.images / turns.wall_s
+    turns["cpu_ms"] = 1e3 * turns.cpu_s / turns.images
+    return turns[turns["round"] >= 0]
+
+
+def _installed() -> list[str]:
+    """The contestants; one whose package is missing is named and left out."""
+    missing = {name: needs for name, (_, needs) in CONTESTANTS.items() if needs and not importlib.util.find_spec(needs)}
+    for name, needs in missing.items():
+        print(f"{name} is left out: {needs} is not installed", file=sys.stderr)
+    return [name for name in CONTESTANTS if name not in missing]
+
+
+def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
+    """Those that deliver; each that does not is named, with the reason."""
+    ready = []
+    for runner in [stack.enter_context(Runner(name, task)) for name in names]:
+        try:
+            runner.wait_until_ready()
+            ready.append(runner)
+        except UserError as error:
+            if runner.name == OURS:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return ready
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def summary(turns: pd.DataFrame) -> pd.DataFrame:
+    """One row for each size and loader: medians and ranges, and its CPU time over ours, round by round."""
+    ours = turns[turns.loader == OURS].set_index(["size_px", "round"]).cpu_ms.rename("ours")
+    turns = turns.join(ours, on=["size_px", "round"])
+    turns["ratio"] = turns.cpu_ms / turns.ours
+    groups = turns.groupby(["size_px", "loader"], sort=False)
+    return pd.DataFrame(
+        {
+            f"{column}_{name}": groups[column].agg(how)
+            for column in ("images_per_s", "cpu_ms", "ratio")
+            for name, how in (("median", "median"), ("min", "min"), ("max", "max"))
+        }
+    ).reset_index()
+
+
+def table(summed: pd.DataFrame) -> str:
+    """The summary for people."""
+
+    def cells(column: str, digits: int) -> list[str]:
+        values = zip(*(summed[f"{column}_{name}"] for name in ("median", "min", "max")), strict=True)
+        return [f"{middle:.{digits}f}  ({low:.{digits}f} to {high:.{digits}f})" for middle, low, high in values]
+
+    return pd.DataFrame(
+        {
+            "size": summed.size_px,
+            "loader": summed.loader,
+            "images/s": cells("images_per_s", 0),
+            "CPU ms/image": cells("cpu_ms", 3),
+            "CPU over ours": cells("ratio", 2),
+        }
+    ).to_string(index=False)
+
+
+def plot(summed: pd.DataFrame) -> bytes:
+    """The summary as a PNG: bars for each size, whiskers from the least to the most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    sizes = summed.size_px.unique()
+    loaders = summed.loader.unique()
+    for axes, column, label in zip(
+        figure.subplots(1, 2), ("images_per_s", "cpu_ms"), ("images/s", "CPU ms per image"), strict=True
+    ):
+        for number, loader in enumerate(loaders):
+            rows = summed[summed.loader == loader]
+            middle = rows[f"{column}_median"]
+            whiskers = [middle - rows[f"{column}_min"], rows[f"{column}_max"] - middle]
+            places = [list(sizes).index(size) + 0.85 * ((number + 0.5) / len(loaders) - 0.5) for size in rows.size_px]
+            axes.bar(places, middle, 0.8 / len(loaders), yerr=whiskers, label=loader, error_kw={"elinewidth": 0.8})
+        axes.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
+        axes.set_ylabel(label)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
+
+
+def write(turns: pd.DataFrame, out: Path) -> None:
+    """bench.csv, one line a turn, and bench.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "bench.csv", turns.to_csv(index=False).encode())
+    replace_file(out / "bench.png", plot(summary(turns)))
+
+
+def sizes_of(text: str) -> list[int]:
+    """Sides in pixels from "224,128,64". Raises `UserError`."""
+    parts = text.split(",")
+    require(
+        all(part.isdecimal() and 8 <= int(part) <= 4096 for part in parts) and len(set(parts)) == len(parts),
+        f"--sizes: {text} does not fit; give different sides of 8 to 4096 pixels, as {SIZES_PX}",
+    )
+    return [int(part) for part in parts]
+
+
+def main() -> None:
+    parser = command_line("python -m data_pipeline.bench", "Compare data loaders on this machine.", ("path", *CHOOSING))
+    parser.add_argument("--sizes", default=SIZES_PX, help="Sides of the images in pixels, with commas between.")
+    parser.add_argument("--out", help="A folder for bench.csv and bench.png; nothing is written if not given.")
+    args = parse(parser, sys.argv[1:])
+    sizes_px, out = sizes_of(args.sizes), Path(args.out) if args.out else None
+    if out:
+        require(out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
+        for name in ("bench.csv", "bench.png"):
+            require(not (out / name).exists(), f"--out: {out / name} exists; give another folder")
+    turns = measure(DataConfig(**args.data), sizes_px)
+    print(table(summary(turns)))
+    print(f"medians and ranges of {ROUNDS} rounds of {TURN} images, {len(os.sched_getaffinity(0))} processors")
+    if out:
+        write(turns, out)

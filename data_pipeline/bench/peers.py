@@ -1,0 +1,186 @@
+"""Our loader and others on the same images, with the same crop and flip: what `bench` lets compete."""
+
+import importlib.util
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file  # type: ignore[import-untyped]
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+from data_pipeline.config import AugmentConfig, DataConfig, require
+from data_pipeline.dali import graph
+from data_pipeline.loader import Cursor, Loader
+from data_pipeline.sources.catalog import open_catalog
+
+BATCH = 64
+OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
+_SHARDS = 16
+_AUGMENT = AugmentConfig()
+_AREA = (_AUGMENT.min_area, _AUGMENT.max_area)
+_RATIO = (1 / _AUGMENT.max_ratio, _AUGMENT.max_ratio)
+
+
+class Task(NamedTuple):
+    """What every contestant is given."""
+
+    folder: Path
+    """train/CLASS/NUMBER.jpg, and the same images in the shard-NUMBER.tar files."""
+    size_px: int
+    workers: int
+
+
+Delivery = Iterator[int]
+"""Without end: the number of images in each batch that a loader delivers."""
+
+
+def _sluice(task: Task) -> Delivery:
+    cfg = DataConfig(path=str(task.folder), batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
+    loader = Loader(open_catalog(cfg, "train"), cfg, _Here(task.workers), training=True, epochs=1 << 30)
+    for epoch in range(1 << 30):
+        loader.seek(Cursor(epoch))
+        for batch in loader:
+            yield batch.num_real
+
+
+def _plain_dali(task: Task) -> Delivery:
+    graph.cpu_kernel = lambda: None  # type: ignore[assignment] # in a process that does nothing else
+    return _sluice(task)
+
+
+def _torchvision_pil(task: Task) -> Delivery:
+    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip), v2.PILToTensor()])
+    return _torch_loader(ImageFolder(task.folder / "train", transform), task)
+
+
+def _torchvision_decode_jpeg(task: Task) -> Delivery:
+    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip)])
+    return _torch_loader(ImageFolder(task.folder / "train", transform, loader=_decode_file), task)
+
+
+def _decode_file(path: str) -> torch.Tensor:
+    return decode_image(path, ImageReadMode.RGB)  # by its decode_jpeg, for a JPEG
+
+
+def _torch_loader(dataset: ImageFolder, task: Task) -> Delivery:
+    loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=task.workers, persistent_workers=True)
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def _webdataset(task: Task) -> Delivery:
+    from webdataset import WebDataset, WebLoader
+
+    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip), v2.PILToTensor()])
+    shards = sorted(str(path) for path in task.folder.glob("*.tar"))
+    dataset = WebDataset(shards, resampled=True, shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg", "cls")
+    batches = WebLoader(dataset.map_tuple(transform, int).batched(BATCH), batch_size=None, num_workers=task.workers)
+    for images, _ in batches:
+        yield len(images)
+
+
+def _ffcv(task: Task) -> Delivery:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader
+    from ffcv.loader import OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+    from ffcv.writer import DatasetWriter
+
+    written = str(task.folder / f"ffcv-{task.size_px}.beton")
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
+    DatasetWriter(written, fields, num_workers=task.workers).from_indexed_dataset(ImageFolder(task.folder / "train"))
+    crop = RandomResizedCropRGBImageDecoder((task.size_px, task.size_px), _AREA, _RATIO)
+    loader = FfcvLoader(
+        written,
+        batch_size=BATCH,
+        num_workers=task.workers,
+        order=OrderOption.RANDOM,
+        pipelines={
+            "image": [crop, RandomHorizontalFlip(_AUGMENT.flip), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def _decode_only(task: Task) -> Delivery:
+    """Whole images from memory, thrown away. Nothing that decodes on a CPU can be faster than this."""
+    streams = [read_file(str(path)) for path in sorted((task.folder / "train").rglob("*.jpg"))]
+    decode = _bare_decoder()
+    with ThreadPoolExecutor(task.workers) as pool:
+        while True:
+            for at in range(0, len(streams), BATCH):
+                yield sum(pool.map(decode, streams[at : at + BATCH]))
+
+
+def _bare_decoder() -> Callable[[torch.Tensor], int]:
+    """simplejpeg, the thinnest shell around libjpeg-turbo, where it is installed."""
+    if importlib.util.find_spec("simplejpeg"):
+        from simplejpeg import decode_jpeg as decode_with_simplejpeg
+
+        return lambda stream: len(decode_with_simplejpeg(stream.numpy(), "RGB")) > 0
+    return lambda stream: len(decode_jpeg(stream, ImageReadMode.RGB)) > 0
+
+
+class Contestant(NamedTuple):
+    deliver: Callable[[Task], Delivery]
+    needs: str = ""
+    """A package that may be missing."""
+
+
+CONTESTANTS = {
+    OURS: Contestant(_sluice),
+    PLAIN: Contestant(_plain_dali),
+    "torchvision, PIL": Contestant(_torchvision_pil),
+    "torchvision, decode_jpeg": Contestant(_torchvision_decode_jpeg),
+    "webdataset": Contestant(_webdataset, "webdataset"),
+    "FFCV": Contestant(_ffcv, "ffcv"),
+    LIMIT: Contestant(_decode_only),
+}
+
+
+def _crop(task: Task) -> v2.Transform:
+    return v2.RandomResizedCrop(task.size_px, _AREA, _RATIO, antialias=True)
+
+
+class _Here(NamedTuple):
+    """The place of a loader in a single process without a GPU."""
+
+    cores: int
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+def copy_sample(cfg: DataConfig, folder: Path, count: int) -> None:
+    """Copy `count` JPEGs of the training data, evenly spread: as class folders and as tar shards. Raises `UserError`."""
+    catalog = open_catalog(cfg, "train")
+    streams = [(row, stream) for row in catalog.spread(count) if (stream := catalog.read(row)).startswith(b"\xff\xd8")]
+    require(
+        len(streams) >= BATCH,
+        f"data.path: {cfg.path} has {len(streams)} JPEGs for training; give a dataset with {BATCH} or more",
+    )
+    np.random.default_rng(0).shuffle(streams)
+    with ExitStack() as stack:
+        shards = [stack.enter_context(tarfile.open(folder / f"shard-{n:02}.tar", "w")) for n in range(_SHARDS)]
+        for number, (row, stream) in enumerate(streams):
+            label = int(catalog.labels[row])
+            path = folder / f"train/{label:05}/{number:06}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(stream)
+            for name, data in ((f"{number:06}.jpg", stream), (f"{number:06}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                shards[number % _SHARDS].addfile(member, io.BytesIO(data))

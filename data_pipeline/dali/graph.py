@@ -1,0 +1,180 @@
+"""The DALI graph: encoded bytes in, images of one size out. Only it and `augment` name DALI operators.
+
+One definition serves both devices. With a GPU the decoder is "mixed" (the bytes are parsed on the CPU, decoded on the
+GPU) and the rest follows on the GPU; without one everything runs in DALI's CPU thread pool. In between, a CPU may decode
+and resize for a GPU that does the rest.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from nvidia.dali import Pipeline, fn, ops, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import do_not_convert
+
+from data_pipeline.config import DataConfig, require
+from data_pipeline.dali.augment import Operator
+
+if TYPE_CHECKING:
+    from data_pipeline.dali.cpu_resize import Addresses
+
+PREFETCH = 2  # batches that DALI works on ahead of the one handed out
+
+# Larger buffers of the CPU's come from a pool: malloc gives theirs back to the system and fetches them anew, at ten page
+# faults an image. DALI reads this when it first allocates.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "65536")
+
+# A process that is forked has none of DALI's threads, and crashes where it collects a pipeline as garbage.
+os.register_at_fork(after_in_child=gc.freeze)
+
+_DEFAULTS = DataConfig()
+
+Source = Callable[[], tuple[Any, ...]]
+"""Returns a batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], for `rotate` angles [] float32, and
+the draws of each operator."""
+
+
+def build_graph(
+    source: Source,
+    *,
+    batch: int,
+    size_px: int,
+    rotate: bool,
+    operators: Sequence[Operator],
+    gpu: int | None,
+    threads: int,
+    cfg: DataConfig = _DEFAULTS,
+) -> Pipeline:
+    """A pipeline whose `run()` gives uint8 RGB images [batch, size_px, size_px, 3] in 0..255.
+
+    `gpu` is the device's index or None; `cfg` says where to decode. `source` raises StopIteration at its end.
+    Raises `UserError` for decoding on a GPU that is not there.
+    """
+    check_decode(cfg, on_gpu=gpu is not None)
+    # Conditionals let the images of a batch go through different operations of a policy.
+    pipeline = pipeline_def(images_of, enable_conditionals=True)(
+        source,
+        size_px=size_px,
+        rotate=rotate,
+        operators=operators,
+        on_gpu=gpu is not None,
+        cfg=cfg,
+        kernel=cpu_kernel() if gpu is None or cfg.decode == "cpu" else None,
+        batch_size=batch,
+        num_threads=threads,
+        device_id=gpu,
+        prefetch_queue_depth=PREFETCH,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def check_decode(cfg: DataConfig, *, on_gpu: bool) -> None:
+    """Raise `UserError` for decoding on a GPU that is not there."""
+    require(cfg.decode != "gpu" or on_gpu, "data.decode: gpu, but there is no GPU here; give auto or cpu")
+
+
+@cache
+def cpu_kernel() -> "Addresses | None":
+    """What resizes faster than DALI on a CPU; None, and one line that says why, where numba does not work."""
+    try:
+        from data_pipeline.dali import cpu_resize as kernel
+
+        return kernel.compiled()
+    except Exception as error:  # numba raises a hundred kinds, and none is worth a run
+        if int(os.environ.get("RANK", 0)) == 0:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"numba does not work here, so DALI resizes, which takes longer ({why})", file=sys.stderr)
+        return None
+
+
+def images_of(
+    source: Source,
+    *,
+    size_px: int,
+    rotate: bool,
+    operators: Sequence[Operator],
+    on_gpu: bool,
+    cfg: DataConfig = _DEFAULTS,
+    kernel: "Addresses | None" = None,
+) -> DataNode:
+    """The operators, to be called within a pipeline.
+
+    The window of each image (see `draws.Geometry`) is cut, mirrored and resized by one operator: triangular filter,
+    antialiased, as PIL's BILINEAR. It is DALI's, or on a CPU `kernel`.
+    """
+    device = "gpu" if on_gpu else "cpu"
+    decode_on_gpu = on_gpu and cfg.decode != "cpu"
+    encoded, top_left, bottom_right, *angle_and_draws = fn.external_source(
+        source=source, num_outputs=3 + rotate + len(operators), no_copy=True
+    )
+    angle, draws = angle_and_draws[:rotate], angle_and_draws[rotate:]
+    # Fancy upsampling is what PIL does; the orientation tag is ignored as torchvision ignores it.
+    # Whole images: on a CPU their windows alone took 1.1 to 1.2 times as long, and damage beside them would go unseen.
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if decode_on_gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        adjust_orientation=False,
+        **(_hardware_decoder(cfg) if decode_on_gpu else {}),
+    )
+    if kernel:
+        images = _resize(images, top_left, bottom_right, size_px, kernel)
+    else:
+        images = fn.resize(
+            images,
+            device="gpu" if decode_on_gpu else "cpu",
+            size=[size_px, size_px],
+            roi_start=top_left,
+            roi_end=bottom_right,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+    if on_gpu and not decode_on_gpu:
+        images = images.gpu()
+    if rotate:
+        # Nearest neighbour, as torchvision's RandomRotation; linear costs nine times as much on a CPU.
+        images = fn.rotate(
+            images, device=device, angle=angle[0], keep_size=True, fill_value=0, interp_type=types.INTERP_NN
+        )
+    for number, operator in enumerate(operators):
+        images = operator.apply(images, draws[number], size_px)
+    return images
+
+
+def _hardware_decoder(cfg: DataConfig) -> dict[str, Any]:
+    """What a GPU with a decoder for JPEG (A100, H100) wants to know; no other minds."""
+    return {
+        "hw_decoder_load": cfg.hw_decoder_load,
+        "preallocate_width_hint": cfg.preallocate_width_hint,
+        "preallocate_height_hint": cfg.preallocate_height_hint,
+    }
+
+
+@do_not_convert
+def _resize(
+    images: DataNode, top_left: DataNode, bottom_right: DataNode, size_px: int, kernel: "Addresses"
+) -> DataNode:
+    """The window of each image by `kernel`.
+
+    Called by its addresses: DALI's plugin for numba would compile some wrappers around it for each pipeline, for
+    seconds.
+    """
+    operator = ops.python_op_factory("Resize", "NumbaFuncImpl", generated=False)  # type: ignore[attr-defined]
+    call = operator(
+        _module="data_pipeline.dali.cpu_resize",
+        _display_name="resize",
+        run_fn=kernel.run,
+        setup_fn=kernel.setup,
+        in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.UINT8],
+        ins_ndim=[3, 1, 1, 1],
+        out_types=[types.UINT8],
+        outs_ndim=[3],
+    )
+    images = call(images, top_left, bottom_right, types.Constant([0] * size_px, dtype=types.UINT8))
+    return fn.reshape(images, layout="HWC")

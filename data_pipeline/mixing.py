@@ -1,0 +1,82 @@
+"""mixup and cutmix on the training device, in pairs of neighbours in the order of the epoch.
+
+Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. Where images are mixed, the loader deals them out in such
+pairs, and one draw serves a whole update: so neither the number of ranks nor that of micro-batches changes a pixel.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipeline.config import AugmentConfig
+from data_pipeline.sampling import MIX, philox
+
+
+class Mixing(NamedTuple):
+    """How the images of one update are mixed."""
+
+    cut: bool
+    """cutmix rather than mixup."""
+    share: float
+    """Lambda: what an image keeps of itself, in 0..1; cutmix then rounds it to whole pixels."""
+    y: float
+    x: float
+    """Centre of the rectangle that cutmix swaps, as a share of the image's height and width, in 0..1."""
+
+
+def draw(seed: int, epoch: int, update: int, cfg: AugmentConfig) -> Mixing:
+    """How the update that begins at position `update` is mixed, by mixup or cutmix, whichever `cfg` switches on."""
+    generator = np.random.Generator(philox(seed, MIX, epoch, update))
+    either, y, x = generator.random(3)
+    cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < 0.5)
+    alpha = cfg.cutmix if cut else cfg.mixup
+    return Mixing(cut, generator.beta(alpha, alpha), y, x)
+
+
+def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix each even row with the odd one behind it, and the other way round; leave alone pairs that do not wholly count.
+
+    `images` [B, H, W, 3] uint8, B even; `labels` [B] int64, negative where a row does not count.
+    Returns images, uint8 as swapped by cutmix (Yun et al. 2019, arXiv 1905.04899) or float32 as blended by mixup (Zhang et
+    al. 2018, arXiv 1710.09412); the class of the largest share [B] int64, negative as before; and the share of each class
+    [B, classes] float32, all zero where a row does not count.
+    """
+    paired = (labels.view(-1, 2) >= 0).all(dim=1).repeat_interleave(2)
+    height, width = images.shape[1:3]
+    if mixing.cut:
+        top, left, bottom, right = box(mixing, height, width)
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+        window = images[:, top:bottom, left:right]
+        images = images.clone()
+        images[:, top:bottom, left:right] = torch.where(_per_image(paired), _partner(window), window)
+    else:
+        share = mixing.share
+        images = images.float()  # a copy, within which each pair is mixed
+        even, odd = images.unflatten(0, (-1, 2)).unbind(dim=1)
+        moved = (odd - even) * _per_image(paired[::2] * (1 - share))
+        even += moved
+        odd -= moved
+    own = functional.one_hot(labels.clamp(min=0), classes) * (labels >= 0).float()[:, None]
+    targets = torch.lerp(own, _partner(own), (paired * (1 - share))[:, None])
+    return images, torch.where(labels >= 0, targets.argmax(dim=1), labels), targets
+
+
+def box(mixing: Mixing, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right in pixels of a rectangle of 1 - share of the area, cut off at the image's edges."""
+    half = 0.5 * math.sqrt(1 - mixing.share)
+    y, x = int(mixing.y * height), int(mixing.x * width)
+    half_height, half_width = int(half * height), int(half * width)
+    return max(y - half_height, 0), max(x - half_width, 0), min(y + half_height, height), min(x + half_width, width)
+
+
+def _partner(rows: Tensor) -> Tensor:
+    """[B, ...] with the two rows of each pair exchanged."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

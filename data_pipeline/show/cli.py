@@ -1,0 +1,168 @@
+"""What the model will see, as one picture: python -m data_pipeline.show [--data.OPTION VALUE ...] [--out sheet.png]
+
+Each row is a training image: as it is, then each time that training comes to it, cropped, augmented and mixed, to the
+pixel as a run with these options and this seed gets it. Below each stands the epoch and the class, or the shares of two.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import command_line, parse
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import AugmentConfig, DataConfig, require
+from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
+from data_pipeline.sampling import order
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.quarantine import printable
+
+ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original
+_SMALLEST, _LINE, _GAP = 144, 15, 4  # pixels: side of a cell, height of a line of text, space between cells
+
+
+class _Share(NamedTuple):
+    """The place of a rank that holds but one image of each update, or one pair."""
+
+    rank: int
+    world: int
+    device: torch.device = torch.device("cpu")
+    cores: int = 1
+
+
+class Cell(NamedTuple):
+    """One image of the sheet."""
+
+    image: Image.Image
+    caption: list[str]
+    """Its lines."""
+
+
+def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) -> Image.Image:
+    """Rows of training images, from `epoch` on, of a run of `epochs` with `seed`.
+
+    The originals come first, in the order of the epoch. Raises `UserError`.
+    """
+    require(
+        not cfg.augment.mixes or all(batch % 2 == 0 for batch in cfg.batches),
+        f"data.batch: {cfg.batch} images are no pairs, which mixup and cutmix need; choose an even number",
+    )
+    catalog = open_catalog(cfg, "train")
+    ids = list(dict.fromkeys(order(seed, epoch, len(catalog), cfg.augment.repeats).tolist()))[:ROWS]
+    rows = []
+    for sample in ids:
+        times = islice(_times(catalog, cfg, sample, epoch, seed), COLUMNS)
+        seen = [_seen(catalog, cfg, Cursor(*time), seed, epochs) for time in times]
+        caption = [f"original: {catalog.classes[int(catalog.labels[sample])]}"]
+        rows.append([whole(catalog, sample, caption, max(cell.image.width for cell in seen)), *seen])
+    return grid(rows)
+
+
+def _times(catalog: Catalog, cfg: DataConfig, sample: int, epoch: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Epoch and position of each time that training reads the sample, from `epoch` on."""
+    for number in count(epoch):
+        for position in np.flatnonzero(order(seed, number, len(catalog), cfg.augment.repeats) == sample):
+            yield number, int(position)
+
+
+def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: int) -> Cell:
+    """The image at one position of an epoch.
+
+    By a loader that is one of as many ranks as an update has images, or pairs: no pixel depends on their number.
+    """
+    rows, images = 2 if cfg.augment.mixes else 1, cfg.batch_at(place.epoch, epochs)
+    within = place.seen % images
+    share = _Share(within // rows, images // rows)
+    loader = Loader(catalog, replace(cfg, batch=images), share, training=True, seed=seed, epochs=epochs)
+    loader.seek(Cursor(place.epoch, place.seen - within))
+    batch = next(iter(loader))
+    row = within % rows
+    pixels = batch.images[row].permute(1, 2, 0).round().to(torch.uint8).numpy()
+    targets = None if batch.targets is None else batch.targets[row]
+    caption = _caption(catalog.classes, int(batch.labels[row]), targets)
+    return Cell(Image.fromarray(pixels.copy()), [f"{place.epoch}: {caption[0]}", *caption[1:]])
+
+
+def _caption(classes: list[str], label: int, targets: torch.Tensor | None) -> list[str]:
+    if label == IGNORE_LABEL:
+        return ["does not count"]
+    if targets is None or targets[label] == 1:
+        return [classes[label]]
+    most = targets.topk(2)
+    return [f"{share:.2f} {classes[i]}" for share, i in zip(most.values.tolist(), most.indices.tolist(), strict=True)]
+
+
+def whole(catalog: Catalog, sample: int, caption: list[str], side: int = 0) -> Cell:
+    """The whole image as it lies on the disk, in a square of `side` pixels or a cell's least; black if it cannot be read."""
+    side = max(side, _SMALLEST)
+    try:
+        image = Image.open(io.BytesIO(catalog.read(sample))).convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        image = Image.new("RGB", (side, side))
+    return Cell(ImageOps.pad(image, (side, side), color="white"), caption)
+
+
+def grid(rows: list[list[Cell]]) -> Image.Image:
+    """The cells on white, small images enlarged in whole pixels."""
+    side = max(_SMALLEST, *(cell.image.width for row in rows for cell in row))
+    lines = max(len(cell.caption) for row in rows for cell in row)
+    across, down = side + _GAP, side + lines * _LINE + 2 * _GAP
+    grid = Image.new("RGB", (across * max(map(len, rows)) + _GAP, down * len(rows) + _GAP), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            corner = _GAP + x * across, _GAP + y * down
+            grid.paste(cell.image.resize((side, side), Image.Resampling.NEAREST), corner)
+            for number, text in enumerate(cell.caption):
+                draw.text((corner[0], corner[1] + side + 2 + number * _LINE), _cut(text, side, font), "black", font)
+    return grid
+
+
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of the text as fits into so many pixels, on one line."""
+    text = " ".join(printable(text).split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def main() -> None:
+    every = tuple(field.name for field in fields(DataConfig))
+    parser = command_line("python -m data_pipeline.show", "Draw what the model will see in training.", every)
+    parser.add_argument("--out", default="sheet.png", help="The PNG to write.")
+    parser.add_argument("--force", action="store_true", help="Replace it if it exists.")
+    parser.add_argument("--epoch", type=int, default=0, help="The epoch to begin with, from 0.")
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="run.epochs, over which sizes in data.size_px are shared."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="run.seed, which decides order and augmentation.")
+    args = parse(parser, sys.argv[1:])
+    cfg = DataConfig(**{**args.data, "augment": AugmentConfig(**vars(args.data["augment"]))})
+    out = Path(args.out)
+    require(out.suffix.lower() == ".png", f"--out: {out} is no PNG; give a name that ends in .png")
+    require(args.force or not out.exists(), f"--out: {out} exists; give another file, or --force to replace it")
+    require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
+    require(args.epoch >= 0, f"--epoch: {args.epoch} is negative; give a number from 0")
+    require(args.epochs > 0, f"--epochs: {args.epochs} is not positive; give the number of passes")
+    require(0 <= args.seed < 2**63, f"--seed: {args.seed} is out of range; give a number from 0 to 2^63")
+    _write(sheet(cfg, epoch=args.epoch, seed=args.seed, epochs=args.epochs), out)
+    print(f"{printable(str(out))}: training images, and how epochs {args.epoch} and later show them")
+
+
+def _write(image: Image.Image, out: Path) -> None:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    try:
+        replace_file(out, stream.getvalue())
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out} ({error.strerror}); give another file") from None

@@ -1,0 +1,278 @@
+"""From a dataset on disk to one table of samples: where each lies, and its label."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.common.atomic_io import read_bytes, replace_file
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
+from data_pipeline.config import DataConfig
+from data_pipeline.sources import pack_format
+from data_pipeline.sources.builtin import cache_root
+from data_pipeline.sources.image_headers import BadImage, inspect
+from data_pipeline.sources.layouts import list_images, list_samples
+from data_pipeline.sources.listing import UNLABELLED, Listing, Taken
+from data_pipeline.sources.quarantine import quarantined
+from data_pipeline.sources.tables import TABLES
+from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
+
+_HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
+_CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
+_VERSION = 2  # of the cache: raise it when a scan would find something else
+_NO_SPANS = np.empty((0, 3), np.int64)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The samples of one split, N in all; a sample's id is its row."""
+
+    root: Path
+    paths: list[str]
+    """Path of each sample below `root`; of one inside a shard, SHARD/MEMBER."""
+    labels: NDArray[np.int64]
+    """[N] row of the sample's class in `classes`."""
+    classes: list[str]
+    bad: dict[str, str]
+    """Files left out, path below `root` -> why."""
+    shards: list[str] = field(default_factory=list)
+    """Paths of tar files below `root`; none where each sample is a file."""
+    spans: NDArray[np.int64] = field(default_factory=lambda: _NO_SPANS)
+    """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
+    taken: Taken = field(default_factory=Taken)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, sample: int) -> bytes:
+        """The encoded bytes of one sample. Raises OSError."""
+        if not self.shards:
+            return read_bytes(f"{self.root}/{self.paths[sample]}")
+        shard, offset, length = self.spans[sample].tolist()
+        data = read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
+        if len(data) < length:
+            raise OSError(errno.EIO, "its shard is cut off")
+        return data
+
+    def part(self, rows: list[int]) -> "Catalog":
+        """The samples in these rows, in this order."""
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows],
+            labels=self.labels[rows],
+            spans=self.spans[rows] if self.shards else self.spans,
+        )
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` of its rows, evenly spread from the first to the last."""
+        count = min(count, len(self))
+        return [number * (len(self) - 1) // max(count - 1, 1) for number in range(count)]
+
+    def fingerprint(self) -> str:
+        """Hash of names and labels: equal where an interrupted epoch can be continued."""
+        digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+
+def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) -> Catalog:
+    """The samples of `split` ("train" or "val"), in any layout (see `layouts`) or from a pack.
+
+    Labels follow `classes`, or the classes of the training split. What was scanned once is remembered, until a folder or
+    file of it changes. Raises `UserError`.
+    """
+    root = dataset_root(cfg)
+    if not (root.is_dir() or (root.is_file() and root.suffix in TABLES)):
+        raise UserError(
+            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
+            f"or a name ({', '.join(NAMED)})"
+        )
+    if pack_format.is_pack(root):
+        catalog = _from_pack(root, split, classes)
+    else:
+        key = [str(root.resolve()), split, classes, cfg.val_share, cfg.images, cfg.image_column, cfg.label_column]
+        catalog = _remembered([*key, cfg.split_column], lambda: list_samples(root, cfg, split, classes))
+    return _without(catalog, quarantined(cfg, catalog.root))
+
+
+def open_images(cfg: DataConfig) -> Catalog:
+    """The images below the folder `data.path` by their paths, or those that a table there names in its order.
+
+    No class is known, every label is UNLABELLED, and none is left out: a loader tells which cannot be read. Raises
+    `UserError`.
+    """
+    listing = list_images(dataset_root(cfg), cfg)
+    return Catalog(listing.root, listing.paths, np.full(len(listing.paths), UNLABELLED), listing.classes, bad={})
+
+
+def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
+    index = pack_format.Pack.open(root).index(split)
+    names = classes or index.classes
+    unknown = sorted(set(index.classes) - set(names))
+    if unknown:
+        raise UserError(f"data.path: {root} has a class that training lacks: {unknown[0]}; pack the same classes")
+    renumbered = np.array([names.index(name) for name in index.classes], np.int64)
+    shards = [pack_format.shard_name(number) for number in range(int(index.shard.max(initial=-1)) + 1)]
+    spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
+    return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans)
+
+
+def _without(catalog: Catalog, left_out: set[str]) -> Catalog:
+    kept = [row for row, path in enumerate(catalog.paths) if path not in left_out]
+    if len(kept) == len(catalog):
+        return catalog
+    quarantine = {path: "in quarantine" for path in catalog.paths if path in left_out}
+    return replace(catalog.part(kept), bad={**catalog.bad, **quarantine})
+
+
+# ---- what was scanned before ----------------------------------------------------------------------------------------
+
+
+def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
+    """The catalog that `list_now` leads to, from the cache where nothing of it has changed since."""
+    name = hashlib.blake2b(json.dumps([_VERSION, *key]).encode(), digest_size=16).hexdigest()
+    try:
+        file = cache_root() / "scans" / f"{name}.npz"
+        file.parent.mkdir(exist_ok=True)
+        lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
+    except (OSError, UserError) as error:
+        _say_forgetful(str(key[0]), str(error))
+        return _scan(list_now())
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process scans, the others of its machine wait and read
+        known = _load(file)
+        if known is None:
+            listing = list_now()
+            watched = _changes(listing.watched)  # before the scan: what arrives during it is then noticed next time
+            known = _scan(listing)
+            try:
+                replace_file(file, _dump(known, watched))
+            except OSError as error:  # as of a full disk: it costs a scan each time, no more
+                _say_forgetful(str(key[0]), f"cache: cannot write to {file.parent} ({error.strerror})")
+        return known
+
+
+@cache
+def _say_forgetful(root: str, why: str) -> None:
+    """Tell once, of all splits and ranks, that nothing scanned can be remembered."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"scanning {root} anew each time: {why}", file=sys.stderr)
+
+
+def _dump(catalog: Catalog, watched: dict[str, int]) -> bytes:
+    """An .npz of plain arrays; what is no array is in it as JSON."""
+    text = {
+        "root": str(catalog.root),
+        "classes": catalog.classes,
+        "bad": catalog.bad,
+        "shards": catalog.shards,
+        "taken": asdict(catalog.taken),
+        # Bad files are watched one by one, so that a mended one is taken up.
+        "watched": watched | _changes([catalog.root / name for name in catalog.bad]),
+    }
+    names, ends = pack_format.joined(catalog.paths)
+    about = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    stream = io.BytesIO()
+    np.savez(stream, about=about, paths=names, path_ends=ends, labels=catalog.labels, spans=catalog.spans)
+    return stream.getvalue()
+
+
+def _load(file: Path) -> Catalog | None:
+    """What `_dump` wrote; None where there is nothing, or something that no longer holds."""
+    try:
+        with np.load(file) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if _changes(map(Path, about["watched"])) != about["watched"]:
+                return None
+            return Catalog(
+                Path(about["root"]),
+                pack_format.parted(arrays["paths"], arrays["path_ends"]),
+                arrays["labels"],
+                about["classes"],
+                about["bad"],
+                about["shards"],
+                arrays["spans"],
+                taken=Taken(**about["taken"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def _changes(paths: Iterable[Path]) -> dict[str, int]:
+    """When each file, or the entries of each folder, changed, in ns; -1 where there is nothing."""
+    return {str(path): _changed(path) for path in paths}
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _scan(listing: Listing) -> Catalog:
+    """Look into the first and last bytes of every image, and leave out what must not be decoded."""
+    pieces = [range(at, min(at + _CHUNK, len(listing.paths))) for at in range(0, len(listing.paths), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool, progress("scanning", len(listing.paths)) as advance:
+        faults: list[str | None] = []
+        for found in pool.map(lambda rows: [_fault(listing, row) for row in rows], pieces):
+            faults += found
+            advance(len(found))
+    good = [row for row, why in enumerate(faults) if why is None]
+    bad = {path: why for path, why in zip(listing.paths, faults, strict=True) if why is not None}
+    if not good:
+        path, why = next(iter(bad.items()))
+        raise UserError(
+            f"data.path: none of the {len(bad)} images in {listing.root} can be read, as {path}: {why}; give intact ones"
+        )
+    return Catalog(
+        listing.root,
+        [listing.paths[row] for row in good],
+        np.array(listing.labels, np.int64)[good],
+        listing.classes,
+        bad,
+        listing.shards,
+        listing.spans[good] if listing.shards else _NO_SPANS,
+        taken=listing.taken,
+    )
+
+
+def _fault(listing: Listing, row: int) -> str | None:
+    """Why an image must not be decoded, if so."""
+    try:
+        if listing.shards:
+            shard, start, length = listing.spans[row].tolist()
+            path = listing.root / listing.shards[shard]
+        else:
+            path, start = listing.root / listing.paths[row], 0
+            entry = path.stat()
+            if stat.S_ISFIFO(entry.st_mode):
+                return "a named pipe"  # to open it could take for ever
+            length = entry.st_size
+        data = read_bytes(path, start, min(length, _HEAD))
+        if length > _HEAD:
+            tail = max(_HEAD, length - _TAIL)
+            data += read_bytes(path, start + tail, length - tail)
+        try:
+            inspect(data, length)
+        except BadImage:
+            inspect(read_bytes(path, start, length))  # a header beyond the first bytes, or much behind the image
+    except BadImage as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None

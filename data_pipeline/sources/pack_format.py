@@ -1,0 +1,179 @@
+"""The packed format, as PACK.md describes it: tar shards of images, an index of where each lies, a manifest."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.common.atomic_io import stays_below
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+
+FORMAT, VERSION = "sluice-pack", 1
+SPLITS = ("train", "val")
+MANIFEST, INDEX = "manifest.json", "index.npz"
+
+_COLUMNS = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "label": np.int64,
+    "height": np.int32,
+    "width": np.int32,
+}
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def key(row: int) -> str:
+    """Name of an image's members in its shard, without the suffix."""
+    return f"{row:08d}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the N images of a split lie, and what they are."""
+
+    shard: NDArray[np.int32]
+    """[N] number of the shard."""
+    offset: NDArray[np.int64]
+    """[N] first byte of the JPEG in its shard."""
+    length: NDArray[np.int64]
+    """[N] bytes of the JPEG."""
+    label: NDArray[np.int64]
+    """[N] row of the image's class in `classes`."""
+    height: NDArray[np.int32]
+    """[N] pixels, as stored."""
+    width: NDArray[np.int32]
+    """[N] pixels, as stored."""
+    paths: list[str]
+    """N paths that the images had in the dataset, relative to its split."""
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to_bytes(self) -> bytes:
+        """An .npz of plain arrays."""
+        arrays = {name: np.asarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        arrays["paths"], arrays["path_ends"] = joined(self.paths)
+        arrays["classes"], arrays["class_ends"] = joined(self.classes)
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **arrays)
+        return stream.getvalue()
+
+    @classmethod
+    def load(cls, file: Path) -> "Index":
+        """Raises OSError, or ValueError where the file is no index."""
+        with np.load(file) as arrays:
+            try:
+                return cls(
+                    **{name: arrays[name] for name in _COLUMNS},
+                    paths=parted(arrays["paths"], arrays["path_ends"]),
+                    classes=parted(arrays["classes"], arrays["class_ends"]),
+                )
+            except KeyError as error:
+                raise ValueError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed dataset, opened for reading."""
+
+    root: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, root: Path) -> "Pack":
+        """Raises `UserError` where `root` holds no pack that this version reads."""
+        try:
+            manifest = json.loads((root / MANIFEST).read_bytes())
+            if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+                raise ValueError
+            parts = manifest["splits"].values()
+            names = [entry["file"] for part in parts for entry in (part["index"], *part["shards"])]
+        except OSError as error:
+            raise UserError(
+                f"{root}: cannot read its {MANIFEST} ({error.strerror}); give the folder of a pack"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{root / MANIFEST}: not of a pack of version {VERSION}; make the pack anew") from None
+        outside = [name for name in names if not stays_below(name)]
+        require(
+            not outside, f"{root / MANIFEST}: it names a file outside of the pack, {outside[:1]}; make the pack anew"
+        )
+        return cls(root, manifest)
+
+    def index(self, split: str) -> Index:
+        """Raises `UserError` where it cannot be read."""
+        try:
+            return Index.load(self.root / split / INDEX)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise UserError(
+                f"{self.root / split / INDEX}: cannot be read ({error}); make the pack anew, or copy it again"
+            ) from None
+
+
+class ShardWriter:
+    """A shard being written: a POSIX tar (ustar) of KEY.jpg and KEY.cls members without dates or owners."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._stream = open(file, "wb")  # noqa: SIM115 - closed by `close`
+        self._tar = tarfile.open(fileobj=self._stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def size_with(self, length: int) -> int:
+        """Bytes of the finished shard at most, were a JPEG of `length` bytes to be added."""
+        blocks = -(-length // tarfile.BLOCKSIZE)
+        return self._tar.offset + (blocks + 3) * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+
+    def add(self, row: int, jpeg: bytes, label: int) -> int:
+        """Append an image and its label; where in the shard its first byte lies. Raises OSError."""
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._member(f"{key(row)}.jpg", jpeg)
+        self._member(f"{key(row)}.cls", str(label).encode())
+        return offset
+
+    def close(self) -> tuple[int, str]:
+        """End the shard and force it to disk; its bytes and their SHA-256. Raises OSError."""
+        self._tar.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self.file.stat().st_size, sha256(self.file)
+
+    def _member(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+
+def sha256(file: Path) -> str:
+    """Raises OSError."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_pack(root: Path) -> bool:
+    return (root / MANIFEST).is_file()
+
+
+def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    encoded = [text.encode(errors="surrogateescape") for text in texts]
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def parted(blob: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
+    data, starts = blob.tobytes(), [0, *ends.tolist()]
+    return [data[start:end].decode(errors="surrogateescape") for start, end in zip(starts, ends.tolist(), strict=False)]

@@ -1,0 +1,7 @@
+"""The command `python -m data_pipeline.verify`; see `cli`."""
+
+from data_pipeline.common.entry_point import run_command
+from data_pipeline.verify.cli import main
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,270 @@
+"""The team's W&B pages as code: python -m launch dashboard --entity TEAM --project PROJECT [--dry_run]
+
+A workspace (every metric by section, the runs filtered, grouped and ranked) and a report (the same questions, with words).
+Both are made once and then updated in place, so links to them stay good; what people save under other names is left alone.
+"""
+
+import json
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from trainer.tracking.tracker import TrackingConfig
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+TITLE = "Sluice"
+VIEW = "nw-sluiceoverview-v"
+"""Name of the workspace on the server, where the client would draw a random one: by it a later call finds its own."""
+
+
+class Panel(NamedTuple):
+    """One chart of a section."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    """As runs log them; `system/...` is what wandb itself measures. Those of a GPU are one pattern for all GPUs."""
+    over: str = "train/step"
+    """What lies on the x-axis; `world_size` makes it bars, one for each number of processes, of the medians of runs."""
+
+
+class Section(NamedTuple):
+    """Panels that answer one question."""
+
+    title: str
+    question: str
+    panels: tuple[Panel, ...]
+
+
+SECTIONS = (
+    Section(
+        "Quality",
+        "How good is the model, and is it still getting better?",
+        (
+            Panel("Validation top-1", "%", ("val/top1_pct",), "epoch"),
+            Panel("Best validation top-1", "%", ("val/best_top1_pct",), "epoch"),
+            Panel("Validation top-5", "%", ("val/top5_pct",), "epoch"),
+            Panel("Validation loss", "nats", ("val/loss",), "epoch"),
+            Panel("Training loss", "nats", ("train/loss",)),
+            Panel("Training accuracy", "%", ("train/top1_pct", "train/top5_pct")),
+        ),
+    ),
+    Section(
+        "Throughput",
+        "How fast is it, and what takes the time?",
+        (
+            Panel("Images per second", "images/s", ("perf/images_per_s",)),
+            Panel("Time of an update, median and 95th percentile", "ms", ("perf/step_ms_p50", "perf/step_ms_p95")),
+            Panel("Time of an epoch", "s", ("perf/epoch_s",), "epoch"),
+            Panel("Checkpoint: the wait for its copy, and its writing", "s", ("perf/ckpt_save_s", "perf/ckpt_write_s")),
+        ),
+    ),
+    Section(
+        "Data wait",
+        "Does the model wait for images, and can all of them be read?",
+        (
+            Panel("Waiting for data", "% of the training time", ("perf/data_wait_pct",)),
+            Panel("Images that cannot be read", "images", ("data/bad_images",)),
+        ),
+    ),
+    Section(
+        "Learning rate",
+        "Is the schedule as intended, and are the gradients sound?",
+        (
+            Panel("Learning rate", "per update", ("train/lr",)),
+            Panel("Norm of the gradient", "", ("train/grad_norm",)),
+        ),
+    ),
+    Section(
+        "System",
+        "Is the hardware busy?",
+        (
+            Panel("GPU utilisation", "%", (r"system/gpu\.\d+\.gpu$",), "RelativeTime(Wall)"),
+            Panel("GPU memory allocated", "%", (r"system/gpu\.\d+\.memoryAllocated$",), "RelativeTime(Wall)"),
+            Panel("CPU", "%", ("system/cpu",), "RelativeTime(Wall)"),
+            Panel("Memory", "%", ("system/memory_percent",), "RelativeTime(Wall)"),
+            Panel("Memory of the process", "MB", ("system/proc.memory.rssMB",), "RelativeTime(Wall)"),
+        ),
+    ),
+    Section(
+        "Scaling by world size",
+        "Do twice the processes train twice as fast?",
+        (
+            Panel("Images per second by number of processes", "images/s", ("perf/images_per_s",), "world_size"),
+            Panel("Data wait by number of processes", "%", ("perf/data_wait_pct",), "world_size"),
+            Panel("Best top-1 by number of processes", "%", ("val/best_top1_pct",), "world_size"),
+        ),
+    ),
+)
+RANKED_BY = "val/best_top1_pct"
+GROUPED_BY = "model.name"
+COLUMNS = (RANKED_BY, "perf/images_per_s", "perf/data_wait_pct", "epoch")
+"""Of the list of runs, beside the name."""
+SHOWN = "State != 'failed'"
+
+
+def workspace(entity: str, project: str) -> "ws.Workspace":
+    """The workspace, not yet saved. Needs no network."""
+    import wandb_workspaces.workspaces as ws
+
+    sections = [
+        ws.Section(name=section.title, panels=_charts(section), is_open=number < 3)
+        for number, section in enumerate(SECTIONS)
+    ]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=TITLE,
+        sections=[*sections, ws.Section(name="Runs compared", panels=[_comparer()])],
+        settings=ws.WorkspaceSettings(x_axis="train/step", max_runs=20),
+        runset_settings=ws.RunsetSettings(
+            filters=SHOWN,
+            groupby=[ws.Config(GROUPED_BY)],
+            order=[ws.Ordering(ws.Summary(RANKED_BY), ascending=False)],
+            pinned_columns=[f"summary:{name}" for name in COLUMNS],
+        ),
+    )
+
+
+def report(entity: str, project: str) -> "wr.Report":
+    """The report, not yet saved. Needs no network."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def grid(panels: list[Any]) -> "wr.PanelGrid":
+        runs = wr.Runset(  # of the report's own project: naming it would ask the server for its number
+            name="Runs", filters=SHOWN, order=[wr.OrderBy(wr.SummaryMetric(RANKED_BY), ascending=False)]
+        )
+        return wr.PanelGrid(runsets=[runs], panels=panels)
+
+    blocks: list[Any] = [wr.TableOfContents()]
+    for section in SECTIONS:
+        blocks += [wr.H2(section.title), wr.P(section.question), grid(_charts(section))]
+    blocks += [wr.H2("Runs compared"), wr.P("In which options do the runs differ?"), grid([_comparer()])]
+    return wr.Report(entity=entity, project=project, title=TITLE, blocks=blocks, width="fluid")
+
+
+def specification(entity: str, project: str) -> dict[str, Any]:
+    """What would be sent to W&B: the workspace and the report as JSON values, equal at every call."""
+    pages: dict[str, Any] = {"workspace": workspace(entity, project), "report": report(entity, project)}
+    return {
+        name: _named(json.loads(page._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+        for name, page in pages.items()
+    }
+
+
+def _named(value: Any) -> Any:
+    """The value without what the library draws at random: names of panels and sets of runs, times."""
+    if isinstance(value, list):
+        return [_named(entry) for entry in value]
+    if isinstance(value, dict):
+        drawn = ("__id__", "id", "createdAt", "updatedAt")
+        return {key: _named(entry) for key, entry in value.items() if key not in drawn}
+    return value
+
+
+def _charts(section: Section) -> list[Any]:
+    """The panels of a section in rows of three."""
+    import wandb_workspaces.reports.v2 as wr
+
+    charts: list[Any] = []
+    for number, panel in enumerate(section.panels):
+        place = wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+        if panel.over == "world_size":
+            charts.append(
+                wr.BarPlot(
+                    title=panel.title,
+                    title_x=panel.unit,
+                    metrics=[wr.SummaryMetric(name) for name in panel.metrics],
+                    groupby=wr.Config(panel.over),
+                    groupby_aggfunc="median",
+                    layout=place,
+                )
+            )
+        else:
+            pattern = panel.metrics[0] if "\\" in panel.metrics[0] else None
+            charts.append(
+                wr.LinePlot(
+                    title=panel.title,
+                    title_y=panel.unit or None,
+                    x=panel.over,
+                    y=[] if pattern else list(panel.metrics),
+                    metric_regex=pattern,
+                    layout=place,
+                )
+            )
+    return charts
+
+
+def _comparer() -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    return wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=12))
+
+
+def publish(entity: str, project: str) -> list[str]:
+    """Make the workspace and the report, or update those that an earlier call made. Returns their URLs.
+
+    Raises `UserError` where the server cannot be reached, or refuses the key, the team or the project.
+    """
+    import wandb
+    from wandb_workspaces.workspaces.internal import View
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        require(
+            any(found.name == project for found in wandb.Api().projects(entity)),
+            f"--project: {entity} has no project {project}; train a run with --tracking.project {project} first",
+        )
+        board = workspace(entity, project)
+        board._internal_name = VIEW
+        with suppress(ValueError):  # there is none yet
+            board._internal_id = View.from_name(entity, project, VIEW).id
+        board.save()
+
+        page = report(entity, project)
+        ours = [found.id for found in wandb.Api().reports(f"{entity}/{project}") if found.display_name == TITLE]
+        page.id = ours[0] if ours else ""
+        page.save()
+        return [board.url, page.url]
+    except UserError:
+        raise
+    except Exception as error:  # the client raises what its transport does
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"--entity: W&B does not take the pages of {entity}/{project} ({why}); see `wandb login`"
+        ) from None
+
+
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="python -m launch dashboard",
+        description="Make or update the team's W&B workspace and report.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--entity", required=True, help="W&B team or user that owns the project.")
+    parser.add_argument("--project", default=TrackingConfig().project, help="W&B project.")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the specification as JSON instead.")
+    args = parse_plain(parser, arguments)
+    require(
+        find_spec("wandb_workspaces") is not None,
+        "launch dashboard: wandb-workspaces is not installed; run pip install 'sluice[dashboards]'",
+    )
+    if args.dry_run:
+        print(json.dumps(specification(args.entity, args.project), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(publish(args.entity, args.project)))
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

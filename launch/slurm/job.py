@@ -1,0 +1,93 @@
+"""What runs in a job: each process joins the others and trains, and rank 0 says how it ended."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.errors import UserError
+from launch.slurm.commands import first_host
+from launch.slurm.submission import Submission, restart_count
+from trainer.resilience.signals import StopFlag
+
+
+def train(folder: str) -> None:
+    """One rank of a job that has a task for each: what submitit runs in every task of the submission `folder`."""
+    submission = Submission(Path(folder))
+    enter(submission, submission.rank_log(int(os.environ["SLURM_PROCID"])))
+    os.environ.update(rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"])))
+    run_command(lambda: train_rank(submission))
+
+
+def train_node(folder: str) -> None:
+    """One node of a job in which torchrun starts the ranks: what submitit runs in every task of the submission `folder`."""
+    from launch.local import join_nodes, run_workers
+
+    submission = Submission(Path(folder))
+    variables = rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"]))
+    enter(submission, submission.node_log(int(variables["RANK"])))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # torchrun would die of it, and leave its workers behind
+    nodes = join_nodes(variables, submission.job.ranks_per_node)
+    run_command(lambda: sys.exit(run_workers(nodes, "launch.slurm.job", [folder])))
+
+
+def enter(submission: Submission, log: Path) -> None:
+    """Print into a file of one's own, work where the job was submitted, and leave signals to `StopFlag`.
+
+    The file is opened here, for SLURM would replace % and \\ in its name; submitit's handlers act on rank 0 alone, and in
+    the middle of a step.
+    """
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
+    os.chdir(submission.job.cwd)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
+    """The variables that torchrun would set, from those of a step whose tasks are spread evenly over its nodes."""
+    tasks, nodes, job = (int(slurm[name]) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(20000 + job % 10000),  # below the ports that systems give away; jobs may share a node
+    }
+
+
+def train_rank(submission: Submission) -> None:
+    """Train as the run folder says, until the end or a signal; rank 0 then writes which. Collective. Raises `UserError`."""
+    with StopFlag() as stop:
+        import torch  # here, for it takes seconds, in which a signal may come
+
+        from trainer.config import load_run
+        from trainer.distributed import open_machine
+        from trainer.loop import fit
+
+        try:
+            with open_machine() as machine:
+                progress = fit(load_run(Path(submission.job.run), []), machine, stop)
+                signalled = machine.sum(torch.tensor(float(stop.raised), device=machine.device)).item() > 0
+        except UserError as error:
+            _tell(submission, f"error: {error}")
+            raise
+        _tell(submission, "finished" if progress.finished else "handed over" if signalled else "stopped")
+        sys.exit(0)  # and not by the signal: srun would end the other ranks
+
+
+def _tell(submission: Submission, outcome: str) -> None:
+    if os.environ["RANK"] == "0":
+        submission.write_outcome(restart_count(), outcome)
+
+
+if __name__ == "__main__":
+    here = Submission(Path(sys.argv[1]))
+    enter(here, here.rank_log(int(os.environ["RANK"])))
+    run_command(lambda: train_rank(here))

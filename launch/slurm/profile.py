@@ -1,0 +1,202 @@
+"""What a job asks of a SLURM cluster: one YAML file a cluster, every field of which is also an option."""
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+
+PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a job asks of the cluster. A field that is null is left to the cluster's own default."""
+
+    partition: str | None = None
+    """Partition, or several with commas between."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: int = 1
+    """Nodes."""
+    gpus_per_node: int = 0
+    """GPUs of each node; one process is started for each."""
+    tasks_per_node: int | None = None
+    """Processes on each node where there are no GPUs; null means one."""
+    cpus_per_task: int | None = None
+    """Processor cores of each process."""
+    mem: str | None = None
+    """Memory of each node, such as 64G."""
+    time: str = "24:00:00"
+    """Time limit, [DAYS-]HOURS:MINUTES[:SECONDS], in quotes. A run that needs longer saves before it and is queued again."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    exclude: str | None = None
+    """Nodes to leave out."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    comment: str | None = None
+    """Free text for whoever looks at the queue."""
+    dependency: str | None = None
+    """What must have happened first, such as afterok:1234."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell to run on the first node before the training, such as `module load cuda`."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables to set. They stand in the job's script, so none may be a secret."""
+    export: list[str] = field(default_factory=list)
+    """Further variables that the job gets from the environment of whoever submits it; their values are written nowhere."""
+    container: str | None = None
+    """Image that the processes run in, where the cluster has pyxis (`srun --container-image`)."""
+    python: str | None = None
+    """Interpreter of the processes; null means the one that submits. In a container, the container's."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun."""
+    warn_s: int = 120
+    """Seconds before the time limit at which the run is told to save and to queue again."""
+    max_crashes: int = 3
+    """Crashes after which a run is queued again. Preemptions, time limits and lost nodes do not count."""
+
+    def __post_init__(self) -> None:
+        require(self.nodes > 0, f"nodes: {self.nodes} is not positive; give the number of nodes")
+        require(
+            self.gpus_per_node >= 0, f"gpus_per_node: {self.gpus_per_node} is negative; give 0 where there are none"
+        )
+        require(
+            self.tasks_per_node is None or self.tasks_per_node > 0,
+            f"tasks_per_node: {self.tasks_per_node} is not positive; give the number of processes on a node",
+        )
+        require(
+            not self.gpus_per_node or self.tasks_per_node in (None, self.gpus_per_node),
+            f"tasks_per_node: {self.tasks_per_node} beside gpus_per_node {self.gpus_per_node}; leave it out, "
+            "as each GPU has one process",
+        )
+        require(
+            self.cpus_per_task is None or self.cpus_per_task > 0,
+            f"cpus_per_task: {self.cpus_per_task} is not positive; give a number of cores",
+        )
+        require(
+            TIME.fullmatch(self.time) is not None,
+            f'time: {self.time!r} is no time; give one such as "24:00:00", in quotes',
+        )
+        require(self.warn_s > 0, f"warn_s: {self.warn_s} is not positive; give the seconds that a checkpoint may take")
+        require(self.max_crashes >= 0, f"max_crashes: {self.max_crashes} is negative; give 0 to end at the first crash")
+        for name in self.env:
+            require(
+                re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,
+                f"env: {name!r} is no name of a variable; give letters, digits and underscores",
+            )
+            require(
+                not re.search(r"KEY|TOKEN|SECRET|PASSW", name.upper()),
+                f"env: {name} would be written into the job's script; set it in your shell, and name it in export",
+            )
+        for name in self.export:
+            require(
+                re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,
+                f"export: {name!r} is no name of a variable; its value comes from your shell",
+            )
+        for key, value in self.options().items():
+            require(
+                str(value).isprintable(), f"{key}: {value!r} has a line break or control character; write it without"
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def minutes(self) -> int:
+        """The time limit, rounded up."""
+        parts = TIME.fullmatch(self.time)
+        assert parts
+        days, hours, minutes, seconds = (int(parts[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
+        return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+
+    def options(self) -> dict[str, str]:
+        """The fields that sbatch takes as they are and that are given."""
+        names = ("partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "comment", "dependency")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line wants submitted, and how."""
+
+    profile: Profile
+    launcher: str
+    dry_run: bool
+
+
+def parse_request(prog: str, arguments: list[str], earlier: dict[str, Any] | None = None) -> Request:
+    """What options ask for: the values of an `earlier` job, a profile's file over them, single options over that.
+
+    Raises `UserError`.
+    """
+    parser = request_parser(prog)
+    parser.set_defaults(earlier or {})
+    return request_of(parse(parser, arguments))
+
+
+def request_parser(prog: str) -> ArgumentParser:
+    """A parser that knows the options of a request."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument(
+        "--profile", action=ActionConfigFile, help="A YAML file, or a name in slurm/profiles; comes first."
+    )
+    parser.add_class_arguments(Profile)
+    parser.add_argument(
+        "--launcher", type=Literal["srun", "torchrun"], default="srun", help="What starts the processes of a node."
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Print the job's script; submit and write nothing."
+    )
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """The values of all options of a request parser. Raises `UserError`."""
+    try:
+        return vars(parser.parse_args(_with_file(arguments)))
+    except ArgumentError as error:
+        raise UserError(_remedy(" ".join(str(error).split()), str(parser.prog))) from None
+
+
+def request_of(values: dict[str, Any]) -> Request:
+    """The request among the values of a parser's options. Raises `UserError`."""
+    profile = Profile(**{part.name: values[part.name] for part in fields(Profile)})
+    return Request(profile, values["launcher"], values["dry_run"])
+
+
+def _with_file(arguments: list[str]) -> list[str]:
+    """Spell out the file of `--profile NAME`, which must come first, as it sets every field that it names."""
+    arguments = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--profile=") else [one])]
+    if "--profile" in arguments[1:]:
+        raise UserError("--profile: it comes after other options and would undo them; put it first")
+    if arguments[:1] != ["--profile"]:
+        return arguments
+    name = "".join(arguments[1:2])
+    path = Path(name) if Path(name).is_file() else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        raise UserError(f"--profile: {name!r} is neither a file nor a profile; the profiles are {there}")
+    return ["--profile", str(path), *arguments[2:]]
+
+
+def _remedy(message: str, prog: str) -> str:
+    """The parser's message in our words."""
+    wrong = re.match(r'Parser key "(\w+)":.*[Vv]alue: (.*)', message)
+    if wrong:
+        kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))
+        words = {"str": "text, in quotes", "int": "a whole number", "list": "a list"}
+        wanted = " or ".join(words.get(kind, kind) for kind in kinds if kind != "NoneType") or "another value"
+        return f"{wrong[1]}: {wrong[2]} does not fit; give {wanted}"
+    return f"{message}; see {prog} --help, and put the trainer's options after --"

@@ -1,0 +1,140 @@
+"""A run that was handed to SLURM, as its folder tells it.
+
+RUN/config.yaml                   the training, resolved; all that a job needs is read from here
+RUN/slurm/20260131-120000-1f2e/   one folder for each submission, never used again
+    job.json                      what was asked for, from where, of which version of the code; the job's number
+    outcome.json                  how the last start of the job ended, as rank 0 says
+    restarts.json                 crashes so far, and how the job ended, as its script says
+    batch.log, rank-0.log, ...    what the script and each process print; a restarted job goes on in them
+    JOB_submission.sh, JOB_submitted.pkl    submitit's; those of a sweep lie in SWEEP/slurm/, under the same name
+"""
+
+import json
+import os
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.errors import UserError
+from launch.slurm.profile import Profile
+
+SCRIPT_LOG = "batch.log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was submitted."""
+
+    run: str
+    """The run folder, absolute."""
+    cwd: str
+    """Where the submitting command ran: relative paths among the options start there."""
+    launcher: str
+    profile: dict[str, Any]
+    version: str
+    """Commit of the code, or the version of the installed package."""
+    submitted: str
+    """Local date and time."""
+    id: str | None = None
+    """SLURM's number, 123_4 in an array; null while it is being submitted."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return Profile(**self.profile).ranks_per_node
+
+
+class Submission:
+    """One submission's folder and its small files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def job(self) -> Job:
+        return Job(**self._read("job.json"))
+
+    def write_job(self, job: Job) -> None:
+        self._write("job.json", asdict(job))
+
+    def rank_log(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.log"
+
+    def node_log(self, node: int) -> Path:
+        """What torchrun itself says on one node."""
+        return self.folder / f"node-{node}.log"
+
+    @property
+    def script_log(self) -> Path:
+        return self.folder / SCRIPT_LOG
+
+    def outcome(self, restart: int) -> str | None:
+        """How the start number `restart` of the job ended: `finished`, `stopped`, `handed over` or a mistake in words.
+
+        None if it did not say, and so crashed.
+        """
+        told = self._read("outcome.json")
+        return str(told["outcome"]) if told.get("restart") == restart else None
+
+    def write_outcome(self, restart: int, outcome: str) -> None:
+        self._write("outcome.json", {"restart": restart, "outcome": outcome})
+
+    @property
+    def crashes(self) -> int:
+        return int(self._read("restarts.json").get("crashes", 0))
+
+    @property
+    def restarts(self) -> int:
+        """How often SLURM has started the job anew, for whatever reason, as far as its script has seen."""
+        return int(self._read("restarts.json").get("restarts", 0))
+
+    @property
+    def end(self) -> str | None:
+        """How the job ended; None while it goes on."""
+        return self._read("restarts.json").get("end")
+
+    def write_restarts(self, *, crashes: int, restarts: int, end: str | None) -> None:
+        self._write("restarts.json", {"crashes": crashes, "restarts": restarts, "end": end})
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            return {}
+        return content
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        replace_file(self.folder / name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def restart_count() -> int:
+    """How often SLURM has started the job anew that this process is part of."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def fresh_folder(run: Path) -> Path:
+    """A name for the folder of a new submission of `run`; nothing is made."""
+    return run / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def newest(run: Path) -> Submission | None:
+    """The last submission of a run."""
+    folders = sorted(file.parent for file in (run / "slurm").glob("*/job.json"))
+    return Submission(folders[-1]) if folders else None
+
+
+def find(name: str) -> tuple[Path, Submission]:
+    """The run called `name`, a folder below runs/ or a path, and its last submission. Raises `UserError`."""
+    run = next((path for path in (Path("runs") / name, Path(name)) if (path / "config.yaml").is_file()), Path(name))
+    submission = newest(run)
+    if submission is None:
+        raise UserError(f"{name}: no run of that name was submitted from here; `python -m launch status` lists them")
+    return run, submission
+
+
+def short_name(run: Path) -> str:
+    """What `find` knows a run by, from where it is submitted."""
+    runs = Path.cwd() / "runs"
+    return str(run.relative_to(runs) if run.is_relative_to(runs) else run)

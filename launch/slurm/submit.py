@@ -1,0 +1,231 @@
+"""python -m launch submit [--profile NAME|FILE] [--nodes N ...] -- [trainer options]: hand a run to SLURM.
+python -m launch resubmit NAME [--nodes N ...]: the same run once more, from where it was saved last.
+
+The trainer's options are read once, here; the job reads the run folder. Nothing that comes from a name or a path reaches
+the job's script unquoted, and no variable's value is written into it but those of the profile's `env`.
+"""
+
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError
+
+from data_pipeline.common.errors import UserError
+from launch.slurm.commands import Queued, queue, run_slurm
+from launch.slurm.job import train, train_node
+from launch.slurm.profile import Profile, Request, parse_request
+from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
+from trainer.checkpoint.store import Store, check_run, record_run
+from trainer.config import Config, first_difference, load, load_run, to_yaml
+
+ROOT = Path(__file__).parents[2]
+
+HANDED_ON = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "VIRTUAL_ENV",
+    "NETRC",
+    "HTTPS_PROXY",
+    "https_proxy",
+)
+PREFIXES_HANDED_ON = ("SLUICE_", "WANDB_", "NCCL_", "TORCH_", "GLOO_", "OMP_", "DS_")
+"""Variables that a job gets from whoever submits it, beside SLURM's own and the profile's `export`."""
+
+
+def main(arguments: list[str]) -> None:
+    """Submit, and say under which number. Raises `UserError`."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    request = parse_request("python -m launch submit", arguments[:split])
+    cfg = load(arguments[split + 1 :])
+    submit(replace(cfg, run=replace(cfg.run, dir=str(cfg.folder.absolute()))), request, os.getcwd())
+
+
+def resubmit(arguments: list[str]) -> None:
+    """Submit a run as it was submitted last, but for the options given. Raises `UserError`."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("NAME: no run given; call python -m launch resubmit NAME [--nodes N ...]")
+    run, last = find(arguments[0])
+    job = last.job
+    earlier = {**job.profile, "launcher": job.launcher}
+    cfg = load_run(run, [])
+    cfg = replace(cfg, run=replace(cfg.run, dir=str(run.absolute())))
+    submit(cfg, parse_request("python -m launch resubmit", arguments[1:], earlier), job.cwd)
+
+
+def submit(cfg: Config, request: Request, cwd: str) -> None:
+    """Hand the run, whose folder is absolute, to SLURM, or print the script. Raises `UserError`; no job was submitted then."""
+    run_slurm("sbatch", "--version")
+    check_free(cfg, queue())
+    for job in submit_runs([cfg], request, cwd, cfg.folder):
+        name = shlex.quote(short_name(cfg.folder))
+        print(f"job {job} trains {cfg.folder}; to watch it: python -m launch logs -f {name}")
+
+
+def submit_runs(
+    runs: list[Config], request: Request, cwd: str, place: Path, parallel: int | None = None
+) -> Iterator[str]:
+    """Hand free runs, whose folders are absolute, to SLURM: several as one array, of which `parallel` run at once.
+
+    What belongs to all of them is kept in the folder `place`. Returns SLURM's numbers, or prints the script and returns
+    none. Raises `UserError`; no job was submitted then.
+    """
+    home = fresh_folder(place)
+    submissions = [Submission(cfg.folder / "slurm" / home.name) for cfg in runs]
+    executor = executor_for(home, submissions, request, place.name, parallel)
+    script = script_of(executor)
+    if request.dry_run:
+        print(script)
+        return iter(())
+    run_slurm("sbatch", "--test-only", stdin=script)
+    home.mkdir(parents=True)
+    jobs = [new_job(cfg, request, cwd) for cfg in runs]
+    for cfg, submission, job in zip(runs, submissions, jobs, strict=True):
+        record_run(cfg.folder, to_yaml(cfg))
+        submission.folder.mkdir(parents=True, exist_ok=True)
+        submission.write_job(job)
+    task = train_node if request.launcher == "torchrun" else train
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+            handles = executor.map_array(task, [str(submission.folder) for submission in submissions])
+    except FailedJobError as refused:  # limits on how many jobs one may submit are looked at only now
+        for folder in {home, *(submission.folder for submission in submissions)}:
+            shutil.rmtree(folder)
+        raise UserError(str(refused)) from None
+    for submission, job, handle in zip(submissions, jobs, handles, strict=True):
+        submission.write_job(replace(job, id=handle.job_id))
+    return (handle.job_id for handle in handles)
+
+
+def new_job(cfg: Config, request: Request, cwd: str) -> Job:
+    """What is known of a job before SLURM has it."""
+    return Job(
+        run=str(cfg.folder),
+        cwd=cwd,
+        launcher=request.launcher,
+        profile=asdict(request.profile),
+        version=code_version(),
+        submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
+    """Make sure that the run may begin or go on, and that none of the queued `jobs` is its own. Raises `UserError`."""
+    run = cfg.folder
+    for tag in ("%j", "%t", "%a", "%A"):
+        if tag in str(run):
+            raise UserError(f"run.dir: {run} has {tag} in it, which submitit would replace; give another --run.dir")
+    check_run(run, lambda saved: first_difference(saved, cfg))
+    if Store(run).progress().finished:
+        raise UserError(f"run.dir: {run} is finished; to train anew give another --run.name")
+    before = active_job(run, jobs)
+    if before:
+        raise UserError(f"run.dir: job {before} of {run} is {jobs[before].state}; cancel it first")
+
+
+def active_job(run: Path, jobs: Mapping[str, Queued]) -> str | None:
+    """Number of the job among `jobs` that trains the run, or waits to."""
+    before = newest(run)
+    number = (before and before.job.id) or ""
+    return number if number in jobs and jobs[number].active else None
+
+
+def executor_for(
+    home: Path, submissions: list[Submission], request: Request, name: str, parallel: int | None = None
+) -> SlurmExecutor:
+    """submitit's executor, told what the profile asks for; its own files are in `home`."""
+    profile = request.profile
+    by_torchrun = request.launcher == "torchrun"
+    cpus = profile.cpus_per_task and profile.cpus_per_task * (profile.ranks_per_node if by_torchrun else 1)
+    executor = SlurmExecutor(home, python=shlex.quote(profile.python or sys.executable))
+    executor.update_parameters(
+        job_name=_for_sbatch(name if name.isprintable() else ascii(name)),
+        time=profile.minutes,
+        nodes=profile.nodes,
+        ntasks_per_node=1 if by_torchrun else profile.ranks_per_node,
+        gpus_per_node=profile.gpus_per_node or None,
+        cpus_per_task=cpus,
+        signal_delay_s=profile.warn_s,
+        stderr_to_stdout=True,
+        setup=_before(submissions, profile),
+        teardown=[f'{shlex.quote(sys.executable)} -m launch.slurm.after "$SLUICE_SUBMISSION" $?'],
+        srun_args=_srun_arguments(profile, cpus),
+        additional_parameters={
+            **{key: _for_sbatch(value) for key, value in profile.options().items()},
+            **_array(len(submissions), parallel),
+            "chdir": "/",  # jobs change to a folder themselves: SLURM would take % and \ in its name for its own
+            "output": "/dev/null",
+            "requeue": True,
+            "export": ",".join(_handed_on(profile)),
+        },
+    )
+    return executor
+
+
+def _array(runs: int, parallel: int | None) -> dict[str, str]:
+    """A range of tasks, for submitit has a cap of its own."""
+    return {"array": f"0-{runs - 1}" + (f"%{parallel}" if parallel else "")} if runs > 1 else {}
+
+
+def script_of(executor: SlurmExecutor) -> str:
+    """What submitit will give to sbatch; it has no public name for it."""
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _before(submissions: list[Submission], profile: Profile) -> list[str]:
+    """The script's lines before srun."""
+    paths = [str(ROOT), *(str(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(":") if part)]
+    variables = {"PYTHONPATH": ":".join(dict.fromkeys(paths)), **profile.env}
+    return [
+        "submissions=(",
+        *(f"  {shlex.quote(str(submission.folder))}" for submission in submissions),
+        ")",
+        "SLUICE_SUBMISSION=${submissions[${SLURM_ARRAY_TASK_ID:-0}]}",
+        f'exec >>"$SLUICE_SUBMISSION"/{SCRIPT_LOG} 2>&1',
+        *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
+        *profile.setup,
+    ]
+
+
+def _srun_arguments(profile: Profile, cpus: int | None) -> list[str]:
+    """Each task sees the cores and variables of the whole node; all end when one has failed."""
+    arguments = ["--output=all", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1"]
+    if cpus:
+        arguments.append(f"--cpus-per-task={cpus}")  # which srun does not take over from sbatch since 22.05
+    if profile.container:
+        arguments.append(f"--container-image={profile.container}")
+    return [*arguments, *profile.srun_args]
+
+
+def _handed_on(profile: Profile) -> list[str]:
+    """Names of the variables that the job is given."""
+    names = [name for name in os.environ if name in HANDED_ON or name.startswith(PREFIXES_HANDED_ON)]
+    return sorted({*names, *profile.export})
+
+
+def _for_sbatch(value: str) -> str:
+    """Text as sbatch must find it in a quoted #SBATCH line, to read it as it is."""
+    return value.replace("\\", "\\\\")
+
+
+def code_version() -> str:
+    """Commit of the source tree, with what is changed in it; else the version that is installed."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version("sluice")

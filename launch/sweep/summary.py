@@ -1,0 +1,192 @@
+"""What a sweep has found: python -m launch summary SWEEP [--out FOLDER] [--force]
+
+SWEEP is a folder in runs/, or a path. Printed, and written to the sweep's folder or to FOLDER:
+
+summary.csv           a run a row: its own options, state, epochs, best top-1 %, minutes, images/s
+summary-seeds.csv     a setting a row, where runs differ in their seed alone: mean and spread of those that are done
+summary.png           best top-1 of each run, a line a setting
+"""
+
+import io
+import math
+import time
+from pathlib import Path
+
+import pandas as pd
+from jsonargparse import ArgumentParser
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from data_pipeline.sources.quarantine import printable
+from launch.runs import state_of
+from launch.slurm.commands import Queued, queue
+from launch.slurm.submission import newest
+from launch.sweep.cli import Record, read_record
+from launch.sweep.settings import label, shown
+from trainer.report.run_reader import Run, read_run
+
+TOP1, MINUTES, SPEED = "best_top1_pct", "minutes", "images_per_s"
+SEED = "run.seed"
+
+
+def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: float) -> pd.DataFrame:
+    """A row for each run of the sweep in `folder`, in the order in which they were asked for.
+
+    Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (whether
+    it was trained as far as was asked for), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows of
+    metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions.
+    """
+    options = dict.fromkeys(key for setting in record.settings.values() for key in setting)
+    rows = []
+    for name, setting in record.settings.items():
+        own = {key: shown(setting[key]) if key in setting else "" for key in options}
+        rows.append({"run": name, **own, **_figures(folder / name, record.failed.get(name), jobs, now_s)})
+    return pd.DataFrame(rows)
+
+
+def _figures(folder: Path, exit_code: int | None, jobs: dict[str, Queued], now_s: float) -> dict[str, object]:
+    run = read_run(folder) if (folder / "config.yaml").is_file() else Run(folder, {}, [], 0, False)
+    speeds = [value for _, value in run.curve("perf/images_per_s") if math.isfinite(value)]
+    return {
+        "state": _state(run, exit_code, jobs, now_s),
+        "done": run.finished or 0 < run.saved_step == run.options.get("run.max_steps"),
+        "epochs": run.epochs,
+        TOP1: run.best_top1_pct,
+        MINUTES: run.minutes[-1] if run.rows else math.nan,
+        SPEED: pd.Series(speeds, dtype=float).median(),
+    }
+
+
+def _state(run: Run, exit_code: int | None, jobs: dict[str, Queued], now_s: float) -> str:
+    """In words: what was saved last has the first say, then SLURM, then the metrics."""
+    submission = newest(run.folder)
+    known = jobs.get(submission.job.id or "") if submission else None
+    if run.finished:
+        return "finished"
+    if exit_code:
+        return f"failed with exit code {exit_code}"
+    if submission and (known or submission.end):
+        return state_of(submission, known)
+    return run.state(now_s) if run.options else "not begun"
+
+
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame | None:
+    """A row for each setting but for its seed, over the runs that are done; None where no setting has several.
+
+    Columns: the options, `runs`, and of best top-1 `mean`, `std` (of a sample; NaN for one run), `min`, `max`, all in %; mean
+    `minutes` and `images_per_s`.
+    """
+    keys = _options(runs)
+    if not keys:
+        runs, keys = runs.assign(setting="all"), ["setting"]
+    if SEED not in runs or not runs.duplicated(keys).any():
+        return None
+    done = runs.assign(**{column: runs[column].where(runs.done) for column in (TOP1, MINUTES, SPEED)})
+    grouped = done.groupby(keys, sort=False)
+    return grouped.agg(
+        runs=(TOP1, "count"),
+        mean_top1_pct=(TOP1, "mean"),
+        std_top1_pct=(TOP1, "std"),
+        min_top1_pct=(TOP1, "min"),
+        max_top1_pct=(TOP1, "max"),
+        minutes=(MINUTES, "mean"),
+        images_per_s=(SPEED, "mean"),
+    ).reset_index()
+
+
+def _options(runs: pd.DataFrame) -> list[str]:
+    """The options among the columns, but for the seed."""
+    return [column for column in runs.columns if "." in column and column != SEED]
+
+
+def plot(runs: pd.DataFrame, title: str) -> bytes:
+    """Best top-1 of each run as a PNG: a line for each setting but for its seed, the best on top; needs a figure to show."""
+    from matplotlib.figure import Figure
+
+    options = _options(runs)
+    labels = [label({key.rpartition(".")[2]: row[key] for key in options if row[key]}) for _, row in runs.iterrows()]
+    labelled = runs.assign(label=labels).dropna(subset=[TOP1])
+    groups = {str(name): group for name, group in labelled.groupby("label", sort=False)}
+    ranked = sorted(groups, key=lambda name: groups[name][TOP1].mean())
+    figure = Figure(figsize=(7.5, 1.6 + 0.32 * len(ranked)), layout="constrained")
+    axes = figure.subplots()
+    for line, name in enumerate(ranked):
+        group = groups[name]
+        for done, face in ((True, "#0b6e99"), (False, "white")):
+            values = group[group.done == done][TOP1]
+            axes.scatter(values, [line] * len(values), 42, facecolor=face, edgecolor="#0b6e99", zorder=3)
+        axes.plot(
+            [group[group.done][TOP1].mean()] * 2, [line - 0.33, line + 0.33], color="black", linewidth=1.8, zorder=2
+        )
+    axes.scatter([], [], 42, color="#0b6e99", label="a run")
+    if not runs.dropna(subset=[TOP1]).done.all():
+        axes.scatter([], [], 42, facecolor="white", edgecolor="#0b6e99", label="a run that is not done")
+    axes.plot([], [], color="black", linewidth=1.8, label="mean of those done")
+    axes.set_yticks(range(len(ranked)), ranked, parse_math=False)
+    axes.set(xlabel="best validation top-1, %", ylim=(-0.7, len(ranked) - 0.3))
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.set_title(title, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    return stream.getvalue()
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """A table for people: figures rounded, and nothing where there is none."""
+    rounded = table.drop(columns="done", errors="ignore").copy()
+    for column in rounded.select_dtypes("number"):
+        digits = 0 if column in (SPEED, "runs") else 2
+        rounded[column] = [f"{value:.{digits}f}" if math.isfinite(value) else "" for value in rounded[column]]
+    return printable(rounded.to_string(index=False))
+
+
+def jobs_if_any() -> dict[str, Queued]:
+    """What SLURM knows; nothing where there is none, for the folders tell the rest."""
+    try:
+        return queue()
+    except UserError:
+        return {}
+
+
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="python -m launch summary",
+        description="Print and write what a sweep has found.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", metavar="SWEEP", help="The sweep's folder, or its name in runs/.")
+    parser.add_argument("--out", help="The folder to write to; the sweep's own if not given.")
+    parser.add_argument("--force", action="store_true", help="Replace the files if they exist.")
+    args = parse_plain(parser, arguments)
+    folder = next(
+        (path for path in (Path("runs") / args.sweep, Path(args.sweep)) if read_record(path)), Path(args.sweep)
+    )
+    record = read_record(folder)
+    if record is None:
+        raise UserError(f"SWEEP: {folder} holds no sweep; python -m launch sweep makes one in runs/")
+    out = Path(args.out) if args.out else folder
+    require(out.is_dir(), f"--out: {out} is not a folder; make it, or give another")
+    for name in ("summary.csv", "summary-seeds.csv", "summary.png"):
+        require(args.force or not (out / name).exists(), f"--out: {out / name} exists; give --force to replace it")
+
+    runs = summarise(folder, record, jobs_if_any(), time.time())
+    seeds = over_seeds(runs)
+    for table in (runs, seeds):
+        if table is not None:
+            print(text_of(table), end="\n\n")
+    files = {"summary.csv": runs.drop(columns="done").to_csv(index=False).encode()}
+    if seeds is not None:
+        files["summary-seeds.csv"] = seeds.to_csv(index=False).encode()
+    if runs[TOP1].notna().any():
+        files["summary.png"] = plot(runs, f"{folder.resolve().name}: best top-1 of each setting")
+    for name, content in files.items():
+        try:
+            replace_file(out / name, content)
+        except OSError as error:
+            raise UserError(f"--out: cannot write {out / name} ({error.strerror}); give another folder") from None
+    print(f"written to {out}: {', '.join(files)}")

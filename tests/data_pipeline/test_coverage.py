@@ -1,0 +1,66 @@
+"""That the ranks together read an epoch exactly once is noticed to be so, and noticed not to be so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import AugmentConfig
+from data_pipeline.coverage import first_fault
+from data_pipeline.loader import Cursor, Loader
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from tests.conftest import RankInfo, config, take
+
+START = Cursor()
+
+
+def coverage_of(
+    catalogs: list[Catalog],
+    ranks: list[int],
+    folder: Path,
+    start: Cursor = START,
+    augment: AugmentConfig | None = None,
+) -> np.ndarray:
+    """What each process counts that reads the rest of an epoch as rank `ranks[i]` of so many."""
+    rows = []
+    for catalog, rank in zip(catalogs, ranks, strict=True):
+        cfg = config(folder, batch=12, augment=augment)
+        loader = Loader(catalog, cfg, RankInfo(rank, len(ranks)), training=True, epochs=3)
+        loader.seek(start)
+        take(loader)
+        rows.append(loader.coverage_sums())
+    return np.stack(rows)
+
+
+@pytest.fixture
+def catalog(folder: Path) -> Catalog:
+    return open_catalog(config(folder, batch=12), "train")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [Cursor(), Cursor(2, 24)])
+def test_every_image_once_is_proven(catalog: Catalog, folder: Path, world: int, start: Cursor) -> None:
+    found = coverage_of([catalog] * world, list(range(world)), folder, start)
+    assert found[:, 0].sum() == len(catalog) - start.seen
+    assert first_fault(found) is None
+
+
+def test_repeated_augmentation_is_proven(catalog: Catalog, folder: Path) -> None:
+    found = coverage_of([catalog] * 2, [0, 1], folder, Cursor(1), AugmentConfig(repeats=3, mixup=0.2))
+    assert first_fault(found) is None
+
+
+def test_a_rank_started_twice(catalog: Catalog, folder: Path) -> None:
+    assert "their shares overlap" in (first_fault(coverage_of([catalog] * 3, [0, 1, 1], folder)) or "")
+
+
+def test_a_node_with_other_images(catalog: Catalog, folder: Path) -> None:
+    other = replace(catalog, paths=[*catalog.paths[:-1], "another.jpg"])
+    assert "rank 1 finds other images" in (first_fault(coverage_of([catalog, other], [0, 1], folder)) or "")
+
+
+def test_a_rank_that_stops_early(catalog: Catalog, folder: Path) -> None:
+    loader = Loader(catalog, config(folder, batch=12), RankInfo(), training=True)
+    take(loader, 2)
+    assert "rank 0 read 24 images" in (first_fault(loader.coverage_sums()[None]) or "")

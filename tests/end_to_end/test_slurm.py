@@ -1,0 +1,385 @@
+"""Training on a real SLURM: to the end, and through all that a cluster does to a job on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.slurm.commands import run_slurm
+from launch.slurm.profile import Profile, Request
+from launch.slurm.submission import Submission
+from launch.slurm.submit import executor_for, script_of
+from tests.conftest import HOSTILE_NAMES
+from tests.support.cluster import Cluster, running_cluster
+from tests.support.runs import ROOT, checkpoint, dotted, render_images, rows, settings_of
+from trainer.checkpoint.store import Store
+
+EPOCHS, STEPS = 2, 10
+TWO_BY_TWO = ["--nodes", "2", "--tasks_per_node", "2"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session")
+def cluster(base: Path) -> Iterator[Cluster]:
+    cwd = base / "submitted from here"
+    cwd.mkdir()
+    with running_cluster(cwd) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, base: Path) -> Path:
+    """Folder of a run of two nodes with two ranks each, with a name to trip over."""
+    run = base / "it's 100% \"un\\disturbed\"\t; $HOME [ü] 'x"
+    cluster.submit(run, TWO_BY_TWO, settings(base, run))
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert Store(run).progress().finished, cluster.said(run)
+    return run
+
+
+def settings(base: Path, run: Path) -> list[str]:
+    """Bits are compared, so the precision must not be chosen by how fast the machine happens to be."""
+    return dotted({**settings_of(base, run, EPOCHS), "engine.precision": "fp32"})
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """The same bytes, and each step's row once."""
+    ours, theirs = checkpoint(run), checkpoint(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name] == theirs[name], f"{name} differs"
+    losses = {row["step"]: row["train/loss"] for row in rows(run) if "train/loss" in row and "val/loss" not in row}
+    assert len(losses) == sum("train/loss" in row and "val/loss" not in row for row in rows(run))
+    wanted = {row["step"]: row["train/loss"] for row in rows(whole) if "train/loss" in row and "val/loss" not in row}
+    assert losses == pytest.approx(wanted, rel=1e-9)
+
+
+def assert_events_once(run: Path) -> None:
+    """TensorBoard shows the steps that metrics.jsonl has, none of them twice."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    wanted = [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
+    assert [step for step, _ in shown] == [step for step, _ in wanted] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in wanted], rel=1e-6)
+
+
+def test_two_nodes_to_the_end(cluster: Cluster, undisturbed: Path) -> None:
+    submission = cluster.submission(undisturbed)
+    assert submission.job.profile["nodes"] == 2
+    assert submission.end == "finished"
+    logs = sorted(file.name for file in submission.folder.glob("rank-*.log"))
+    assert logs == ["rank-0.log", "rank-1.log", "rank-2.log", "rank-3.log"]
+    assert "epoch 2/2" in submission.rank_log(0).read_text()
+    for rank, node in enumerate([0, 0, 1, 1]):
+        assert f"local_rank={rank % 2}(2), node={node}(2), global_rank={rank}(4)" in submission.script_log.read_text()
+
+    shown = cluster.launch("status", str(undisturbed.parent))
+    line = next(line for line in shown.stdout.splitlines() if "disturbed" in line)
+    assert "finished" in line and "2.00" in line, shown
+    assert "epoch 2/2" in cluster.launch("logs", str(undisturbed)).stdout
+    again = cluster.launch("resubmit", str(undisturbed))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "is finished" in again.stderr
+
+
+def test_preempted_in_mid_epoch(cluster: Cluster, base: Path, undisturbed: Path) -> None:
+    """A job of the high partition needs both nodes; the run saves, makes room, and goes on by itself."""
+    run = base / "preempted"
+    cluster.submit(run, [*TWO_BY_TWO, "--partition", "low"], settings(base, run))
+    cluster.wait_for_step(run, 2)
+    cluster.run("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    stopped = Store(run).progress()
+    assert 2 <= stopped.step < STEPS and not stopped.finished
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert cluster.restarts(run) == 1
+    assert "saved on a signal: queued again" in cluster.said(run)
+    assert f"resuming {run} at step {stopped.step} of {STEPS}" in cluster.said(run)
+    submission = cluster.submission(run)
+    assert (submission.crashes, submission.restarts, submission.end) == (0, 1, "finished")
+    assert_same_end(run, undisturbed)
+
+
+def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, base: Path) -> None:
+    run = base / "requeued"
+    cluster.submit(run, ["--nodes", "2"], [*settings(base, run), "--run.epochs", "4"])
+    cluster.wait_for_step(run, 1)
+    cluster.run("scontrol", "requeue", cluster.job(run))
+    cluster.wait(run, "PENDING")
+    saved = Store(run).progress()
+    assert 1 <= saved.step < STEPS, "SIGTERM had it saved"
+    twice = cluster.launch("resubmit", str(run))
+    assert (twice.returncode, twice.stderr.count("\n")) == (2, 1) and "cancel it first" in twice.stderr
+
+    cluster.wait_for_step(run, saved.step + 2, restarts=1)
+    assert f"resuming {run} at step {saved.step}" in cluster.said(run)
+    first = cluster.submission(run)
+    assert cluster.launch("cancel", str(run)).returncode == 0
+    cluster.wait(run, "CANCELLED")
+    stopped = Store(run).progress()
+    assert saved.step + 2 <= stopped.step < 2 * STEPS
+    assert cluster.restarts(run) == 1, "it stays cancelled"
+    assert (first.crashes, first.end) == (0, "cancelled")
+
+    again = cluster.launch("resubmit", str(run), "--nodes", "1")
+    assert again.returncode == 0, again.stderr
+    followed = cluster.launch("logs", "-f", str(run))
+    assert f"resuming {run} at step {stopped.step} of {2 * STEPS}" in followed.stdout
+    assert "epoch 4/4" in followed.stdout, "it follows to the end"
+    assert Store(run).progress().finished
+    second = cluster.submission(run)
+    assert second.folder != first.folder and second.job.profile["nodes"] == 1
+
+
+def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, undisturbed: Path) -> None:
+    """As many ranks on fewer nodes go on in mid-epoch with the images that were next: the end is the same to the bit."""
+    run = base / "from two nodes to one"
+    cluster.submit(run, TWO_BY_TWO, [*settings(base, run), "--tracking.tensorboard", "true"])
+    cluster.wait_for_step(run, 2)
+    cluster.run("scancel", "--signal=USR2", cluster.job(run))
+    cluster.wait(run, "PENDING")
+    assert 2 <= Store(run).progress().step < STEPS
+    assert cluster.launch("cancel", str(run)).returncode == 0
+    again = cluster.launch("resubmit", str(run), "--nodes", "1", "--tasks_per_node", "4")
+    assert again.returncode == 0, again.stderr
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert "local_rank=3(4), node=0(1), global_rank=3(4)" in cluster.said(run)
+    assert_same_end(run, undisturbed)
+    assert_events_once(run)
+
+
+def test_a_sweep(cluster: Cluster, base: Path) -> None:
+    """One array: of its runs one is requeued, one fails, one is cancelled and handed in again, and none minds the others."""
+    options = settings_of(base, base, EPOCHS)
+    del options["run.dir"]
+    listed = [{"optim.lr": 0.01}, {"data.path": "/nowhere"}, {"optim.lr": 0.02}, {"optim.lr": 0.03, "run.epochs": 3}]
+    file = cluster.cwd / "it's 100% mine.yaml"
+    file.write_text(json.dumps({"options": options, "list": listed}))
+    wanted = ["sweep", file.name, "--profile", "dev", "--nodes", "1", "--tasks_per_node", "1", "--parallel", "2"]
+    refused = cluster.launch(*wanted, "--partition", "nope")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "invalid partition" in refused.stderr
+    assert not (cluster.cwd / "runs").exists()
+
+    done = cluster.launch(*wanted)
+    assert done.returncode == 0 and "trains 4 runs" in done.stdout, done.stderr
+    names = ["lr=0.01", "path=-nowhere", "lr=0.02", "lr=0.03,epochs=3"]
+    folder = cluster.cwd / "runs" / file.stem
+    saved, failing, other, waiting = runs = [folder / name for name in names]
+    array = cluster.job(saved).partition("_")[0]
+    assert [cluster.job(run) for run in runs] == [f"{array}_{number}" for number in range(4)]
+    assert "ArrayTaskThrottle=2" in cluster.run("scontrol", "show", "job", array)
+    assert "pending (JobArrayTaskLimit)" in line_of(cluster, waiting)
+    assert cluster.launch("cancel", f"{file.stem}/{waiting.name}").returncode == 0
+
+    cluster.wait_for_step(saved, 1)
+    cluster.run("scancel", "--signal=USR2", cluster.job(saved))
+    for run in (saved, other):
+        cluster.wait(run, "COMPLETED", "FAILED")
+        assert Store(run).progress().finished, cluster.said(run)
+    assert [cluster.submission(run).restarts for run in runs] == [1, 0, 0, 0]
+    assert "finished" in line_of(cluster, saved) and "cancelled" in line_of(cluster, waiting)
+    assert "error: data.path: /nowhere is not a folder" in line_of(cluster, failing)
+    assert "epoch 2/2" in cluster.launch("logs", f"{file.stem}/{other.name}").stdout
+
+    again = cluster.launch("resubmit", f"{file.stem}/{waiting.name}")
+    assert again.returncode == 0 and "_" not in cluster.job(waiting), again.stderr
+    cluster.wait(waiting, "COMPLETED", "FAILED")
+    summed = cluster.launch("summary", file.stem)
+    assert summed.returncode == 0, summed.stderr
+    table = pd.read_csv(folder / "summary.csv")
+    assert list(table.run) == names
+    assert list(table.state[[0, 2, 3]]) == ["finished"] * 3
+    assert table.state[1].startswith("error: data.path: /nowhere is not a folder")
+    assert list(table.epochs) == [2, 0, 2, 3]
+    assert list(table.best_top1_pct[[0, 2, 3]]) == pytest.approx(
+        [Store(run).progress().best_top1_pct for run in (saved, other, waiting)]
+    )
+    once_more = cluster.launch(*wanted, "--dry_run")  # only what is not done is handed in again
+    assert once_more.returncode == 0 and "--array" not in once_more.stdout
+    assert [name in once_more.stdout for name in names] == [False, True, False, False]
+
+
+def line_of(cluster: Cluster, run: Path) -> str:
+    """Of the table that `status` prints."""
+    shown = cluster.launch("status")
+    return next(line for line in shown.stdout.splitlines() if run.name in line)
+
+
+def test_crashes_have_a_limit(cluster: Cluster, base: Path) -> None:
+    """The first crash, a killed process, brings the job back; the second, images that have gone meanwhile, ends it."""
+    run, images = base / "crashing", render_images(base / "images to lose")
+    cluster.submit(run, ["--max_crashes", "1"], [*settings(base, run), "--data.path", str(images), "--run.epochs", "4"])
+    cluster.wait_for_step(run, 4)
+    cluster.until(run, lambda: Store(run).progress().step >= 3)  # written while the training goes on
+    kill_rank(cluster, run)
+    cluster.until(run, lambda: cluster.restarts(run) == 1)
+    saved = Store(run).progress()
+    images.rename(base / "lost images")
+    cluster.wait(run, "FAILED")
+    submission = cluster.submission(run)
+    assert submission.crashes == 2
+    assert submission.end and submission.end.startswith(f"error: data.path: {images}")
+    assert Store(run).progress() == saved and saved.step >= 3
+
+
+def kill_rank(cluster: Cluster, run: Path) -> None:
+    """SIGKILL, as the kernel sends it when the memory is full."""
+    folder = str(cluster.submission(run).folder)
+    wanted = "\0".join([sys.executable, "-u", "-m", "submitit.core._submit", folder, ""]).encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if (process / "cmdline").read_bytes() == wanted:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
+    """Nor does the job see more of the submitting shell than it is meant to."""
+    run = base / "mistaken"
+    setup = 'echo "the job sees ${WANDB_API_KEY} and ${OTHER:-nothing else} and $GIVEN"'
+    options = ["--nodes", "2", "--gpus_per_node", "2", "--setup", json.dumps([setup]), "--env.GIVEN", "it's $HOME"]
+    cluster.submit(run, options, [*settings(base, run), "--data.path", "/nowhere"], WANDB_API_KEY="a,b", OTHER="c")
+    cluster.wait(run, "FAILED")
+    assert cluster.restarts(run) == 0
+    assert "local_rank=1(2), node=1(2), global_rank=3(4)" in cluster.said(run), "a process for each GPU"
+    assert cluster.said(run).count("error: data.path: /nowhere is not a folder") == 1
+    assert "the job sees a,b and nothing else and it's $HOME\n" in cluster.said(run)
+    assert "error: data.path: /nowhere" in cluster.launch("status", str(base)).stdout
+    written = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".log"]
+    assert len(written) >= 5 and not any(b"a,b" in path.read_bytes() for path in written)
+
+
+def test_time_limit(cluster: Cluster, base: Path) -> None:
+    """SLURM's own warning, which may come while the training is still starting; the job is queued again."""
+    run = base / "long"
+    cluster.submit(run, ["--time", "0:01:00", "--warn_s", "40"], [*settings(base, run), "--run.epochs", "100"])
+    cluster.until(run, lambda: cluster.restarts(run) == 1)
+    assert "asked to stop: saved step" in cluster.said(run)
+    assert "saved on a signal: queued again" in cluster.said(run)
+    assert Store(run).progress().step >= 1
+    assert cluster.launch("cancel", str(run)).returncode == 0
+    assert cluster.state(run) == "CANCELLED"
+
+
+def test_torchrun_warned_before_the_time_limit(cluster: Cluster, base: Path, undisturbed: Path) -> None:
+    """SIGUSR2 to all processes, as SLURM sends it then."""
+    run = base / "by torchrun"
+    cluster.submit(run, [*TWO_BY_TWO, "--launcher", "torchrun"], settings(base, run))
+    cluster.wait_for_step(run, 2)
+    cluster.run("scancel", "--signal=USR2", cluster.job(run))
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert cluster.restarts(run) == 1
+    assert cluster.submission(run).crashes == 0
+    assert_same_end(run, undisturbed)
+
+
+def test_a_lost_node(cluster: Cluster, base: Path) -> None:
+    """Nobody is told: SLURM finds out, and starts the job anew from its last checkpoint."""
+    run = base / "on a lost node"
+    cluster.submit(run, ["--nodes", "2"], [*settings(base, run), "--tracking.tensorboard", "true"])
+    cluster.wait_for_step(run, 4)
+    cluster.until(run, lambda: Store(run).progress().step >= 3)
+    cluster.script("kill-node", "127.0.1.2")
+    cluster.until(run, lambda: cluster.restarts(run) == 1)
+    saved = Store(run).progress()
+    cluster.script("start-node", "127.0.1.2")
+    cluster.wait(run, "COMPLETED", "FAILED")
+    assert f"resuming {run} at step {saved.step} of {STEPS}" in cluster.said(run)
+    assert Store(run).progress().finished
+    assert_events_once(run)
+
+
+def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
+    run = base / "by sbatch"
+    log = base / "by sbatch.log"
+    options = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--output={log}", "--parsable"]
+    job = cluster.run("sbatch", *options, str(ROOT / "slurm/train.sbatch"), *settings(base, run)).strip()
+
+    def state() -> str:
+        return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    cluster.eventually(lambda: len(rows(run)) > 0, log.read_text)
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.eventually(lambda: state() == "PENDING", log.read_text)
+    assert not Store(run).progress().finished
+    cluster.eventually(lambda: state() == "COMPLETED", log.read_text)
+    assert Store(run).progress().finished
+    assert f"resuming {run} at step" in log.read_text()
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "x\n#SBATCH --comment=y\ntouch z"])
+def test_hostile_names_stay_whole(cluster: Cluster, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the script, and in sbatch's reading of it."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    submission = Submission(tmp_path / name / "slurm" / "1")
+    profile = Profile(comment=name if name.isprintable() else "plain", env={"NAME": name}, setup=['printf %s "$NAME"'])
+    executor = executor_for(submission.folder, [submission], Request(profile, "srun", False), name)
+    script = script_of(executor)
+    run_slurm("sbatch", "--test-only", stdin=script)
+    submission.folder.mkdir(parents=True)
+    harmless = script.replace("\nsrun ", "\nprintf '%s\\n' ").replace(f"\n{sys.executable} ", "\nprintf '%s\\n' ")
+    subprocess.run(["bash", "-c", harmless], check=True)
+    said = submission.script_log.read_text()
+    assert said.startswith(name)
+    assert said.endswith(f"\nlaunch.after\n{submission.folder}\n0\n")
+    job = run_slurm("sbatch", "--parsable", "--hold", stdin=script).strip()
+    shown = run_slurm("scontrol", "show", "job", job)
+    run_slurm("scancel", job)
+    assert f"JobName={name if name.isprintable() else ascii(name)}\n" in shown
+    assert f"Comment={profile.comment}" in shown
+
+
+def test_dry_run_writes_nothing(cluster: Cluster, base: Path) -> None:
+    run = base / "dry"
+    done = cluster.launch("submit", "--profile", "dev", "--dry_run", "--", *settings(base, run), WANDB_API_KEY="secret")
+    assert done.returncode == 0 and not run.exists()
+    for line in ("--nodes=2", "--ntasks-per-node=2", "--partition=low", "--time=60", "--requeue"):
+        assert f"#SBATCH {line}\n" in done.stdout
+    assert "WANDB_API_KEY" in done.stdout and "secret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--partition", "nope"], "invalid partition specified: nope"),
+        (["--nodes", "3"], "Node count specification invalid"),
+        (["--gpus_per_node", "3"], "node configuration"),
+        (["--constraint", "nope"], "feature"),
+        (["--reservation", "nope"], "eservation"),
+        (["--", "--run.dir", "50%j"], "has %j in it"),
+    ],
+)
+def test_what_sbatch_would_refuse_is_one_line(cluster: Cluster, base: Path, options: list[str], words: str) -> None:
+    run = base / "refused"
+    options = options if "--" in options else [*options, "--", *settings(base, run)]
+    done = cluster.launch("submit", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and words in done.stderr, done.stderr
+    assert not run.exists()
+
+
+def test_a_refusal_after_the_test_is_one_line_too(cluster: Cluster, base: Path, tmp_path: Path) -> None:
+    """Limits on the number of jobs, which need accounting: here a stand-in for sbatch refuses, once it is meant."""
+    said = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+    stand_in = tmp_path / "sbatch"
+    stand_in.write_text(f"""#!/bin/sh
+case $1 in --*) exec {shutil.which("sbatch")} "$@";; esac
+echo '{said}' >&2
+exit 1
+""")
+    stand_in.chmod(0o755)
+    run = base / "refused late"
+    path = f"{tmp_path}:{cluster.environment['PATH']}"
+    done = cluster.launch("submit", "--", *settings(base, run), PATH=path)
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+    assert not list((run / "slurm").iterdir())

@@ -1,0 +1,43 @@
+"""The whole path on a GPU; nobody has run it yet. `pytest -m gpu` on a machine that has one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.runs import QUICK, Job, dotted, images
+from trainer.engine.base import WEIGHTS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def trained(base: Path, run: Path, **options: str) -> dict[str, torch.Tensor]:
+    settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": "2", **options}
+    job = Job(1, run.with_suffix(".log"), "trainer", *dotted(settings))
+    assert job.wait() == 0, job.output()
+    return load_file(run / "checkpoints/last" / WEIGHTS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_in_each_precision(base: Path, tmp_path: Path, precision: str) -> None:
+    weights = trained(base, tmp_path / "run", **{"engine.precision": precision})
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = trained(base, tmp_path / "whole", **{"engine.compile": "off"})
+    trained(base, tmp_path / "parts", **{"engine.compile": "off", "run.max_steps": "7"})
+    parts = trained(base, tmp_path / "parts", **{"engine.compile": "off"})
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_on_either_processor(base: Path, tmp_path: Path) -> None:
+    for decode in ("gpu", "cpu"):
+        weights = trained(base, tmp_path / decode, **{"data.decode": decode})
+        assert all(torch.isfinite(value).all() for value in weights.values())

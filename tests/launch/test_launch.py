@@ -1,0 +1,349 @@
+"""Launching without a cluster: this machine's processes, profiles, what a run folder tells, and every wrong command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.common.errors import UserError
+from launch.__main__ import main
+from launch.runs import table, tail
+from launch.slurm.after import decide
+from launch.slurm.commands import Queued, own_job
+from launch.slurm.job import rank_variables
+from launch.slurm.profile import PROFILES, Profile, parse_request
+from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
+from tests.support.runs import descendants, dotted, environment, rows, settings_of
+from trainer.checkpoint.store import Store
+
+PROFILE_NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+def launch(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=cwd,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# This machine
+
+
+def test_local_run_of_two_processes(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"
+    done = launch("local", "-n", "2", *dotted(settings_of(base, run)), "--run.max_steps", "2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "stopped after run.max_steps: 2 of 15 steps" in done.stdout
+    assert Store(run).progress().step == 2
+
+
+def test_local_mistake_is_one_line(tmp_path: Path) -> None:
+    """Of any number of processes, and nothing from torchrun."""
+    done = launch("local", "-n", "2", "--data.path", "/no where", "--run.name", "a", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: data.path: /no where is not a folder") and done.stderr.count("\n") == 1
+
+
+def test_local_crash_and_signal(base: Path, tmp_path: Path) -> None:
+    """A killed rank takes the others along; SIGTERM has the run saved first."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "launch", "local", "-n", "2", *dotted(settings_of(base, run))]
+    for act, code, said in ((kill_a_rank, 137, "was ended by SIGKILL\n"), (terminate, 143, "")):
+        before = len(rows(run))
+        job = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while job.poll() is None and len(rows(run)) <= before:
+            time.sleep(0.02)
+        act(job.pid)
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == code
+        assert errors.endswith(said)
+    saved = Store(run).progress()
+    assert not saved.finished and saved.step == rows(run)[-1]["step"]
+
+
+def kill_a_rank(launcher: int) -> None:
+    ranks = [pid for pid in descendants(launcher) if b"\0trainer\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(ranks[-1], signal.SIGKILL)
+
+
+def terminate(launcher: int) -> None:
+    os.kill(launcher, signal.SIGTERM)
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND: no such command; give one of local, submit, sweep, summary, status"),
+        (["start"], "start: no such command"),
+        (["local", "-n", "two"], "-n: 'two' is no number of processes"),
+        (["local", "-n", "0"], "-n: '0' is no number of processes"),
+        (["submit", "--nodes", "2", "--", "--run.name", "a"], "no sbatch here: this machine has no SLURM"),
+        (["submit", "--dry_run"], "no sbatch here: this machine has no SLURM"),
+        (["submit", "--run.name", "a"], "put the trainer's options after --"),
+        (["submit", "--", "--optim.lr", "fast"], "optim.lr: fast does not fit"),
+        (["status"], "no squeue here: this machine has no SLURM"),
+        (["logs"], "NAME: give the name of one run"),
+        (["logs", "nobody"], "nobody: no run of that name was submitted"),
+        (["cancel", "nobody"], "nobody: no run of that name was submitted"),
+        (["resubmit"], "NAME: no run given"),
+        (["resubmit", "nobody", "--nodes", "2"], "nobody: no run of that name was submitted"),
+    ],
+)
+def test_wrong_commands_are_refused(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no SLURM."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+    with pytest.raises(UserError) as refused:
+        main()
+    assert words in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_command_says_one_line(tmp_path: Path) -> None:
+    done = launch("submit", "--nodes", "2", "--", "--run.name", "a", cwd=tmp_path, PATH="/nonexistent")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error: no sbatch here")
+
+
+def test_tools_without_a_cluster_are_one_line(tmp_path: Path) -> None:
+    """As on a machine where SLURM is installed and not set up."""
+    tool = tmp_path / "squeue"
+    tool.write_text("""#!/bin/sh
+echo 'squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host' >&2
+echo 'squeue: error: fetch_config: DNS SRV lookup failed' >&2
+echo 'squeue: fatal: Could not establish a configuration source' >&2
+exit 1
+""")
+    tool.chmod(0o755)
+    done = launch("status", cwd=tmp_path, PATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error: squeue belongs to no cluster: SLURM is installed here, but has no slurm.conf")
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    said = launch("--help", cwd=tmp_path).stdout
+    for command in (
+        "local",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "resubmit",
+        "sweep",
+        "summary",
+        "overview",
+        "dashboard",
+    ):
+        assert f"  {command} " in said
+
+
+# Profiles
+
+
+@pytest.mark.parametrize("name", PROFILE_NAMES)
+def test_every_profile_loads(name: str) -> None:
+    request = parse_request("submit", ["--profile", name])
+    assert request == parse_request("submit", [f"--profile={PROFILES / name}.yaml"])
+    assert request.profile != Profile()
+    assert request.launcher == "srun" and not request.dry_run
+
+
+def test_options_win_over_the_file_and_that_over_an_earlier_job(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text('nodes: 4\ntime: "2-03:04:05"\nsetup: [a, b]\nlauncher: torchrun\n')
+    earlier = {"nodes": 2, "mem": "8G", "qos": "low"}
+    request = parse_request("submit", ["--profile", str(file), "--nodes", "6", "--qos", "01"], earlier)
+    assert request.launcher == "torchrun"
+    profile = request.profile
+    assert (profile.nodes, profile.time, profile.setup, profile.mem, profile.qos) == (
+        6,
+        "2-03:04:05",
+        ["a", "b"],
+        "8G",
+        "01",
+    )
+    assert profile.minutes == (2 * 24 + 3) * 60 + 4 + 1
+    assert Profile(time="0:30").minutes == 30
+
+
+def test_one_process_a_gpu() -> None:
+    assert Profile(gpus_per_node=8).ranks_per_node == 8
+    assert Profile(tasks_per_node=3).ranks_per_node == 3
+    assert Profile().ranks_per_node == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "nobody"], "--profile: 'nobody' is neither a file nor a profile; the profiles are dev, example"),
+        (["--nodes", "2", "--profile", "dev"], "--profile: it comes after other options"),
+        (["--nodes", "0"], "nodes: 0 is not positive"),
+        (["--nodes", "many"], "nodes: many does not fit; give a whole number"),
+        (["--gpus_per_node", "8", "--tasks_per_node", "4"], "tasks_per_node: 4 beside gpus_per_node 8"),
+        (["--time", "90"], "time: '90' is no time"),
+        (["--node", "2"], "--node 2"),
+        (["--comment", "a\n#SBATCH --uid=0"], "comment: 'a\\n#SBATCH --uid=0' has a line break"),
+        (["--env.HF_TOKEN", "x"], "env: HF_TOKEN would be written into the job's script"),
+        (["--env", '{"A;rm": "x"}'], "env: 'A;rm' is no name of a variable"),
+        (["--export", '["A,ALL"]'], "export: 'A,ALL' is no name of a variable"),
+        (["--max_crashes", "-1"], "max_crashes: -1 is negative"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_request("submit", arguments)
+    assert words in str(refused.value)
+
+
+def test_time_without_quotes_is_explained(tmp_path: Path) -> None:
+    """YAML takes 4:00:00 for a number, to base sixty."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("time: 4:00:00\n")
+    with pytest.raises(UserError, match="time: 14400 does not fit; give text, in quotes"):
+        parse_request("submit", ["--profile", str(file)])
+
+
+# What a job's processes and its folder say
+
+
+def test_ranks_join_as_torchrun_would_have_them() -> None:
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "12",
+        "SLURM_STEP_NUM_NODES": "3",
+        "SLURM_JOB_ID": "4012345",
+    }
+    assert rank_variables(slurm, "gpu07") == {
+        "RANK": "5",
+        "WORLD_SIZE": "12",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "22345",
+    }
+
+
+def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its tasks has the array's own number."""
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    assert own_job() == "70"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert own_job() == "70_4"
+
+
+def submitted(run: Path, number: str = "7") -> Submission:
+    (run / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").touch()
+    submission = Submission(fresh_folder(run))
+    submission.folder.mkdir(parents=True)
+    submission.write_job(Job(str(run), str(run.parent), "srun", {"max_crashes": 1}, "v", "2026-01-31 12:00:00", number))
+    return submission
+
+
+def test_the_newest_submission_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/it's"
+    first = submitted(run, "7")
+    first.folder.rename(first.folder.with_name("20260101-000000-aaaa"))
+    second = submitted(run, "8")
+    (run / "slurm/99999999-never-submitted").mkdir()
+    last = newest(run)
+    assert last and last.folder == second.folder and last.job.id == "8"
+    assert find("it's")[1].folder == Path("runs/it's/slurm") / second.folder.name
+    assert find(str(run))[0] == run
+    with pytest.raises(UserError, match="no run of that name"):
+        find("its")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "end", "code"),
+    [("finished", "finished", 0), ("stopped", "stopped", 0), ("error: data.path: x", "error: data.path: x", 2)],
+)
+def test_a_job_that_has_ended_stays_ended(
+    outcome: str, end: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its processes returned; no question to SLURM is needed."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    submission = submitted(tmp_path / "run")
+    submission.write_outcome(0, outcome)
+    assert decide(submission, 143) == code
+    assert (submission.end, submission.restarts, submission.crashes) == (end, 0, 0)
+
+
+def test_an_outcome_is_that_of_one_start(tmp_path: Path) -> None:
+    submission = submitted(tmp_path / "run")
+    assert submission.outcome(0) is None and submission.end is None
+    submission.write_outcome(0, "handed over")
+    assert submission.outcome(0) == "handed over"
+    assert submission.outcome(1) is None, "the next start has not said anything yet: it may have crashed"
+
+
+def test_the_table_of_runs(tmp_path: Path) -> None:
+    figures: list[dict[str, Any]] = [
+        {"step": 5, "epoch": 1, "perf/images_per_s": 100.0, "val/best_top1_pct": 50.0},
+        {"step": 7, "epoch": 1.5, "perf/images_per_s": 120.0, "train/loss": None},
+    ]
+    for number, name in enumerate(("waiting", "running", "ended", "lost", "cancelled")):
+        submission = submitted(tmp_path / name, str(number))
+        if name == "running":
+            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures) + '{"st')
+        if name in ("ended", "cancelled"):
+            submission.write_restarts(crashes=1, restarts=3, end="finished" if name == "ended" else "cancelled")
+    (tmp_path / "not submitted").mkdir()
+    submitted(tmp_path / "sweep/lr=0.1", "5_1")
+    jobs = {
+        "5_1": Queued("PENDING", "", 0, "JobArrayTaskLimit"),
+        "0": Queued("PENDING", "", 0, "Priority"),
+        "1": Queued("RUNNING", "gpu[1-2]", 2, "None"),
+        "4": Queued("COMPLETING", "gpu3", 0, "None"),
+    }
+    rows = {row.name: row for row in table(tmp_path, jobs)}
+    assert list(rows) == ["cancelled", "ended", "lost", "running", "sweep/lr=0.1", "waiting"]
+    assert rows["sweep/lr=0.1"].state == "pending (JobArrayTaskLimit)"
+    assert rows["waiting"].state == "pending (Priority)" and rows["waiting"].epoch is None
+    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 120.0, 50.0)
+    assert (rows["ended"].state, rows["ended"].restarts) == ("finished", 3)
+    assert rows["lost"].state == "gone"
+    assert rows["cancelled"].state == "completing"
+
+
+def test_logs_are_followed_to_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks the file grows by a part that may end within a line, or within a letter."""
+    monkeypatch.setattr("launch.runs.POLL_S", 0)
+    file = tmp_path / "rank-0.log"
+    written = "".join(f"ü {number}\n" for number in range(40)).encode() + b"torn"
+    parts = [written[at : at + 7] for at in range(0, len(written), 7)]
+
+    def grow() -> bool:
+        with file.open("ab") as log:
+            log.write(parts.pop(0))
+        return bool(parts)
+
+    texts = list(tail((tmp_path / "absent.log", file), grow))
+    assert "".join(texts).encode() == written
+    assert len(texts) > 20 and all(text.endswith("\n") for text in texts[:-1])

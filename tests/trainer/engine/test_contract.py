@@ -1,0 +1,172 @@
+"""What every engine owes: the same weights from the same images, by one rank or two, stopped and resumed or not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import IGNORE_LABEL, Batch
+from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
+from trainer.distributed import Machine
+from trainer.engine.base import WEIGHTS, Engine, EngineConfig, Normalise
+from trainer.engine.ddp import DdpEngine
+from trainer.engine.deepspeed import DeepSpeedEngine
+from trainer.optim.optimizer import OptimConfig
+
+DDP = EngineConfig(precision="fp32")
+ZERO = [EngineConfig("deepspeed", stage, "fp32") for stage in (0, 1, 2, 3)]
+SGD, ADAMW = OptimConfig(lr=0.1, weight_decay=1e-2), OptimConfig(name="adamw", lr=1e-2, weight_decay=1e-2)
+CLIPPED = OptimConfig(lr=0.1, clip_norm=0.2, accumulate=2)
+AVERAGED = OptimConfig(lr=0.05, ema_decay=0.9)
+
+
+class Net(nn.Module):
+    """Small, with batch norm, and with one weight so large that ZeRO-3 divides it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 128, 3, stride=4, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.conv2 = nn.Conv2d(128, 128, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(128)
+        self.fc = nn.Linear(128, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(images)))
+        logits: Tensor = self.fc(functional.relu(self.bn2(self.conv2(x))).mean(dim=(2, 3)))
+        return logits
+
+
+def net(seed: int = 3) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def build(cfg: EngineConfig, optim: OptimConfig, machine: Machine, module: nn.Module) -> Engine:
+    engine = DeepSpeedEngine if cfg.name == "deepspeed" else DdpEngine
+    return engine(module, Normalise(DataConfig().mean, DataConfig().std, machine.device), cfg, optim, machine)
+
+
+def possible(optim: OptimConfig) -> list[EngineConfig]:
+    return ZERO[:3] if optim.ema_decay else ZERO
+
+
+def updates(micro_batches: int) -> Iterator[list[Batch]]:
+    """Four updates: plain, mixed with soft targets, with unread rows, and the last one short of images."""
+    rows = 8 * micro_batches
+    for seed, total in enumerate((rows, rows, rows, rows - 5)):
+        one = batch(rows, seed, total)
+        labels = one.labels.clone()
+        labels[total:] = IGNORE_LABEL
+        if seed == 1:
+            shares = torch.rand(rows, CLASSES, generator=torch.Generator().manual_seed(seed))
+            one = one._replace(targets=shares / shares.sum(dim=1, keepdim=True))
+        if seed == 2:
+            labels[1] = IGNORE_LABEL
+        one = one._replace(labels=labels, num_real=total)
+        yield [part_of(one, slice(start, start + 8)) for start in range(0, rows, 8)]
+
+
+def part_of(whole: Batch, rows: slice) -> Batch:
+    return part(whole, rows)._replace(targets=None if whole.targets is None else whole.targets[rows])
+
+
+def train(engine: Engine, machine: Machine, micro_batches: int = 1) -> Tensor:
+    """[4, 5] sums over all ranks of each update."""
+    sums = []
+    for number, whole in enumerate(updates(micro_batches)):
+        mine = [part_of(one, slice(machine.rank, None, machine.world)) for one in whole]
+        sums.append(engine.step(mine, 0.02 / (1 + number)))
+    return machine.sum(torch.stack(sums))
+
+
+def saved(engine: Engine, machine: Machine, folder: Path) -> dict[str, Tensor]:
+    """Weights and statistics as anybody would read them, from a new `folder`."""
+    machine.on_primary(folder.mkdir)
+    engine.snapshot({})(folder)
+    machine.barrier()
+    return load_file(folder / WEIGHTS)
+
+
+def check_weights(machine: Machine, folder: Path) -> None:
+    """DeepSpeed's weights are DDP's bit for bit where nothing is divided, and else up to the rounding of fp32: torch's
+    fused kernels round a flat tensor otherwise than the ends of many, and norms and micro-batches are summed otherwise.
+    """
+    for optim, name in ((SGD, "sgd"), (ADAMW, "adamw"), (CLIPPED, "clipped"), (AVERAGED, "averaged")):
+        reference = build(DDP, optim, machine, net())
+        wanted_sums = train(reference, machine, optim.accumulate)
+        wanted = saved(reference, machine, folder / f"{name} ddp")
+        assert not optim.clip_norm or (wanted_sums[:, 4] / machine.world > optim.clip_norm).all()
+        assert wanted_sums[:, 3].tolist() == [8 * optim.accumulate - gone for gone in (0, 0, 1, 5)]
+        for cfg in possible(optim):
+            engine = build(cfg, optim, machine, net())
+            sums = train(engine, machine, optim.accumulate)
+            torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-6)
+            weights = saved(engine, machine, folder / f"{name} {cfg.zero_stage}")
+            for key in wanted:
+                rtol, atol = (1e-5, 1e-7) if cfg.zero_stage else (0, 0)
+                at = f"{name}, ZeRO-{cfg.zero_stage}, {key}"
+                torch.testing.assert_close(weights[key], wanted[key], rtol=rtol, atol=atol, msg=f"{at} differs")
+
+
+def check_predictions(machine: Machine, folder: Path) -> None:
+    """By the weights that are saved, or their average, with the statistics that all ranks agree on."""
+    images = batch(6, seed=5).images
+    for optim in (SGD, AVERAGED):
+        for cfg in (DDP, *possible(optim)):
+            engine = build(cfg, optim, machine, net())
+            train(engine, machine)
+            engine.agree()
+            logits = engine.predict(images)
+            theirs = net(seed=8).eval()
+            theirs.load_state_dict(saved(engine, machine, folder / f"{optim.ema_decay} {cfg.name} {cfg.zero_stage}"))
+            with torch.no_grad():
+                torch.testing.assert_close(logits, theirs(normalised(images)), rtol=1e-4, atol=1e-5)
+            everyone = machine.gather(logits)
+            assert all(torch.equal(one, everyone[0]) for one in everyone)
+            assert all(layer.training for layer in engine.module.modules())
+            train(engine, machine)
+
+
+def check_resuming(machine: Machine, folder: Path) -> None:
+    """A fresh engine that loads what another one saved goes on bit by bit, and saves the same bytes."""
+    cases = [(DDP, AVERAGED), (ZERO[0], SGD), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
+    for number, (cfg, optim) in enumerate(cases):
+        place = folder / f"resuming {number}"
+        machine.on_primary(place.mkdir)
+        straight = build(cfg, optim, machine, net())
+        train(straight, machine)
+        saved(straight, machine, place / "middle")
+        resumed = build(cfg, optim, machine, net(seed=8))
+        resumed.load(place / "middle")
+        told = [train(engine, machine) for engine in (straight, resumed)]
+        ends = [saved(engine, machine, place / name) for engine, name in ((straight, "straight"), (resumed, "resumed"))]
+        assert_equal(ends[1], ends[0])
+        assert torch.equal(*told)
+        names = sorted(file.name for file in (place / "straight").iterdir())
+        assert names == sorted(file.name for file in (place / "resumed").iterdir())
+        shards = [f"optimizer-{rank}.pt" for rank in range(machine.world if cfg.zero_stage else 1)]
+        assert names == ["model.safetensors", *(shards if cfg.name == "deepspeed" else ()), "training.pt"]
+        for name in names:
+            assert (place / "resumed" / name).read_bytes() == (place / "straight" / name).read_bytes(), name
+
+
+def prove(rank: int, world: int, folder: Path) -> None:
+    if world > 1:
+        machine = join(rank, world, folder)
+    else:
+        torch.set_num_threads(1)
+        machine = Machine(torch.device("cpu"), 0, 1, 1)
+    for check in (check_weights, check_predictions, check_resuming):
+        machine.on_primary((folder / check.__name__).mkdir)
+        check(machine, folder / check.__name__)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_engines_do_the_same(world: int, tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(prove, (world, tmp_path), nprocs=world, start_method="spawn")

@@ -1,0 +1,146 @@
+"""Configuration: what wins over what, what is refused and in which words, and that it is read back as it was written."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.common.errors import UserError
+from tests.support.runs import environment
+from trainer.config import RECIPES, Config, first_difference, load, load_run, recipes, to_yaml
+
+
+def reload(cfg: Config, folder: Path) -> Config:
+    (folder / "config.yaml").write_text(to_yaml(cfg))
+    return load_run(folder, [])
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_reloads(name: str, tmp_path: Path) -> None:
+    cfg = load(["--config", name])
+    assert cfg == load([f"--config={name}"]) == load(["--config", str(RECIPES / f"{name}.yaml")])
+    assert reload(cfg, tmp_path) == cfg
+
+
+@pytest.mark.parametrize(
+    "value", ["1e3", "1e-3", "-4E+2", "007", "1.5", "null", "true", "on", "12:30", "2026-01-01", "a: b", "ü ö'\"", "#1"]
+)
+def test_any_text_reloads_equal(value: str, tmp_path: Path) -> None:
+    cfg = load([f"--run.name={value}", f"--data.path={value}", "--optim.lr", "1e-5"])
+    assert (cfg.run.name, cfg.data.path) == (value, value)
+    assert reload(cfg, tmp_path) == cfg
+
+
+def test_the_last_wins(tmp_path: Path) -> None:
+    """Defaults, then the recipe, then a file, then dotted options."""
+    assert load([]) == load(["--config", "builtin"])
+    recipe = yaml.safe_load((RECIPES / "builtin.yaml").read_text())
+    assert load([]).run.epochs == recipe["run"]["epochs"] != Config().run.epochs
+    file = tmp_path / "a file.yaml"
+    file.write_text("optim:\n  lr: 0.25\n  momentum: 0.5\n")
+    cfg = load(["--config", "builtin", "--config", str(file), "--optim.lr", "1e-3", "--data.size_px=[32,64]"])
+    assert isinstance(cfg.optim.lr, float)
+    assert (cfg.optim.lr, cfg.optim.momentum, cfg.run.epochs) == (0.001, 0.5, recipe["run"]["epochs"])
+    assert cfg.data.size_px == [32, 64]
+    assert load(["--config", str(file)]).run == Config().run, "a file of one's own builds on the defaults"
+
+
+def test_run_folder_is_the_name_or_what_is_given() -> None:
+    assert load(["--run.name", "first"]).folder == Path("runs/first")
+    assert load(["--run.name", "first", "--run.dir", "/tmp/a b"]).folder == Path("/tmp/a b")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"optim:\n  lrr: 0.1\n", "FILE: optim.lrr: no such option; did you mean optim.lr?"),
+        (b"optimm:\n  lr: 0.1\n", "FILE: optimm.lr: no such option; did you mean optim.lr?"),
+        (
+            b"data:\n  augment:\n    flipp: 1\n",
+            "FILE: data.augment.flipp: no such option; did you mean data.augment.flip?",
+        ),
+        (b"config: other.yaml\n", "FILE: config: no such option; see --help"),
+        (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give float"),
+        (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
+        (b"", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
+        (b"- 1\n- 2\n", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
+        (b"run: [1\n", "FILE: it is no YAML: while parsing a flow sequence"),
+        (b"\xff\xfe\x00", "--config: FILE cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_mistakes_in_a_file(text: bytes, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(text)
+    with pytest.raises(UserError) as error:
+        load(["--config", str(file)])
+    message = str(error.value)
+    assert message.replace(str(file), "FILE").startswith(line) and "\n" not in message
+
+
+def test_first_difference_names_what_decides_the_weights() -> None:
+    cfg = load([])
+    saved = to_yaml(cfg)
+    free = ["--run.max_steps", "9", "--data.path", "/x", "--engine.precision", "bf16", "--tracking.wandb", "off"]
+    assert first_difference(saved, cfg) is None
+    assert first_difference(saved, load(free)) is None
+    assert first_difference(saved, load(["--optim.lr", "0.5"])) == f"optim.lr was {cfg.optim.lr}, now 0.5"
+    assert (
+        first_difference(saved, load(["--optim.betas", "[0.5,0.5]"])) == "optim.betas was [0.9, 0.999], now [0.5, 0.5]"
+    )
+    assert first_difference(saved, load(["--data.augment.flip", "0"])) == "data.augment.flip was 0.5, now 0.0"
+
+
+def test_load_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml; give one such as"):
+        load_run(tmp_path, [])
+    (tmp_path / "config.yaml").write_text(to_yaml(load(["--data.batch", "48"])))
+    cfg = load_run(tmp_path, ["--data.path", "/elsewhere"])
+    assert (cfg.data.batch, cfg.data.path) == (48, "/elsewhere")
+
+
+def options(section: Any, prefix: str = "") -> list[str]:
+    names = []
+    for field in fields(section):
+        value = getattr(section, field.name)
+        names += options(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return names
+
+
+def trainer(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**environment(), "COLUMNS": "100", **variables}
+    return subprocess.run([sys.executable, "-m", "trainer", *arguments], env=env, capture_output=True, text=True)
+
+
+def test_print_config_loads_equal(tmp_path: Path) -> None:
+    arguments = ["--config", "builtin", "--run.name", "1e3", "--optim.lr", "1e-3", "--data.size_px", "[32,64]"]
+    printed = trainer(*arguments, "--print_config")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed.stdout)
+    assert load(["--config", str(file)]) == load(arguments)
+
+
+def test_help_explains_every_option() -> None:
+    shown = trainer("--config", "builtin", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    entries = shown.stdout.split("\n  --")[1:]
+    explained = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
+    names = options(Config())
+    assert len(names) > 40
+    for name in names:
+        assert len(explained[name].partition("(type:")[0]) > len(name) + 20, f"--{name} has no explanation"
+        assert "default:" in explained[name]
+    assert "Global batch: images per weight update, over all ranks and micro-batches." in explained["data.batch"]
+
+
+def test_mistake_as_the_shell_sees_it() -> None:
+    """One line on stderr, newlines in the value notwithstanding; exit code 2; rank 1 leaves the word to rank 0."""
+    assert os.environ.get("RANK") is None
+    failed = trainer("--optim.lr", "fa\nst")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "error: optim.lr: fa st does not fit; give float\n"

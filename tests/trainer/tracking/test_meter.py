@@ -1,0 +1,146 @@
+"""Speeds and scores by a clock that the test turns."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.runs import SOLO
+from trainer.distributed import Machine
+from trainer.tracking import meter as meter_module
+from trainer.tracking.meter import Meter, Scores
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class TwoRanks(Machine):
+    """Rank 0 of two, the other of which has the same sums, waits for its data twice as long and is asked to stop."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        other = values.clone()
+        other[5] *= 2
+        other[6] = 1
+        return values.add_(other)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    turned = Clock()
+    monkeypatch.setattr(meter_module, "time", turned)
+    return turned
+
+
+def sums(loss: float, top1: float, top5: float, images: float, grad_norm: float) -> torch.Tensor:
+    return torch.tensor([loss, top1, top5, images, grad_norm], dtype=torch.float64)
+
+
+def test_scores() -> None:
+    scores = Scores.of([12.0, 3.0, 6.0, 8.0, 99.0])
+    assert scores == (1.5, 37.5, 75.0, 8)
+    assert scores.named("val") == {"val/loss": 1.5, "val/top1_pct": 37.5, "val/top5_pct": 75.0}
+
+
+def test_an_interval(clock: Clock) -> None:
+    """Ten steps of 0.5 s, of which 0.1 s are waiting for data; one of them takes a second more."""
+    meter = Meter(SOLO, [])
+
+    def batches() -> Iterator[int]:
+        for number in range(10):
+            clock.now += 0.1
+            yield number
+
+    for number in meter.waiting(batches()):
+        clock.now += 1.4 if number == 3 else 0.4
+        meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=number))
+    scalars, stops = meter.reduce()
+    assert stops == []
+    assert scalars == pytest.approx(
+        {
+            "train/loss": 1.0,
+            "train/top1_pct": 25.0,
+            "train/top5_pct": 50.0,
+            "train/grad_norm": 4.5,
+            "perf/images_per_s": 40 / 6,
+            "perf/data_wait_pct": 100 * 1 / 6,
+            "perf/step_ms_p50": 500.0,
+            "perf/step_ms_p95": 1500.0,
+            "perf/train_min": 0.1,
+        }
+    )
+
+
+def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
+    meter = Meter(SOLO, [])
+    for images in (8.0, 8.0, 5.0):
+        clock.now += 2
+        meter.add(sums(loss=2 * images, top1=images / 2, top5=images, images=images, grad_norm=1.0))
+        scalars, _ = meter.reduce()
+        assert scalars["train/loss"] == 2.0 and scalars["perf/images_per_s"] == images / 2
+        clock.now += 100  # a checkpoint is written
+        meter.pause()
+    assert meter.epoch_sums == [42.0, 10.5, 21.0, 21.0, 3.0]
+    assert meter.end_epoch() == {
+        "train/loss": 2.0,
+        "train/top1_pct": 50.0,
+        "train/top5_pct": 100.0,
+        "perf/train_min": 0.1,
+        "perf/epoch_s": 6.0,
+        "perf/images_per_s": 3.5,
+    }
+    assert meter.epoch_sums == [0.0] * 5 and meter.end_epoch() == {}
+
+
+def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None:
+    meter = Meter(SOLO, [16.0, 8.0, 16.0, 16.0, 2.0], train_s=58.0)
+    clock.now += 2
+    meter.add(sums(loss=8.0, top1=0.0, top5=4.0, images=4.0, grad_norm=1.0))
+    meter.reduce()
+    assert meter.end_epoch() == {
+        "train/loss": 24 / 20,
+        "train/top1_pct": 40.0,
+        "train/top5_pct": 100.0,
+        "perf/train_min": 1.0,
+        "perf/epoch_s": 2.0,
+        "perf/images_per_s": 2.0,
+    }
+
+
+def test_two_ranks(clock: Clock) -> None:
+    """Images and hits add up, waits are averaged, the gradient's norm is everybody's, one who stops stops all."""
+    meter = Meter(TwoRanks(torch.device("cpu"), rank=0, world=2, cores=1), [])
+    for _ in meter.waiting(range(2)):
+        clock.now += 2
+        meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=3.0))
+    meter._wait_s = 1.0
+    scalars, (stop,) = meter.reduce(False)
+    assert stop
+    assert scalars["train/grad_norm"] == 3.0
+    assert scalars["perf/images_per_s"] == 16 / 4
+    assert scalars["train/top1_pct"] == 25.0
+    assert scalars["perf/data_wait_pct"] == 100 * (1 + 2) / 2 / 4
+    assert meter.epoch_sums == [16.0, 4.0, 8.0, 16.0, 6.0]
+
+
+def test_nothing_counted(clock: Clock) -> None:
+    """No steps since the last time, or none with a readable image: no scores rather than a division by zero."""
+    meter = Meter(SOLO, [])
+    clock.now += 1
+    assert meter.reduce(True, 3) == ({}, [1.0, 3.0])
+    clock.now += 1
+    meter.add(sums(0.0, 0.0, 0.0, 0.0, 0.0))
+    scalars, _ = meter.reduce()
+    assert scalars.keys() == {
+        "train/grad_norm",
+        "perf/images_per_s",
+        "perf/data_wait_pct",
+        "perf/step_ms_p50",
+        "perf/step_ms_p95",
+        "perf/train_min",
+    }
+    assert meter.end_epoch() == {}

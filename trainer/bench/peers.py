@@ -1,0 +1,345 @@
+"""Other trainers on the same images, batch and resolution: what `bench --peers` lets compete with ours.
+
+Each is what its project's own script does in its default setting: fp32, eager, NCHW, SGD, DDP over several ranks. They
+keep to one process group and one process a rank with ours, so that all take turns; the worker processes that load
+their images are idle but for their turns.
+"""
+
+import importlib.util
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.models import get_model  # type: ignore[import-untyped]
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+from data_pipeline.common.errors import UserError
+from trainer.config import Config
+from trainer.distributed import Machine
+
+PLAIN_STEP, PLAIN_LOOP = "torchvision, step alone", "torchvision, end to end"
+_PRINT_EVERY = 10  # updates
+_PREFETCH = 2  # batches that each worker makes ahead, as a DataLoader's default is
+_GLANCE_S, _IDLE_S = 0.1, 0.005  # a worker that burns less than so much in such a time is idle
+_LR = 1e-3
+_EPOCH = 1 << 18  # images: the sample is listed again and again, for no contestant to begin epochs all the time
+
+
+class Race(NamedTuple):
+    """What every contestant is given."""
+
+    folder: Path
+    """train/CLASS/NUMBER.jpg"""
+    cfg: Config
+    classes: int
+    machine: Machine
+
+    @property
+    def size_px(self) -> int:
+        return self.cfg.data.size_at(self.cfg.run.epochs - 1, self.cfg.run.epochs)
+
+    @property
+    def batch(self) -> int:
+        """Images of each rank in an update."""
+        return self.cfg.data.batch_at(self.cfg.run.epochs - 1, self.cfg.run.epochs) // self.machine.world
+
+
+Training = Iterator[int]
+"""Without end: each `next` is one update, and gives the number of its images on this rank."""
+
+
+# ---- the contestants ------------------------------------------------------------------------------------------------
+
+
+def _torchvision_step(race: Race) -> Training:
+    """The plain eager step on synthetic images, without communication."""
+    model, optimizer = _torchvision_model(race)
+    images = torch.randn(race.batch, 3, race.size_px, race.size_px, device=race.machine.device)
+    labels = torch.randint(race.classes, (race.batch,), device=race.machine.device)
+    while True:
+        yield from _updates(model, optimizer, [(images, labels)] * _PRINT_EVERY, race.machine)
+
+
+def _torchvision_loop(race: Race) -> Training:
+    """As references/classification in torchvision has it: PIL images from folders, augmented in worker processes."""
+    model, optimizer = _torchvision_model(race)
+    replica, loader = _distributed(model, race.machine), _folder_loader(race)
+    while True:
+        yield from _updates(replica, optimizer, loader, race.machine)
+
+
+def _torchvision_model(race: Race) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = get_model(race.cfg.model.name, num_classes=race.classes).to(race.machine.device)
+    return model, _sgd(model, race.cfg)
+
+
+def _folder_loader(race: Race) -> DataLoader[Any]:
+    augment, machine = race.cfg.data.augment, race.machine
+    area, ratio = (augment.min_area, augment.max_area), (1 / augment.max_ratio, augment.max_ratio)
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(race.size_px, area, ratio, antialias=True),
+            v2.RandomHorizontalFlip(augment.flip),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(race.cfg.data.mean, race.cfg.data.std),
+        ]
+    )
+    dataset = ImageFolder(race.folder / "train", transform)
+    dataset.samples *= -(-_EPOCH // len(dataset.samples))
+    shared = machine.world > 1
+    sampler: Sampler[int] | None = DistributedSampler(dataset, machine.world, machine.rank) if shared else None
+    return DataLoader(
+        dataset,
+        race.batch,
+        shuffle=sampler is None,
+        sampler=sampler,
+        num_workers=machine.cores,
+        pin_memory=machine.device.type == "cuda",
+        drop_last=True,
+        persistent_workers=True,
+    )
+
+
+def _timm(race: Race) -> Training:
+    """The parts of timm's train.py: its model, its loader with prefetcher, its optimiser."""
+    from timm import create_model
+    from timm.data import create_dataset, create_loader
+    from timm.optim import create_optimizer_v2
+
+    data, optim, machine = race.cfg.data, race.cfg.optim, race.machine
+    model = create_model(race.cfg.model.name, num_classes=race.classes).to(machine.device)
+    optimizer = create_optimizer_v2(model, "sgd", lr=_LR, weight_decay=optim.weight_decay, momentum=optim.momentum)
+    dataset = create_dataset("", root=str(race.folder), split="train", is_training=True)
+    dataset.reader.samples *= -(-_EPOCH // len(dataset.reader.samples))
+    loader = create_loader(
+        dataset,
+        input_size=(3, race.size_px, race.size_px),
+        batch_size=race.batch,
+        is_training=True,
+        scale=(data.augment.min_area, data.augment.max_area),
+        ratio=(1 / data.augment.max_ratio, data.augment.max_ratio),
+        hflip=data.augment.flip,
+        color_jitter=0.0,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        num_workers=machine.cores,
+        distributed=machine.world > 1,
+        pin_memory=machine.device.type == "cuda",
+        device=machine.device,
+    )
+    model = _distributed(model, machine)
+    while True:
+        yield from _updates(model, optimizer, loader, machine)
+
+
+def _lightning(race: Race) -> Training:
+    """Lightning's Trainer, which runs to its end once started: in a thread that waits for its turn after every batch."""
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = get_model(race.cfg.model.name, num_classes=race.classes)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            images, labels = batch
+            loss = cross_entropy(self.model(images), labels)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return _sgd(self, race.cfg)
+
+    class Pause(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: object) -> None:
+            baton.pass_back()
+            trainer.should_stop = baton.over
+
+    machine = race.machine
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    baton = _Baton()
+    trainer = lightning.Trainer(
+        accelerator="gpu" if machine.device.type == "cuda" else "cpu",
+        devices=local_world,
+        num_nodes=machine.world // local_world,
+        max_epochs=-1,
+        callbacks=[Pause()],
+        logger=False,
+        log_every_n_steps=_PRINT_EVERY,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the loader has one
+    )
+    return baton.turns(lambda: trainer.fit(Classifier(), _folder_loader(race)), race.batch)
+
+
+class _Baton:
+    """Makes a function that runs to its end in one go stop after each of its updates."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._failure: BaseException | None = None
+
+    def turns(self, run: Callable[[], object], images: int) -> Training:
+        thread = threading.Thread(target=self._serve, args=(run,), daemon=True)
+        thread.start()
+        try:
+            while True:
+                self._go.release()
+                self._done.acquire()
+                if self._failure:
+                    raise self._failure
+                yield images
+        finally:
+            self.over = True
+            self._go.release()
+            thread.join()
+
+    def pass_back(self) -> None:
+        """End an update, and wait until the next one is wanted."""
+        self._done.release()
+        self._go.acquire()
+
+    def _serve(self, run: Callable[[], object]) -> None:
+        self._go.acquire()
+        try:
+            run()
+        except BaseException as error:
+            self._failure = error
+        self._done.release()
+
+
+def _updates(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], machine: Machine
+) -> Iterator[int]:
+    """One update a batch of images [B, 3, H, W] float32 and labels [B]: the loop that most scripts have."""
+    model.train()
+    for number, (images, labels) in enumerate(batches):
+        images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
+        loss = cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if number % _PRINT_EVERY == 0:
+            loss.item()
+        yield len(images)
+
+
+def _sgd(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=_LR, momentum=cfg.optim.momentum, weight_decay=cfg.optim.weight_decay)
+
+
+def _distributed(model: nn.Module, machine: Machine) -> nn.Module:
+    if machine.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None)
+
+
+class Contestant(NamedTuple):
+    train: Callable[[Race], Training]
+    needs: str = ""
+    """A package that may be missing."""
+
+
+CONTESTANTS = {
+    PLAIN_STEP: Contestant(_torchvision_step),
+    PLAIN_LOOP: Contestant(_torchvision_loop),
+    "timm, end to end": Contestant(_timm, "timm"),
+    "Lightning, end to end": Contestant(_lightning, "lightning"),
+}
+
+
+# ---- taking turns ---------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """A contestant, whose worker processes are idle in the turns of others. Made on all ranks at once: it may use DDP.
+
+    Raises `UserError` with the reason if its first update fails.
+    """
+
+    def __init__(self, name: str, race: Race) -> None:
+        before = set(active_children())
+        try:
+            self._training = CONTESTANTS[name].train(race)
+            next(self._training)
+        except Exception as error:  # whatever another's library raises is no reason to stop the others
+            raise UserError(" ".join(f"{name}: {type(error).__name__}: {error}".split())) from None
+        self._workers = [worker.pid or 0 for worker in set(active_children()) - before]
+        self._rest()
+
+    @property
+    def ahead(self) -> int:
+        """Updates that its workers may have made ready by the beginning of a turn."""
+        return _PREFETCH * len(self._workers)
+
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[], int]]:
+        """The function that makes one update and gives the number of this rank's images in it."""
+        try:
+            yield lambda: next(self._training)
+        finally:
+            self._rest()
+
+    def close(self) -> None:
+        """Let its workers end."""
+        self._training.close()  # type: ignore[attr-defined] # a generator
+
+    def _rest(self) -> None:
+        """Wait until its workers have filled their queues: then they work no more, until the next turn takes from them.
+
+        They are not sent SIGSTOP, as whoever is stopped stays for good where this process is killed.
+        """
+        burnt_s = -1.0
+        while (now_s := sum(_cpu_s(worker) for worker in self._workers)) > burnt_s + _IDLE_S:
+            burnt_s = now_s
+            time.sleep(_GLANCE_S)
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of a process."""
+    with suppress(OSError):
+        return time.clock_gettime(~pid << 3 | 2)  # its clock's number, as clock_getcpuclockid(3) makes it on Linux
+    return 0.0
+
+
+def open_peers(race: Race) -> tuple[dict[str, Peer], list[str]]:
+    """The contestants that train, by name, and for each of the others a line that says why it does not. Collective."""
+    peers: dict[str, Peer] = {}
+    left_out: list[str] = []
+
+    def start(name: str) -> None:
+        peers[name] = Peer(name, race)
+
+    for name, contestant in CONTESTANTS.items():
+        if contestant.needs and not importlib.util.find_spec(contestant.needs):
+            left_out.append(f"{name}: {contestant.needs} is not installed; pip install {contestant.needs}")
+            continue
+        try:
+            race.machine.agree(partial(start, name))
+        except UserError as error:
+            left_out.append(str(error))
+            if name in peers:  # it failed on another rank only
+                peers.pop(name).close()
+    return peers, left_out

@@ -1,0 +1,167 @@
+"""Checkpoints written beside the training, and the room that they take on disk."""
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from data_pipeline.common.errors import UserError
+from trainer.checkpoint.store import Progress, Store, Write
+from trainer.distributed import Machine
+from trainer.engine.base import Compression
+from trainer.optim.optimizer import OptimConfig
+
+T = TypeVar("T")
+
+LAST_S = 30.0
+"""How long a run that fails waits for the checkpoint under way: about as long as launchers wait before they kill."""
+
+_MOMENTS = {"sgd": 1, "lars": 1, "muon": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
+
+
+class _Outcome(NamedTuple):
+    failure: UserError | None
+    seconds: float
+
+
+class Saver:
+    """Writes checkpoints in a thread of each rank, one at a time. To be opened on every rank: collective.
+
+    The threads agree among themselves, over connections of their own, that all files are on disk before the checkpoint is
+    completed, and on the outcome, which is the same on all ranks. As a context manager it ends with the training, and
+    where that fails waits a while for the save under way.
+    """
+
+    def __init__(self, store: Store, machine: Machine, saved: Progress, tell: Callable[[str], None]) -> None:
+        self.store, self.machine, self.tell = store, machine, tell
+        self.saved = saved
+        """Progress of the last checkpoint that is complete, after `wait`."""
+        self.failed = 0
+        """Saves that were given up."""
+        self._group: Any = dist.new_group(backend="gloo") if machine.world > 1 else None
+        self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._save: Future[_Outcome] | None = None
+        self._told: Future[_Outcome] | None = None
+        self._untold: dict[str, float] = {}
+
+    def start(self, progress: Progress, write: Write, *, best: bool) -> None:
+        """Begin to save what `write` writes on this rank. `wait` comes before the next. Collective."""
+        assert self._save is None or self._save.done()
+        self._untold = self.take_scalars()  # no row may have been written since it ended
+        save: Future[_Outcome] = Future()
+        self._save = save
+
+        def run() -> None:
+            try:
+                save.set_result(self._write(progress, write, best))
+            except BaseException as error:
+                save.set_exception(error)
+
+        if self._thread is None:
+            # A daemon: who leaves at once, by a second Ctrl-C, does not wait for a disk that hangs. One for all saves, as
+            # each thread may be given a pool of memory of its own: 16 pools of 42 MiB on two processors (ResNet-18).
+            self._thread = Thread(target=self._work, name="saver", daemon=True)
+            self._thread.start()
+        self._saves.put(run)
+
+    def wait(self) -> UserError | None:
+        """Wait until the save under way has ended; what the last one failed of, if it did. Collective.
+
+        A failure is no exception, as training goes on without. Anything but an error of the disk is raised.
+        """
+        return self._save.result().failure if self._save else None
+
+    def take_scalars(self) -> dict[str, float]:
+        """Figures of the last save that has ended since the last call, if one has."""
+        if self._save and self._save is not self._told and self._save.done():
+            self._told = self._save
+            self._untold = {"perf/ckpt_write_s": self._save.result().seconds, "perf/ckpt_failed": float(self.failed)}
+        scalars, self._untold = self._untold, {}
+        return scalars
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._save and kind and issubclass(kind, Exception):
+            wait_for([self._save], LAST_S)
+        self._saves.put(None)
+
+    def _work(self) -> None:
+        while save := self._saves.get():
+            save()
+
+    def _write(self, progress: Progress, write: Write, best: bool) -> _Outcome:
+        start_s = time.perf_counter()
+        step = progress.step
+        try:
+            self._on_primary(lambda: self.store.begin(step))
+            parts = self._everyone(lambda: self.store.put(step, write))
+            manifest = {name: stamp for part in parts for name, stamp in part.items()}
+            self._on_primary(lambda: self.store.complete(progress, manifest, best=best))
+        except UserError as error:
+            self.failed += 1
+            if self.machine.primary:
+                self.store.abandon()
+                self.tell(f"not saved: {error}")
+            return _Outcome(error, time.perf_counter() - start_s)
+        self.saved = progress
+        return _Outcome(None, time.perf_counter() - start_s)
+
+    def _on_primary(self, act: Callable[[], object]) -> None:
+        self._everyone(lambda: act() if self.machine.primary else None)
+
+    def _everyone(self, act: Callable[[], T]) -> list[T]:
+        """What `act()` gives on each rank; if it raises on any, the first exception is raised on all. Collective."""
+        mine: T | Exception
+        try:
+            mine = act()
+        except UserError as error:
+            mine = UserError(f"rank {self.machine.rank}: {error}") if self.machine.rank else error
+        except Exception:
+            mine = RuntimeError(f"rank {self.machine.rank} cannot save\n{traceback.format_exc()}")
+        results: list[Any] = [mine]
+        if self._group:
+            results = [None] * self.machine.world
+            dist.all_gather_object(results, mine, group=self._group)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+
+def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compression, world: int) -> int:
+    """About what a checkpoint of `module` takes on disk, the files of all ranks together."""
+    state = sum(tensor.nbytes for tensor in module.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    moments = 0 if optim.name == "sgd" and optim.momentum == 0 else _MOMENTS[optim.name]
+    errors = world if compression == "powersgd" else 0
+    return state * (2 if optim.ema_decay > 0 else 1) + trained * (moments + errors)
+
+
+def check_room(store: Store, each: int, epochs: int) -> None:
+    """Raise `UserError` where the disk has no room for the most checkpoints, of `each` bytes, that a run has at a time."""
+    there = next(folder for folder in (store.folder, *store.folder.absolute().parents) if folder.exists())
+    disk = shutil.disk_usage(there)
+    needed = store.most(epochs) * each - store.taken()
+    if disk.total and needed > disk.free:  # some file systems do not tell
+        raise UserError(
+            f"run.dir: {store.most(epochs)} checkpoints of {_gb(each)} GB need {_gb(needed)} GB beside what is there, and "
+            f"{_gb(disk.free)} GB are free in {there}; make room, lower run.keep, or give another --run.dir"
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"

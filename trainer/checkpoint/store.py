@@ -1,0 +1,312 @@
+"""The run folder: its configuration, and checkpoints that are either complete or not there.
+
+DIR/config.yaml
+DIR/metrics.jsonl
+DIR/checkpoints/step-00000120/{model.safetensors, training.pt, progress.json, manifest.json}
+DIR/checkpoints/last -> step-00000120
+DIR/checkpoints/best -> step-00000080
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain, count
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from data_pipeline.common.atomic_io import sync
+from data_pipeline.common.errors import UserError
+from data_pipeline.loader import Cursor
+
+PROGRESS, MANIFEST = "progress.json", "manifest.json"
+LOCK = ".lock"
+PARTIAL = ".partial"
+"""How the name begins of what is being written, in its folder; left behind by a crash, it is of no worth."""
+_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+
+
+class Stamp(NamedTuple):
+    """What a file must hold to be whole."""
+
+    bytes: int
+    sha256: str
+    """In hexadecimal."""
+
+
+Write = Callable[[Path], dict[str, Stamp]]
+"""Adds files to a folder, each forced to disk, and returns their stamps by name. Raises OSError."""
+
+
+def write_stamped(path: Path, content: bytes | memoryview) -> Stamp:
+    """Write a file and force it to disk. Its stamp is that of `content`, whatever becomes of the file. Raises OSError.
+
+    Where there is no room it writes nothing, for what is left on the disk is needed by metrics and logs.
+    """
+    disk = os.statvfs(path.parent)
+    if disk.f_blocks and disk.f_bavail * disk.f_frsize < len(content):  # some file systems do not tell
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return Stamp(len(content), hashlib.sha256(content).hexdigest())
+
+
+def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
+    """The first file of a checkpoint that is not whole, and why; None where all are.
+
+    Not thorough, it reads only progress.json, and of the others looks at their lengths.
+    """
+    file = checkpoint / MANIFEST
+    try:
+        manifest = {name: Stamp(**stamp) for name, stamp in json.loads(file.read_text()).items()}
+        for name, stamp in manifest.items():
+            file = checkpoint / name
+            length = file.stat().st_size
+            if length != stamp.bytes:
+                return f"{name} has {length} bytes instead of {stamp.bytes}"
+            if (thorough or name == PROGRESS) and _sha256(file) != stamp.sha256:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None if PROGRESS in manifest else f"{MANIFEST} is damaged"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, and all that it must know beside weights and optimiser to continue exactly."""
+
+    step: int = 0
+    """Weight updates so far."""
+    cursor: Cursor = field(default_factory=Cursor)
+    sums: list[float] = field(default_factory=list)
+    """What the epoch has added up so far, over all ranks (see `engine.SUMS`)."""
+    train_s: float = 0.0
+    """What training has taken so far, without evaluation, checkpoints and what an interruption lost."""
+    best_top1_pct: float = -1.0
+    finished: bool = False
+    skipped: list[int] = field(default_factory=list)
+    """Updates, counted from 1, whose images are passed over and leave the weights alone (see `run.on_nonfinite`)."""
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """What a whole checkpoint says of its run."""
+    state = json.loads((checkpoint / PROGRESS).read_text())
+    return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
+
+
+class Store:
+    """The checkpoints of one run. Rank 0 completes and removes them, all ranks add files to them and may read.
+
+    The best is kept, the last `keep`, and those at the end of every `keep_every`-th epoch.
+    """
+
+    def __init__(self, run: Path, keep: int = 2, keep_every: int | None = None) -> None:
+        self.folder, self.keep, self.keep_every = run / "checkpoints", keep, keep_every
+        self.passed_over: dict[Path, str] = {}
+        """Checkpoints that `newest` found damaged, and what is wrong with each."""
+
+    def newest(self) -> Path | None:
+        """Folder of the last whole checkpoint, each of its bytes read; None where none was ever completed.
+
+        Raises `UserError` where there are checkpoints and none is whole.
+        """
+        self.passed_over = {}
+        for checkpoint in self._checkpoints():
+            why = fault(checkpoint)
+            if why is None:
+                return checkpoint
+            self.passed_over[checkpoint] = why
+        if self.passed_over or (self.folder / "last").is_symlink():
+            faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in self.passed_over.items())
+            raise UserError(
+                f"run.dir: no checkpoint in {self.folder} is whole ({faults or 'last points to nothing'}); "
+                "restore one, or give another --run.dir to start anew"
+            )
+        return None
+
+    def chosen(self) -> Path | None:
+        """Folder of the best checkpoint, or else of the last. Raises `UserError` where it is damaged."""
+        best = (self.folder / "best").resolve()
+        if not best.is_dir():
+            return self.newest()
+        why = fault(best)
+        if why:
+            raise UserError(f"{best} is damaged ({why}); restore it, or remove it to have the last one instead")
+        return best
+
+    def progress(self) -> Progress:
+        """Progress of the last checkpoint that looks whole, or that of a run which has not begun. Takes no time."""
+        looking_whole = (folder for folder in self._checkpoints() if fault(folder, thorough=False) is None)
+        newest = next(looking_whole, None)
+        return read_progress(newest) if newest else Progress()
+
+    def prepare(self) -> None:
+        """Make sure that checkpoints can be written here, and clear away what a crash has left. Raises `UserError`."""
+        self.begin(0)
+        self.abandon()
+
+    def begin(self, step: int) -> None:
+        """Make room for a checkpoint beside the others. For one rank; `put` and `complete` follow. Raises `UserError`."""
+        with self._writing(step):
+            self.abandon()
+            self._partial(step).mkdir(parents=True)
+
+    def put(self, step: int, write: Write) -> dict[str, Stamp]:
+        """Let `write` add files to what was begun; returns their stamps. For any rank. Raises `UserError`."""
+        with self._writing(step):
+            self._partial(step).mkdir(exist_ok=True)  # NFS may tell another machine late that it is there
+            return write(self._partial(step))
+
+    def complete(self, progress: Progress, manifest: Mapping[str, Stamp], *, best: bool) -> None:
+        """Let `last` (and `best`) point to what all ranks have put, once all of it is on disk. For one rank.
+
+        Raises `UserError` where the disk does not take it; the checkpoints before it stay.
+        """
+        with self._writing(progress.step):
+            partial = self._partial(progress.step)
+            state = json.dumps(asdict(progress), indent=1) + "\n"
+            stamps = {**manifest, PROGRESS: write_stamped(partial / PROGRESS, state.encode())}
+            table = {name: stamp._asdict() for name, stamp in sorted(stamps.items())}
+            write_stamped(partial / MANIFEST, (json.dumps(table, indent=1) + "\n").encode())
+            sync(partial)
+            complete = partial.rename(self._fresh_name(progress.step))
+            for link in ("last", "best") if best else ("last",):
+                self._point(link, complete.name)
+            sync(self.folder)
+        self._prune()
+
+    def abandon(self) -> None:
+        """Remove what was begun and not completed, as far as it can be. For one rank."""
+        for partial in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def most(self, epochs: int) -> int:
+        """The most checkpoints that a run of so many epochs has on disk, the one being written included."""
+        return self.keep + 2 + (epochs // self.keep_every if self.keep_every else 0)
+
+    def taken(self) -> int:
+        """Bytes of the checkpoints that are there."""
+        return sum(file.stat().st_size for folder in self._folders() for file in folder.iterdir())
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write step {step} to {self.folder} ({error.strerror}); "
+                "make room, and the same command goes on from the checkpoint before"
+            ) from None
+
+    def _checkpoints(self) -> list[Path]:
+        """Folders of checkpoints, the newest first. None is newer than the one that `last` names."""
+        last = self._target("last")
+        folders = [folder for folder in self._folders() if last is None or _age(folder.name) <= _age(last)]
+        return sorted(folders, key=lambda folder: _age(folder.name), reverse=True)
+
+    def _folders(self) -> Iterator[Path]:
+        return (folder for folder in self.folder.glob("step-*") if _NAME.fullmatch(folder.name))
+
+    def _target(self, link: str) -> str | None:
+        path = self.folder / link
+        return os.readlink(path) if path.is_symlink() else None
+
+    def _partial(self, step: int) -> Path:
+        # Named after the step, for on NFS another machine may take a name for the folder that was renamed before.
+        return self.folder / f"{PARTIAL}-{step:08d}"
+
+    def _fresh_name(self, step: int) -> Path:
+        name = f"step-{step:08d}"
+        names = chain([name], (f"{name}.{again}" for again in count(1)))
+        return next(self.folder / name for name in names if not (self.folder / name).exists())
+
+    def _point(self, link: str, name: str) -> None:
+        beside = self.folder / f".{link}"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(name)
+        os.replace(beside, self.folder / link)
+
+    def _prune(self) -> None:
+        good = [folder for folder in self._checkpoints() if folder not in self.passed_over]
+        kept = {*good[: self.keep], *filter(self._is_milestone, good), self.folder / (self._target("best") or "last")}
+        for folder in self._folders():
+            if folder not in kept:
+                doomed = self.folder / f"{PARTIAL}-{folder.name}"
+                with suppress(OSError):  # what is half removed must not look like a checkpoint
+                    shutil.rmtree(folder.rename(doomed))
+
+    def _is_milestone(self, folder: Path) -> bool:
+        if self.keep_every is None or fault(folder, thorough=False):
+            return False
+        cursor = read_progress(folder).cursor
+        return cursor.seen == 0 and cursor.epoch % self.keep_every == 0
+
+
+def _age(name: str) -> tuple[int, int]:
+    """Orders the names of checkpoints as they were written: step-00000120, then step-00000120.1."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def check_run(run: Path, differences: Callable[[str], str | None]) -> None:
+    """Make sure that `run` is new, or holds a run that was started with the same options. Writes nothing.
+
+    `differences(saved)` names the first option that makes the saved configuration another run. Raises `UserError`.
+    """
+    saved = run / "config.yaml"
+    try:
+        if saved.is_file():
+            changed = differences(saved.read_text())
+            if changed:
+                raise UserError(
+                    f"run.dir: {run} was started with other options ({changed}); "
+                    "repeat them to resume, or give another --run.dir"
+                )
+        elif run.exists() and (not run.is_dir() or any(entry.name != PARTIAL for entry in run.iterdir())):
+            raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
+    except OSError as error:
+        raise UserError(f"run.dir: cannot read {run} ({error.strerror}); give another --run.dir") from None
+
+
+def record_run(run: Path, config: str) -> None:
+    """Make the run folder, if it is not there, and record its configuration. Raises `UserError`."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        partial = run / PARTIAL
+        partial.write_text(config)
+        sync(partial)
+        partial.replace(run / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+
+
+def claim_run(run: Path) -> IO[str]:
+    """Make sure that no other process trains in `run`, for as long as the file returned is open. Raises `UserError`."""
+    try:
+        lock = (run / LOCK).open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"run.dir: another process trains in {run} right now; wait for it, or give another --run.dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
+            raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+    return lock

@@ -1,0 +1,294 @@
+"""Data parallelism by DeepSpeed, with optimiser, gradients and weights divided among the ranks as ZeRO does."""
+
+import atexit
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.loader import Batch
+from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
+from trainer.checkpoint.store import Write
+from trainer.distributed import Machine
+from trainer.engine.base import (
+    STATE,
+    SUMS,
+    WEIGHTS,
+    Autocast,
+    EngineConfig,
+    Predictor,
+    compiled,
+    count,
+    load_state,
+    load_weights,
+    training_loss,
+)
+from trainer.optim.optimizer import Ema, OptimConfig, build_optimizer, set_lr
+from trainer.resilience.watchdog import Phase
+
+SHARD = "optimizer-{rank}.pt"
+"""Name of the file with a rank's part of the optimiser's state."""
+
+ELEMENTWISE = ("sgd", "adamw")
+"""Optimisers that update each weight by itself, and so may be given any part of all weights laid end to end."""
+
+_BUCKET = 1 << 23  # gradients reduced at a time: 32 MiB, as DDP has 25; DeepSpeed would set aside 2 GB
+_FIRST_SCALE, _CLEAN_UPDATES = 2.0**16, 2000  # as torch's GradScaler
+
+
+def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
+    """Raise `UserError` for options that do not go together with the engine deepspeed. Loads nothing."""
+    if cfg.name != "deepspeed":
+        return
+    if cfg.zero_stage > 0 and optim.name not in ELEMENTWISE:
+        raise UserError(
+            f"optim.name: {optim.name} needs whole weights, which ZeRO divides; choose one of "
+            f"{', '.join(ELEMENTWISE)}, or set engine.zero_stage to 0"
+        )
+    if cfg.zero_stage == 3 and optim.ema_decay > 0:
+        raise UserError(
+            f"optim.ema_decay: {optim.ema_decay} needs whole weights, which ZeRO-3 divides; set it to 0, or "
+            "engine.zero_stage to 2"
+        )
+    if cfg.compression != "none":
+        raise UserError(
+            f"engine.compression: {cfg.compression} is for DDP only; leave it out, or set engine.name to ddp"
+        )
+    if cfg.sync_bn:
+        raise UserError("engine.sync_bn: it is for DDP only; leave it out, or set engine.name to ddp")
+    if cfg.fit_memory:
+        raise UserError("engine.fit_memory: it is for DDP only; leave it out, or set engine.name to ddp")
+    if cfg.zero_stage == 3 and cfg.compile == "on":
+        raise UserError(
+            "engine.compile: on does not work with ZeRO-3, which collects weights layer by layer; set it to off, or "
+            "engine.zero_stage to 2"
+        )
+
+
+class DeepSpeedEngine:
+    """Data parallelism by DeepSpeed; what each rank holds a part of only is chosen by `zero_stage`.
+
+    0: nothing; 1: the optimiser's state; 2: the gradients too; 3: the weights too (Rajbhandari et al. 2020, "ZeRO",
+    arXiv 1910.02054, section 5). Weights stay fp32, and running statistics of batch normalisation each rank's own, as
+    in `DdpEngine`. Where gradients are not finite, stages 1 to 3 leave the update out in any precision.
+    """
+
+    def __init__(
+        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, machine: Machine
+    ) -> None:
+        check_deepspeed(cfg, optim)
+        self.machine, self.optim, self.normalise, self.stage = machine, optim, normalise, cfg.zero_stage
+        device = machine.device
+        if self.stage == 3:
+            cfg = replace(cfg, compile="off")
+        self.module = module.to(device).to(memory_format=torch.channels_last)
+        self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
+        # DeepSpeed takes contiguous weights only. From stage 1 on they are windows of one flat tensor and stay so.
+        self.module.to(memory_format=torch.contiguous_format)
+        self.autocast = Autocast(cfg.precision, device)
+        self.replica = _Cast(compiled(self.module, cfg, device), self.autocast)
+        self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
+        self._deepspeed = _import_deepspeed(machine)
+        self.engine, self._zero, _, _ = self._deepspeed.initialize(
+            model=self.replica, optimizer=self.optimizer, config=self._options(), dist_init_required=False
+        )
+        if self.stage == 0:
+            self.module.to(memory_format=torch.channels_last)
+        if self.ema:
+            self.predict = Predictor(self.ema.module, normalise, cfg, device)
+        else:
+            self.predict = Predictor(self.replica, normalise, replace(cfg, compile="off"), device)
+        self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
+        self.clean_updates = 0  # since the scale was changed
+        self.updates = 0
+        self.copy = HostCopy()
+
+    def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
+        set_lr(self.optimizer, lr)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        if self.stage > 0:
+            self._zero.override_loss_scale(self.scale)
+        for number, batch in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            with Phase("forward"):
+                logits = self.engine(self.normalise(batch.images))
+            losses = training_loss(logits, batch, self.optim)
+            # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
+            loss = losses * self.machine.world / batch.total
+            with Phase("backward"):
+                self.engine.backward(loss if self.stage > 0 else loss * self.scale)
+            sums[:4] += count(logits.detach(), batch.labels, losses.detach())
+        with Phase("update"):
+            sums[4] = self._update()
+        return sums
+
+    def agree(self) -> None:
+        self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+
+    def snapshot(self, metadata: dict[str, str]) -> Write:
+        files: dict[str, Callable[[], Content]] = {}
+        with self.whole_weights():
+            if self.machine.primary:
+                state: dict[str, Any] = {
+                    "engine": "deepspeed",
+                    "zero_stage": self.stage,
+                    "world": self.machine.world,
+                    "scale": self.scale,
+                    "clean_updates": self.clean_updates,
+                    "updates": self.updates,
+                }
+                if self.ema:
+                    state["module"] = self.module.state_dict()
+                weights = self.copy.of((self.ema.module if self.ema else self.module).state_dict(), WEIGHTS)
+                state = self.copy.of(state, STATE)
+                files = {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
+        if self.machine.primary or self.stage > 0:
+            shard = self.copy.of([self.optimizer.state.get(weights, {}) for weights in self._shards], SHARD)
+            files[SHARD.format(rank=self.machine.rank)] = lambda: packed_state({"optimizer": shard})
+        return writer(files, self.copy.wait)
+
+    def load(self, folder: Path) -> None:
+        state = load_state(folder / STATE, self.machine.device)
+        self._check_saved(state, folder)
+        with self.whole_weights(source=0):
+            load_weights(self.ema.module if self.ema else self.module, folder)
+            if self.ema:
+                self.module.load_state_dict(state["module"])
+        if self.stage > 0:
+            self._zero.refresh_fp32_params()
+        shard = SHARD.format(rank=self.machine.rank if self.stage > 0 else 0)
+        saved = load_state(folder / shard, self.machine.device)["optimizer"]
+        for weights, moments in zip(self._shards, saved, strict=True):
+            self.optimizer.state[weights] = moments
+        if self.autocast.precision == "fp16" and state["scale"] != 1:  # 1: the run has been in another precision
+            self.scale, self.clean_updates = state["scale"], state["clean_updates"]
+        self.updates = state["updates"]
+
+    def _options(self) -> dict[str, Any]:
+        """DeepSpeed's configuration. Precision, learning rate and accumulation are ours to handle."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # asked for, and of no effect: the loader shares the images out
+            "gradient_clipping": self.optim.clip_norm if self.stage > 0 else 0.0,  # not given, it is 1
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": _BUCKET,
+                "allgather_bucket_size": _BUCKET,
+            },
+        }
+
+    def _update(self) -> Tensor:
+        """Clip, step, average; returns the norm of the gradient before clipping."""
+        if self.stage == 0:
+            norm, skipped = self._update_whole()
+        else:
+            self.engine.step()
+            norm, skipped = torch.as_tensor(self.engine.get_global_grad_norm()), self._zero.overflow
+        if self.autocast.precision == "fp16":
+            self._adapt_scale(skipped)
+        if self.ema:
+            self.ema.update(self.module, self.updates)
+        self.updates += 1
+        return norm
+
+    def _update_whole(self) -> tuple[Tensor, bool]:
+        """What ZeRO does of itself, where it is not in use: the gradient's norm, and whether the update was left out."""
+        parameters = list(self.module.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.optim.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        skipped = self.autocast.precision == "fp16" and not bool(norm.isfinite())
+        if skipped:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.engine.step()
+        return norm, skipped
+
+    def _adapt_scale(self, skipped: bool) -> None:
+        """Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2)."""
+        self.clean_updates = 0 if skipped else self.clean_updates + 1
+        if skipped:
+            self.scale /= 2
+        elif self.clean_updates == _CLEAN_UPDATES:
+            self.scale, self.clean_updates = self.scale * 2, 0
+
+    @property
+    def _shards(self) -> list[Tensor]:
+        """What the optimiser updates on this rank: its part of all weights, or each of the weights."""
+        match self.stage:
+            case 0:
+                return [weights for group in self.optimizer.param_groups for weights in group["params"]]
+            case 1 | 2:
+                return list(self._zero.single_partition_of_fp32_groups)
+            case _:
+                return list(self._zero.fp32_partitioned_groups_flat)
+
+    def whole_weights(self, source: int | None = None) -> AbstractContextManager[None]:
+        """Within it the weights are whole on every rank; at its end those of rank `source` are kept. Collective."""
+        if self.stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
+            list(self.module.parameters()), modifier_rank=source
+        )
+        return gathered
+
+    def _check_saved(self, state: dict[str, Any], folder: Path) -> None:
+        if state.get("engine") != "deepspeed":
+            raise UserError(
+                f"engine.name: {folder} was not saved by deepspeed; set it back to ddp, or give another --run.dir"
+            )
+        if state["zero_stage"] != self.stage:
+            raise UserError(
+                f"engine.zero_stage: {folder} was saved at stage {state['zero_stage']}, not {self.stage}; "
+                "set it back, or give another --run.dir"
+            )
+        if self.stage > 0 and state["world"] != self.machine.world:
+            raise UserError(
+                f"--nproc_per_node: {folder} was saved by {state['world']} processes, each with its part of the "
+                f"optimiser's state, and now there are {self.machine.world}; start as many as before"
+            )
+
+
+class _Cast(nn.Module):
+    """`forward` of a network in a given precision, its logits in fp32.
+
+    Autocast belongs inside: DeepSpeed switches off what surrounds it, and its own setting would last for the process.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], autocast: Autocast) -> None:
+        super().__init__()
+        self.network, self.autocast = network, autocast
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            return self.network(images).float()
+
+
+def _import_deepspeed(machine: Machine) -> Any:
+    """DeepSpeed, ready for `initialize`, without its messages; a single process gets a group of its own."""
+    os.environ.setdefault("DS_ACCELERATOR", machine.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(machine.device.index or 0))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if machine.device.type == "cpu":
+        # Or else it compiles, for half a minute, an all-reduce that only its inference uses.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    if not dist.is_initialized():
+        backend = "nccl" if machine.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)  # and not before: DeepSpeed keeps it for the process
+    return deepspeed

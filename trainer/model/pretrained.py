@@ -1,0 +1,197 @@
+"""Weights to start a run from: torchvision's by name, or a file or run folder of PyTorch, timm, safetensors or ours."""
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from trainer.checkpoint.store import Store
+from trainer.distributed import Machine
+from trainer.engine.base import WEIGHTS, read_metadata, unpickled
+from trainer.model.resnet import ARCHITECTURES, HEAD, ModelConfig, ModelName, ResNet, build_resnet, is_torchvision
+
+PREPROCESSING = ("mean", "std", "eval_crop")
+"""Options of `data` that weights bring with them, as far as they are known."""
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model")
+_PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model|backbone)\.)+")
+_COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm, not in old files; of torch's AveragedModel
+_LISTED = 3  # names in a message
+
+State = dict[str, Tensor]
+
+
+def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], machine: Machine) -> str:
+    """Give the network, on the machine's device, the weights `cfg.weights`; the first rank reads them. Collective.
+
+    The head stays as it is where the weights have none, or one for other classes. Returns a line that says what was
+    loaded; raises `UserError`, on every rank.
+    """
+    told = machine.agree(lambda: _load(network, cfg, classes) if machine.primary else "")
+    network.to(machine.device)
+    machine.broadcast(list(network.state_dict().values()))
+    return told
+
+
+def preprocessing(weights: str) -> dict[str, Any]:
+    """Mean, deviation and crop of validation images that weights were trained for, as far as known, by option of `data`.
+
+    torchvision's enum tells, and so does a run folder. Raises `UserError`.
+    """
+    if is_torchvision(weights):
+        preset = _torchvision(weights).transforms()
+        known = {"mean": preset.mean, "std": preset.std, "eval_crop": preset.crop_size[0] / preset.resize_size[0]}
+    else:
+        known = _options_of_run(Path(weights).absolute())
+    return {name: known[name] for name in PREPROCESSING if name in known}
+
+
+def _options_of_run(path: Path) -> dict[str, Any]:
+    """The options `data` of the run that a path belongs to: its folder, or that of a checkpoint in it."""
+    saved = next((file for run in (path, *path.parents[1:2]) if (file := run / "config.yaml").is_file()), None)
+    if saved is None or not path.is_dir():
+        return {}
+    try:
+        options: dict[str, Any] = yaml.safe_load(saved.read_text())["data"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        raise UserError(f"model.weights: {saved} is not the configuration of a run; mend it, or give a file") from None
+    return options
+
+
+def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
+    assert cfg.weights
+    state, theirs = _read(cfg.weights)
+    wanted = network.state_dict()
+    head = state.get(f"{HEAD}.weight")
+    same = head is not None and head.shape == wanted[f"{HEAD}.weight"].shape and theirs in (None, classes)
+    if not same:
+        state, wanted = _without_head(state), _without_head(wanted)
+    faults = _faults(state, wanted)
+    if faults:
+        body = _without_head(state)
+        fits = next((name for name in ARCHITECTURES if not _faults(body, _body_of(name))), None)
+        remedy = f"set model.name to {fits}" if fits else f"give weights of a {cfg.name}"
+        raise UserError(f"model.weights: {cfg.weights} does not fit {cfg.name}: {', '.join(faults)}; {remedy}")
+    network.load_state_dict(state, strict=False)
+    if same:
+        return f"starting from {cfg.weights}, head included"
+    left = "it has no head" if head is None else f"its head is for {len(head)} other classes"
+    return f"starting from {cfg.weights}; {left}, so the one for {len(classes)} starts anew"
+
+
+def _without_head(state: State) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(f"{HEAD}.")}
+
+
+def _body_of(name: ModelName) -> State:
+    """What a network of that name holds beside its head, without memory."""
+    with torch.device("meta"):
+        return _without_head(build_resnet(ModelConfig(name), 1).state_dict())
+
+
+def _faults(state: State, wanted: State) -> list[str]:
+    """How `state` differs from what is wanted, in words."""
+    shapes = [
+        f"{name} is {list(state[name].shape)} and not {list(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    kinds = {
+        "missing": [name for name in wanted if name not in state and not name.endswith(_COUNTERS)],
+        "unknown": [name for name in state if name not in wanted],
+        "of another shape": shapes,
+    }
+    return [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))
+
+
+def _read(weights: str) -> tuple[State, list[str] | None]:
+    """Tensors by their names in our networks, and the classes of the head where they are known."""
+    if is_torchvision(weights):
+        return _download(weights), None
+    path = Path(weights)
+    require(
+        path.exists(),
+        f"model.weights: {weights} does not exist; give a file, a run folder, or a name such as ResNet18_Weights.IMAGENET1K_V1",
+    )
+    try:
+        if not path.is_dir():
+            return _named(_open(path), path), None
+        checkpoint = path if (path / WEIGHTS).is_file() else Store(path).chosen()
+        if checkpoint is None:
+            raise UserError(f"model.weights: {weights} holds no complete checkpoint; give the folder of a trained run")
+        return load_file(checkpoint / WEIGHTS), json.loads(read_metadata(checkpoint).get("classes", "null"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.weights: {weights} cannot be read ({error}); give another file") from None
+
+
+def _open(path: Path) -> object:
+    """What a file holds. A pickle may hold tensors, containers and timm's record of its arguments, and nothing that runs."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return unpickled(path, torch.device("cpu"), argparse.Namespace)
+    except OSError:
+        raise
+    except Exception:  # what is not a pickle may look like any
+        raise UserError(
+            f"model.weights: {path} is no PyTorch file of tensors alone, and what else it holds might run code; "
+            "save its state_dict() with torch.save, or as safetensors"
+        ) from None
+
+
+def _named(content: object, path: Path) -> State:
+    """The state dict in what was read: an average rather than what it is of, wrappers and prefixes taken off."""
+    while isinstance(content, Mapping):
+        inner = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = content[inner]
+    found = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
+    require(len(tensors) > 0, f"model.weights: {path} holds no state dict; save a model's state_dict() with torch.save")
+    state = {_PREFIXES.sub("", name): value for name, value in tensors.items()}
+    require(
+        len(state) == len(tensors),
+        f"model.weights: {path} holds several networks; save the state_dict() of one of them",
+    )
+    state.pop("n_averaged", None)
+    return state
+
+
+def _torchvision(name: str) -> Any:
+    """torchvision's entry of that name. Raises `UserError`."""
+    from torchvision import models  # type: ignore[import-untyped] # here, for it takes a second
+
+    try:
+        return models.get_weight(name)
+    except (ValueError, KeyError):
+        known = [str(entry) for model in ARCHITECTURES for entry in models.get_model_weights(model)]
+        raise UserError(f"model.weights: torchvision has no {name}; choose one of {', '.join(known)}") from None
+
+
+def _download(name: str) -> State:
+    """torchvision's weights, kept where TORCH_HOME says and fetched if they are not there. Raises `UserError`."""
+    entry = _torchvision(name)
+    try:
+        state: State = entry.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"model.weights: cannot download {name} ({error}); fetch {entry.url} elsewhere, and give the file"
+        ) from None
+    return state

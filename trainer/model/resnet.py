@@ -1,0 +1,300 @@
+"""Residual networks for images: ResNet-18, 34, 50, 101 and 152.
+
+After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), table 1, with a projection
+shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
+convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
+order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. (With
+`shortcut: pool` they are timm's, of `ResNet(avg_down=True)`. `stem` and `width` change shapes, `blur` what they compute.)
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data_pipeline.config import require
+from trainer.model.conv_matmul import Convolution
+
+ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Stem = Literal["conv", "patch"]
+Shortcut = Literal["conv", "pool"]
+
+HEAD = "fc"
+"""Name of the classifier."""
+HEAD_STAGE = 5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained."""
+
+    name: ModelName = "resnet18"
+    """Architecture; the number is its depth in weighted layers."""
+
+    zero_init_gamma: bool = False
+    """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    stem: Stem = "conv"
+    """How an image becomes a map of a quarter of its side: conv, as torchvision has it, by a 7x7 convolution and a maximum;
+    patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2),
+    which takes less time."""
+
+    whiten: bool = False
+    """Start the stem's filters from the principal components of patches of training images (Jordan 2024, arXiv 2404.00498,
+    section 3.2) in place of random numbers."""
+
+    width: float = 1.0
+    """Factor of the channels in all stages (Zagoruyko and Komodakis 2016, arXiv 1605.07146), to the next multiple of 8."""
+
+    blur: bool = False
+    """Blur what a convolution with a stride is about to sample, the stem excepted (Zhang 2019, "BlurPool", arXiv 1904.11486;
+    before the convolution, as FFCV's ResNets have it)."""
+
+    bn_momentum: float = 0.1
+    """Weight of the newest batch in the running statistics of batch normalisation, above 0 and at most 1."""
+
+    shortcut: Shortcut = "conv"
+    """How a shortcut halves the image: conv, as torchvision has it, looks at one of four positions; pool averages them
+    first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in as much time."""
+
+    weights: str | None = None
+    """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
+    data.mean, std and eval_crop unless they are given; a file of torchvision, timm or safetensors; or a run folder. A head
+    for other classes is left out."""
+
+    freeze_until: int = 0
+    """Epochs in which only the head is trained; the weights and running statistics of the rest stay as they are."""
+
+    head_only: bool = False
+    """Train the head alone in all epochs."""
+
+    freeze_bn: bool = False
+    """Keep batch normalisation as it is, the running statistics that it then normalises with as well as gamma and beta."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.name in get_args(ModelName),
+            f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
+        )
+        require(
+            self.stem in get_args(Stem),
+            f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",
+        )
+        require(
+            not self.whiten or self.weights is None,
+            f"model.whiten: {self.whiten} is for random weights, and model.weights gives others; leave one of them out",
+        )
+        require(0 < self.width <= 16, f"model.width: {self.width} is out of range; give a factor above 0, up to 16")
+        require(
+            0 < self.bn_momentum <= 1,
+            f"model.bn_momentum: {self.bn_momentum} is out of range; give a share above 0, up to 1",
+        )
+        require(
+            self.shortcut in get_args(Shortcut),
+            f"model.shortcut: {self.shortcut!r} is unknown; choose one of {', '.join(get_args(Shortcut))}",
+        )
+        require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
+        if self.weights is not None and is_torchvision(self.weights):
+            theirs = self.weights.partition("_")[0].lower()
+            require(
+                theirs == self.name,
+                f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
+            )
+        require(self.freeze_until >= 0, f"model.freeze_until: {self.freeze_until} is negative; give a number of epochs")
+        for option in ("freeze_until", "head_only", "freeze_bn"):
+            value = getattr(self, option)
+            require(
+                self.weights is not None or not value,
+                f"model.{option}: {value} keeps weights as they are, and these are random; give model.weights",
+            )
+
+
+def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
+    """The first option, with its value, by which a network is none of torchvision's."""
+    plain = ModelConfig()
+    options = (name for name in ("stem", "width", "blur", "shortcut") if getattr(cfg, name) != getattr(plain, name))
+    return next((f"model.{name} {getattr(cfg, name)}" for name in options), None)
+
+
+def is_torchvision(weights: str) -> bool:
+    """Whether weights are given by torchvision's name for them."""
+    return re.fullmatch(r"ResNet\d+_Weights\.\w+", weights) is not None
+
+
+class BlurredConvolution(Convolution):
+    """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges."""
+
+    blur: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, padding: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=padding, bias=bias)
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("blur", torch.outer(line, line).repeat(inputs, 1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B,outputs,H/stride,W/stride] of images [B,inputs,H,W], float in channels-last memory."""
+        return super().forward(F.conv2d(images, self.blur, padding=1, groups=self.in_channels))
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, *, blur: bool = False) -> nn.Conv2d:
+    kind = BlurredConvolution if blur and stride > 1 else Convolution
+    return kind(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def make_shortcut(inputs: int, outputs: int, stride: int, cfg: ModelConfig) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    if cfg.shortcut == "conv":
+        return nn.Sequential(convolution(inputs, outputs, 1, stride, blur=cfg.blur), nn.BatchNorm2d(outputs))
+    # Of an odd side, the last position stands alone, as the strided convolution beside the shortcut sees it.
+    pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+    return nn.Sequential(pool, convolution(inputs, outputs, 1), nn.BatchNorm2d(outputs))
+
+
+def rectify(x: Tensor) -> Tensor:
+    # In place: neither batch norm nor the sum before it keeps its output for the backward pass.
+    return F.relu(x, inplace=True)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: [B,inputs,H,W] to [B,width,H/stride,W/stride]."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.conv1 = convolution(inputs, width, 3, stride, blur=cfg.blur)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = convolution(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = make_shortcut(inputs, width, stride, cfg)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rectify(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return rectify(y.add_(self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions: [B,inputs,H,W] to [B,4*width,H/stride,W/stride]."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1 = convolution(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = convolution(width, width, 3, stride, blur=cfg.blur)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = convolution(width, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = make_shortcut(inputs, outputs, stride, cfg)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rectify(self.bn1(self.conv1(x)))
+        y = rectify(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return rectify(y.add_(self.downsample(x)))
+
+
+Block = BasicBlock | Bottleneck
+
+# Table 1 of the paper: the kind of block, and how many of them each of the four stages has.
+ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def stage(block: type[Block], inputs: int, width: int, count: int, stride: int, cfg: ModelConfig) -> nn.Sequential:
+    first = block(inputs, width, stride, cfg)
+    return nn.Sequential(first, *(block(width * block.expansion, width, 1, cfg) for _ in range(count - 1)))
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, global average pooling and a linear classifier."""
+
+    def __init__(self, cfg: ModelConfig, classes: int) -> None:
+        super().__init__()
+        block, counts = ARCHITECTURES[cfg.name]
+        widths = [math.ceil(cfg.width * width / 8) * 8 for width in (64, 128, 256, 512)]
+        inputs = [widths[0], *(width * block.expansion for width in widths)]
+        patches = cfg.stem == "patch"
+        self.conv1 = nn.Conv2d(3, widths[0], 4, 4, bias=False) if patches else convolution(3, widths[0], 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        # The maximum of rectified values is the rectified maximum, of which there are a quarter as many.
+        self.pool = nn.Identity() if patches else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = stage(block, inputs[0], widths[0], counts[0], 1, cfg)
+        self.layer2 = stage(block, inputs[1], widths[1], counts[1], 2, cfg)
+        self.layer3 = stage(block, inputs[2], widths[2], counts[2], 2, cfg)
+        self.layer4 = stage(block, inputs[3], widths[3], counts[3], 2, cfg)
+        self.fc = nn.Linear(inputs[4], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training; batch norms whose weights are frozen stay in evaluation mode, and so are frozen whole."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
+        x = rectify(self.pool(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
+
+
+def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
+    """A freshly initialised network; its weights are drawn from torch's global generator.
+
+    Convolutions: normal, fan out (He et al. 2015, arXiv 1502.01852). Batch norm: gamma 1, beta 0. Classifier: torch's
+    default for a linear layer.
+    """
+    network = ResNet(cfg, classes)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = cfg.bn_momentum
+        if isinstance(module, Block) and cfg.zero_init_gamma:
+            nn.init.zeros_(module.last_norm.weight)
+    return network
+
+
+def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
+    """Freeze what `cfg` keeps as it is of a `ResNet` in `epoch`, counted from 0, and nothing else.
+
+    What is frozen has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
+    """
+    only_head = cfg.head_only or epoch < cfg.freeze_until
+    for name, module in network.named_modules():
+        kept = only_head or (cfg.freeze_bn and isinstance(module, _BatchNorm))
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(name == HEAD or not kept)
+    network.train(network.training)
+
+
+def stage_of(name: str) -> int:
+    """Where a parameter lies, counted from the images: 0 the stem, 1 to 4 the stages, HEAD_STAGE the head."""
+    child = name.partition(".")[0]
+    return HEAD_STAGE if child == HEAD else int(child[-1]) if child.startswith("layer") else 0

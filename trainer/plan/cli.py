@@ -1,0 +1,357 @@
+"""What a recipe would do on more GPUs: python -m trainer.plan [--config RECIPE] [--OPTION VALUE ...] [--nodes 1,2,4,8]
+
+What one process does is measured here, or read from a file that an earlier call wrote where the GPUs are; what many do
+together is a model of it. In the table a ~ stands before what is extrapolated. Started by torchrun, it also measures the
+link between the processes.
+
+An update takes the computation and that part of the all-reduce that the backward pass does not hide. DDP reduces the
+gradients in buckets, one after another, each as soon as the backward pass has it (Li et al. 2020, arXiv 2006.15704, sec.
+3.2). The loader works ahead on cores of its own; without GPUs it shares them with the computation and with what sends
+the gradients, whose work is measured under torchrun only, and their times add up. Stragglers,
+evaluation, checkpoints and what compressing takes are left out, and so is what decoding on a GPU takes from training.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import parse_known
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from trainer.config import Config, load
+from trainer.distributed import open_machine
+from trainer.plan import measurements as parts_of
+from trainer.plan.allreduce_model import Link, ring_seconds, tree_seconds
+from trainer.plan.measurements import Parts, Step, measure, recipe_of
+
+AllReduce = Literal["ring", "tree", "best"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines, and how the work is laid out on them."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_images: int
+    """Images per GPU and update."""
+    inside: Link | None
+    """From a GPU to another in its node; may be None where a node has one."""
+    between: Link | None
+    """From a node to another, its bandwidth that of all adapters of a node; may be None for one node."""
+    all_reduce: AllReduce = "best"
+    """ring; tree: a chain in each node and two trees over the nodes; best: what is faster for a bucket, as NCCL chooses."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def all_reduce_s(self, size_bytes: float) -> float:
+        """Seconds of an all-reduce over all GPUs."""
+        links = [*self._within, *self._across]
+        if not links:
+            return 0.0
+        slowest = Link(max(link.latency_s for link in links), min(link.bytes_per_s for link in links))
+        depth_s = sum((self.gpus_per_node - 1) * link.latency_s for link in self._within)
+        depth_s += sum(math.ceil(math.log2(self.nodes)) * link.latency_s for link in self._across)
+        ring_s = ring_seconds(slowest, self.gpus, size_bytes)
+        tree_s = tree_seconds(slowest.bytes_per_s, depth_s, size_bytes)
+        return {"ring": ring_s, "tree": tree_s, "best": min(ring_s, tree_s)}[self.all_reduce]
+
+    @property
+    def _within(self) -> list[Link]:
+        return [self.inside] if self.gpus_per_node > 1 and self.inside else []
+
+    @property
+    def _across(self) -> list[Link]:
+        return [self.between] if self.nodes > 1 and self.between else []
+
+
+class Prediction(NamedTuple):
+    """What the GPUs of a cluster do together; all but `compute_s` of a measured size and `loader_s` is extrapolated."""
+
+    step_s: float
+    """Seconds of an update."""
+    compute_s: float
+    """Of it, a GPU computes; measured here where `measured`."""
+    measured: bool
+    loader_s: float
+    """Seconds that the loader needs for an update's images of one GPU."""
+    network_s: float
+    """Seconds that the all-reduces of an update take."""
+    exposed_s: float
+    """Of them, those that the backward pass does not hide."""
+    images_per_s: float
+    efficiency: float
+    """images_per_s over that of as many GPUs which only compute, with the best of the measured batches."""
+    epoch_s: float
+    limit: Literal["compute", "loader", "network"]
+    """What is busy longest in an update, so that to speed up the others would bring least."""
+
+
+def predict(parts: Parts, cluster: Cluster) -> Prediction:
+    """Speed of training on `cluster`; its epochs are whole updates."""
+    step, measured = _step_of(parts.steps, cluster.gpu_images)
+    times_s = [cluster.all_reduce_s(bucket.sent_bytes) for bucket in parts.buckets]
+    exposed_s = _exposed_s(step.backward_s, [bucket.ready for bucket in parts.buckets], times_s)
+    loader_s, network_s = cluster.gpu_images * parts.loader_s, sum(times_s)
+    if parts.shared_cores:
+        host_s = parts.host_s_per_byte * sum(bucket.sent_bytes for bucket in parts.buckets) if cluster.gpus > 1 else 0.0
+        # While the network is waited for the cores are free: the loader works ahead, and what is sent gets ready.
+        step_s = step.compute_s + max(loader_s + host_s, exposed_s)
+        # The network is the limit where it takes longer than both that share the cores.
+        alone_s = network_s - min(step.compute_s, loader_s)
+        busy_s = {"compute": step.compute_s, "loader": loader_s, "network": alone_s}
+    else:
+        step_s = max(step.compute_s + exposed_s, loader_s)
+        busy_s = {"compute": step.compute_s, "loader": loader_s, "network": network_s}
+    batch = cluster.gpus * cluster.gpu_images
+    best_images_per_s = max(step.images / step.compute_s for step in parts.steps)
+    return Prediction(
+        step_s=step_s,
+        compute_s=step.compute_s,
+        measured=measured,
+        loader_s=loader_s,
+        network_s=network_s,
+        exposed_s=exposed_s,
+        images_per_s=batch / step_s,
+        efficiency=cluster.gpu_images / step_s / best_images_per_s,
+        epoch_s=math.ceil(parts.epoch_images / batch) * step_s,
+        limit=max(busy_s, key=lambda name: busy_s[name]),  # type: ignore[arg-type]
+    )
+
+
+def _exposed_s(backward_s: float, ready: list[float], times_s: list[float]) -> float:
+    """Seconds from the end of the backward pass to that of the last all-reduce, one running at a time."""
+    end_s = 0.0
+    for share, time_s in zip(ready, times_s, strict=True):
+        end_s = max(end_s, share * backward_s) + time_s
+    return max(0.0, end_s - backward_s)
+
+
+def _step_of(steps: tuple[Step, ...], images: int) -> tuple[Step, bool]:
+    """An update of `images`, and whether such a one was measured: between two that were it is on the line through them.
+
+    Beyond the smallest and the largest, times are taken to be in proportion to the images.
+    """
+    sizes = [step.images for step in steps]
+    inner = min(max(images, sizes[0]), sizes[-1])
+    times_s = [images / inner * float(np.interp(inner, sizes, column)) for column in list(zip(*steps, strict=True))[1:]]
+    return Step(images, *times_s), images in sizes
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def plan(parts: Parts, clusters: list[Cluster], price_per_gpu_hour: float | None) -> pd.DataFrame:
+    """One row a cluster: nodes, gpus, gpu_images, batch, the fields of `Prediction`, and the cost of an epoch if priced."""
+    rows = []
+    for cluster in clusters:
+        row = {"nodes": cluster.nodes, "gpus": cluster.gpus, "gpu_images": cluster.gpu_images}
+        predicted = predict(parts, cluster)
+        cost = (
+            {"epoch_cost": predicted.epoch_s / 3600 * cluster.gpus * price_per_gpu_hour} if price_per_gpu_hour else {}
+        )
+        rows.append({**row, "batch": cluster.gpus * cluster.gpu_images, **predicted._asdict(), **cost})
+    return pd.DataFrame(rows)
+
+
+def table(planned: pd.DataFrame) -> str:
+    """The plan for people, with a ~ before what is extrapolated."""
+    known = np.where(planned.measured, "", "~")
+    shown = {
+        "nodes": planned.nodes,
+        "GPUs": planned.gpus,
+        "batch": planned.batch,
+        "compute ms": [f"{mark}{1e3 * value:.1f}" for mark, value in zip(known, planned.compute_s, strict=True)],
+        "loader ms": [f"{1e3 * value:.1f}" for value in planned.loader_s],
+        "network ms": [f"~{1e3 * value:.1f}" for value in planned.network_s],
+        "exposed ms": [f"~{1e3 * value:.1f}" for value in planned.exposed_s],
+        "images/s": [f"~{value:.0f}" for value in planned.images_per_s],
+        "efficiency": [f"~{value:.0%}" for value in planned.efficiency],
+        "s/epoch": [f"~{value:.1f}" for value in planned.epoch_s],
+    }
+    if "epoch_cost" in planned:
+        shown["cost/epoch"] = [f"~{value:.3g}" for value in planned.epoch_cost]
+    return pd.DataFrame({**shown, "first limit": planned.limit}).to_string(index=False)
+
+
+def origins(parts: Parts, cluster: Cluster) -> str:
+    """Where the numbers come from, a line each."""
+    sizes = ", ".join(str(step.images) for step in parts.steps)
+    lines = [f"compute, loader: measured on {parts.measured_on}: {parts.recipe}, {sizes} images per GPU and update"]
+    for name, link, measured in (
+        ("inside", cluster.inside, parts.inside),
+        ("between", cluster.between, parts.between),
+    ):
+        if link:
+            how = "measured there" if link == measured else "as given"
+            lines.append(f"link {name} nodes: {1e6 * link.latency_s:.3g} µs, {link.bytes_per_s / 1e9:.3g} GB/s, {how}")
+    shared = (
+        "share the cores: their times add up" if parts.shared_cores else "have processors of their own: they overlap"
+    )
+    return "\n".join(
+        [*lines, f"~ extrapolated by the model ({cluster.all_reduce} all-reduce); loader and compute {shared}"]
+    )
+
+
+def gpu_images_of(cfg: Config, gpus: list[int], gpu_images: int | None) -> list[int]:
+    """Images per GPU and update on each number of `gpus`. Raises `UserError` where the batch cannot be shared."""
+    batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
+    if gpu_images is not None:
+        require(
+            gpu_images > 0 and gpu_images % micro_batches == 0,
+            f"--gpu_batch: {gpu_images} images cannot be shared by {micro_batches} micro-batches; give a multiple of it",
+        )
+        return [gpu_images] * len(gpus)
+    shares = math.lcm(*gpus) * micro_batches
+    require(
+        batch % shares == 0,
+        f"data.batch: {batch} images cannot be shared by {', '.join(map(str, gpus))} GPUs x {micro_batches} micro-batches; "
+        f"choose a multiple of {shares}, or give --gpu_batch",
+    )
+    return [batch // number for number in gpus]
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The planner's own options, and the rest of the command line. Raises `UserError`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.plan",
+        description="Predict speed, time and cost of a recipe on more GPUs. Options of python -m trainer are known too.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--nodes", default="1,2,4,8", metavar="N,N", help="Numbers of nodes, one row each. Default: %(default)s.")
+    add(
+        "--gpus_per_node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="Default: %(default)s. On CPUs: processes as this one.",
+    )
+    add(
+        "--gpu_batch",
+        type=int,
+        metavar="IMAGES",
+        help="Images per GPU and update, so that the batch grows with the GPUs (weak scaling). If not given, data.batch is "
+        "divided among the GPUs, as python -m trainer does (strong scaling): the same training, sooner.",
+    )
+    for name, what in (
+        ("inside", "from GPU to GPU in a node"),
+        ("between", "between nodes, all adapters of one together"),
+    ):
+        add(f"--{name}_us", type=float, metavar="US", help=f"Latency {what}, in microseconds.")
+        add(
+            f"--{name}_gb_per_s",
+            type=float,
+            metavar="GB",
+            help=f"Bandwidth {what}, in 10^9 bytes a second and direction.",
+        )
+    add(
+        "--all_reduce",
+        choices=get_args(AllReduce),
+        help="Algorithm. Default: best on GPUs, as NCCL; ring on CPUs, as gloo.",
+    )
+    add("--price_per_gpu_hour", type=float, metavar="PRICE", help="Adds the cost of an epoch, in the same currency.")
+    add("--parts", metavar="FILE", help="Plan with what --save_parts wrote; nothing is measured.")
+    add("--save_parts", metavar="FILE", help="Write what was measured here.")
+    add("--out", metavar="DIR", help="A folder for plan.csv and plan.json.")
+    return parse_known(parser, sys.argv[1:])
+
+
+def _node_counts(text: str) -> list[int]:
+    counts = text.split(",")
+    require(
+        all(count.isdecimal() and int(count) > 0 for count in counts),
+        f"--nodes: {text} does not fit; give numbers of nodes with commas between, as 1,2,4,8",
+    )
+    return [int(count) for count in counts]
+
+
+def _link(args: argparse.Namespace, name: str, measured: Link | None, needed: bool) -> Link | None:
+    """The link that is given, else the measured one. Raises `UserError` where one is needed and there is none."""
+    latency_us, gb_per_s = getattr(args, f"{name}_us"), getattr(args, f"{name}_gb_per_s")
+    if latency_us is None and gb_per_s is None:
+        require(
+            measured is not None or not needed,
+            f"--{name}_us, --{name}_gb_per_s: no link {name} nodes was measured; give its latency and its bandwidth",
+        )
+        return measured
+    if latency_us is None or gb_per_s is None or latency_us < 0 or gb_per_s <= 0:
+        raise UserError(
+            f"--{name}_us, --{name}_gb_per_s: {latency_us}, {gb_per_s} are no link; give both, the bandwidth above 0"
+        )
+    return Link(latency_us / 1e6, gb_per_s * 1e9)
+
+
+def _read(file: Path, cfg: Config) -> Parts:
+    parts = parts_of.read(file)
+    wanted = recipe_of(cfg)
+    require(
+        parts.recipe == wanted,
+        f"--parts: {file} is of {parts.recipe}, and the recipe is {wanted}; give the options that it was measured with",
+    )
+    return parts
+
+
+def _refuse_present(*files: Path | None) -> None:
+    for file in files:
+        require(file is None or not file.exists(), f"{file} exists and is kept; give another name")
+
+
+def main() -> None:
+    args, rest = _arguments()
+    cfg = load(rest)
+    require(cfg.engine.name == "ddp", f"engine.name: {cfg.engine.name} cannot be planned; give ddp")
+    nodes, gpus_per_node = _node_counts(args.nodes), args.gpus_per_node
+    require(gpus_per_node > 0, f"--gpus_per_node: {gpus_per_node} is not positive; give the GPUs of a node")
+    price = args.price_per_gpu_hour
+    require(price is None or price > 0, f"--price_per_gpu_hour: {price} is not positive; leave it out for no cost")
+    images = gpu_images_of(cfg, [gpus_per_node * count for count in nodes], args.gpu_batch)
+    out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
+    require(not out or out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
+    files = [out / name for name in ("plan.csv", "plan.json")] if out else []
+    with open_machine() as machine:
+        machine.on_primary(lambda: _refuse_present(*files, kept))
+        parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, machine, images, gpus_per_node)
+    if not machine.primary:
+        return
+    if kept:
+        parts_of.save(parts, kept)
+    inside = _link(args, "inside", parts.inside, gpus_per_node > 1)
+    between = _link(args, "between", parts.between, max(nodes) > 1)
+    all_reduce: AllReduce = args.all_reduce or ("ring" if parts.shared_cores else "best")
+    clusters = [
+        Cluster(count, gpus_per_node, share, inside, between, all_reduce)
+        for count, share in zip(nodes, images, strict=True)
+    ]
+    planned = plan(parts, clusters, price)
+    print(table(planned), origins(parts, clusters[-1]), sep="\n")
+    if out:
+        _write(planned, parts, clusters, out)
+
+
+def _write(planned: pd.DataFrame, parts: Parts, clusters: list[Cluster], out: Path) -> None:
+    """plan.csv, one line a cluster; plan.json, the same with the parts and the clusters it follows from."""
+    tree: dict[str, Any] = {
+        "origins": origins(parts, clusters[-1]).splitlines(),
+        "measured": ["loader_s", "compute_s where `measured`"],
+        "plan": planned.to_dict("records"),
+        "clusters": [asdict(cluster) for cluster in clusters],
+        "parts": asdict(parts),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "plan.csv", planned.to_csv(index=False).encode())
+        replace_file(out / "plan.json", (json.dumps(tree, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written to: {error.strerror}; give another folder") from None

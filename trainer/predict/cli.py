@@ -1,0 +1,268 @@
+"""What a run says of images: one row an image, each exactly once and in order, whatever the number of ranks.
+
+python -m trainer.predict RUN IMAGES --out FILE.csv [--sample sample_submission.csv] [--data.images FOLDER]
+
+IMAGES is a folder with images anywhere below it, or a table that names them. The rows are in the order of the files'
+paths, of that table, or of the sample, whose columns and ids they then have as well.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import parse_known
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import DataConfig, require
+from data_pipeline.loader import Loader
+from data_pipeline.sources.catalog import Catalog, open_images
+from data_pipeline.sources.quarantine import printable
+from data_pipeline.sources.tables import TABLES, table_names
+from trainer.config import load_run, run_folder
+from trainer.distributed import Machine, open_machine
+from trainer.evaluate import Trained, open_trained
+from trainer.predict import kaggle_submission as sample
+
+BATCH = 64
+"""Images that a rank predicts at once. Which ones, and in which places, is the same at any number of ranks, since the last
+digits of a logit follow from both. On a CPU they may follow from the number of its threads as well, by 1e-6 in ResNet-50."""
+
+
+class Predictions(NamedTuple):
+    """What a network makes of the N images of a catalog."""
+
+    probabilities: NDArray[np.float32]
+    """[N, C]; 1 / C where the image could not be read."""
+    readable: NDArray[np.bool_]
+    """[N]"""
+
+
+def predict_all(
+    predict: Callable[[Tensor], Tensor], classes: int, catalog: Catalog, cfg: DataConfig, machine: Machine, view: "View"
+) -> Predictions:
+    """Probabilities of each of `catalog`'s images, the same on all ranks and at any number of them. Collective.
+
+    `predict` takes images [B, 3, H, W] uint8 to logits [B, classes]. Images that cannot be read are named on stderr.
+    """
+    torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, and so now one, then another
+    count, batch = len(catalog), min(BATCH, len(catalog))
+    batches = [list(range(first, min(first + batch, count))) for first in range(0, count, batch)]
+    own = batches[machine.rank :: machine.world]
+    probabilities = torch.zeros(count, classes, device=machine.device)
+    read, unreadable = torch.zeros(2, count, device=machine.device)
+    if own:
+        rows = [row for rows in own for row in rows]
+        # A loader of its own for each rank: ranks that shared a batch would change the places of its images.
+        alone = replace(machine, rank=0, world=1)
+        loader = Loader(catalog.part(rows), replace(view.source(cfg), batch=batch), alone, training=False)
+        for loaded, rows in zip(loader, own, strict=True):
+            shown = view.of(loaded.images, cfg.validation_px)
+            mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
+            probabilities[rows] = mean[: loaded.num_real]
+            read[rows] += 1
+        unreadable[_name_unreadable(loader, catalog)] = 1
+    for sums in (probabilities, read, unreadable):
+        machine.sum(sums)
+    assert (read == 1).all(), "every image is of one rank"
+    found, readable = probabilities.cpu().numpy(), unreadable.cpu().numpy() == 0
+    require(not np.isnan(found).any(), "RUN: its weights give NaN; train it anew with a lower optim.lr")
+    found[~readable] = 1 / classes
+    return Predictions(found, readable)
+
+
+def _name_unreadable(loader: Loader, catalog: Catalog) -> list[int]:
+    """Say which images the loader could not read; returns their rows."""
+    faults = dict(loader.take_bad())
+    rows = [row for row, path in enumerate(catalog.paths) if path in faults]
+    for row in rows:
+        path = printable(str(catalog.root / catalog.paths[row]))
+        print(f"cannot read {path}: {faults[catalog.paths[row]]}", file=sys.stderr, flush=True)
+    return rows
+
+
+class View(NamedTuple):
+    """As what an image is shown to the network: the mean of the probabilities counts."""
+
+    crops: int = 1
+    """1, the centre as in validation, or 5, the corners of the centred square too (Krizhevsky et al. 2012, sec. 4.1)."""
+    flip: bool = False
+    """Whether each crop is also shown mirrored."""
+
+    def source(self, cfg: DataConfig) -> DataConfig:
+        """What lets a loader give the images that the crops are taken from."""
+        if self.crops == 1:
+            return cfg
+        return replace(cfg, eval_size_px=round(cfg.validation_px / cfg.eval_crop), eval_crop=1.0)
+
+    def of(self, images: Tensor, side_px: int) -> list[Tensor]:
+        """The crops [B, 3, side_px, side_px] of images [B, 3, S, S], in channels-last memory."""
+        crops = [images]
+        if self.crops == 5:
+            last = images.shape[-1] - side_px
+            corners = [(0, 0), (0, last), (last, 0), (last, last), (last // 2, last // 2)]
+            crops = [images[..., y : y + side_px, x : x + side_px] for y, x in corners]
+        if self.flip:
+            crops += [crop.flip(3) for crop in crops]
+        return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
+
+
+def plain_table(names: list[str], ranked: NDArray[np.int64], found: Predictions, classes: list[str]) -> pd.DataFrame:
+    """Each image with its likeliest classes and their probabilities. `ranked` [N, K] has these classes' rows."""
+    columns: dict[str, object] = {"image": names}
+    for place in range(ranked.shape[1]):
+        suffix = f"_{place + 1}" if ranked.shape[1] > 1 else ""
+        columns[f"predicted{suffix}"] = np.array(classes, object)[ranked[:, place]]
+        columns[f"confidence{suffix}"] = found.probabilities[np.arange(len(names)), ranked[:, place]]
+    return pd.DataFrame(columns)
+
+
+def rank(found: Predictions, fallback: int | None) -> NDArray[np.int64]:
+    """[N, C] the classes of each image, the likeliest first; `fallback` is first where it could not be read."""
+    weights = found.probabilities.copy()
+    if fallback is not None:
+        weights[~found.readable, fallback] = 2
+    return np.argsort(-weights, axis=1, kind="stable")
+
+
+def _refuse_unreadable(found: Predictions, catalog: Catalog) -> None:
+    bad = np.flatnonzero(~found.readable)
+    if len(bad):
+        raise UserError(
+            f"IMAGES: {len(bad)} of the {len(catalog)} images cannot be read, as {catalog.paths[bad[0]]}; "
+            "mend them, or name by --fallback the class to give them"
+        )
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the run. Raises `UserError`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.predict",
+        description="Predict the classes of images without labels.",
+        epilog="Besides, --data.images FOLDER (of the images that a table names), --data.image_column NAME and the other "
+        "options of python -m trainer.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
+    parser.add_argument("images", metavar="IMAGES", nargs="?", help="A folder of images, or a table that names them.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="The CSV file to write.")
+    parser.add_argument("--force", action="store_true", help="Replace it if it exists.")
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="A CSV whose columns, ids and order to follow.")
+    parser.add_argument("--topk", type=int, default=1, metavar="K", help="The K likeliest classes of each image.")
+    parser.add_argument("--probabilities", action="store_true", help="A column for each class, too.")
+    parser.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
+    parser.add_argument(
+        "--crops", type=int, default=1, choices=(1, 5), help="Average over so many crops of each image."
+    )
+    parser.add_argument("--fallback", metavar="CLASS", help="What images that cannot be read are; else they end it.")
+    args, rest = parse_known(parser, arguments)
+    run_folder(arguments, parser.prog)
+    require(
+        len(arguments) > 1 and not arguments[1].startswith("-"),
+        "IMAGES: they are missing behind the run folder; give a folder of images, or a table that names them",
+    )
+    _check(args)
+    return args, rest
+
+
+def _check(args: argparse.Namespace) -> None:
+    images = Path(args.images)
+    require(
+        images.is_dir() or (images.is_file() and images.suffix in TABLES),
+        f"IMAGES: {images} is neither a folder nor a table ({', '.join(TABLES)}); give one",
+    )
+    require(args.out is not None, "--out: it is missing; give the file to write, such as submission.csv")
+    require(
+        args.force or not args.out.exists(), f"--out: {args.out} exists; give another file, or --force to replace it"
+    )
+    require(args.out.parent.is_dir(), f"--out: {args.out.parent} is not a folder; make it, or give another file")
+    require(args.topk >= 1, f"--topk: {args.topk} is below 1; give a number of classes")
+    require(
+        args.sample is None or not args.probabilities,
+        "--probabilities: --sample decides which columns there are; leave one of them out",
+    )
+
+
+def _view(args: argparse.Namespace, cfg: DataConfig) -> View:
+    require(
+        args.crops == 1 or cfg.eval_crop < 1,
+        f"--crops: {args.crops} crops of {cfg.eval_crop:.0%} of the image are all the same; give a lower --data.eval_crop",
+    )
+    return View(args.crops, args.flip)
+
+
+def _names(catalog: Catalog, cfg: DataConfig) -> list[str]:
+    """What the rows are called. Raises `UserError` where two have one name."""
+    images = Path(cfg.path)
+    names = table_names(images, cfg) if images.is_file() else catalog.paths
+    twice = sorted({path for path, seen in zip(*np.unique(catalog.paths, return_counts=True), strict=True) if seen > 1})
+    require(not twice, f"IMAGES: {images} names {sample.few(twice)} more than once; remove the repeated rows")
+    return names
+
+
+def _table(
+    args: argparse.Namespace,
+    form: sample.Form | None,
+    names: list[str],
+    found: Predictions,
+    trained: Trained,
+) -> pd.DataFrame:
+    classes = trained.classes
+    ranked = rank(found, classes.index(args.fallback) if args.fallback else None)[:, : args.topk]
+    if form is not None:
+        return form.fill(found.probabilities, ranked)
+    table = plain_table(names, ranked, found, classes)
+    if args.probabilities:
+        table = pd.concat([table, pd.DataFrame(found.probabilities, columns=classes)], axis=1)
+    return table
+
+
+def main() -> None:
+    args, overrides = _parse(sys.argv[1:])
+    # The images are others than the run's own, and so is where a table of them has their names.
+    theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
+    cfg = load_run(Path(args.run), [*theirs, *overrides])
+    view = _view(args, cfg.data)
+    with open_machine() as machine:
+        trained = machine.agree(lambda: open_trained(Path(args.run), cfg, machine))
+        classes = trained.classes
+        require(
+            args.fallback is None or args.fallback in classes,
+            f"--fallback: {args.fallback} is no class of {args.run}; give one of {sample.few(classes)}",
+        )
+        require(args.topk <= len(classes), f"--topk: {args.topk} is more than the {len(classes)} classes; lower it")
+        catalog = machine.agree(lambda: open_images(cfg.data))
+        names = machine.agree(lambda: _names(catalog, cfg.data))
+        form = machine.agree(
+            lambda: sample.read(args.sample, catalog.paths, classes, args.topk) if args.sample else None
+        )
+        found = predict_all(trained.predict, len(classes), catalog, cfg.data, machine, view)
+        if args.fallback is None:
+            _refuse_unreadable(found, catalog)
+        machine.on_primary(lambda: _write(_table(args, form, names, found, trained), args.out))
+    if machine.primary:
+        unread = int((~found.readable).sum())
+        rest = f"; {unread} cannot be read and are given {args.fallback}" if unread else ""
+        print(printable(f"{args.out}: {len(catalog)} images of {args.images} by {trained.checkpoint}{rest}"))
+
+
+def _write(table: pd.DataFrame, out: Path) -> None:
+    try:
+        replace_file(out, csv(table))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out} ({error.strerror}); give another file") from None
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    """A table as a CSV file's content; file names that are no UTF-8 keep their bytes."""
+    # Seven digits are what float32 has.
+    return table.to_csv(index=False, float_format="%.7g", lineterminator="\n").encode(errors="surrogateescape")

@@ -1,0 +1,245 @@
+"""Where a run is right and where it is wrong: python -m trainer.report RUN [--data.path FOLDER] [--out DIR]
+
+DIR, RUN/report if not given, then holds
+
+predictions.csv    image, label, predicted, confidence: one row a validation image
+probabilities.csv  image, and the probability of each class
+classes.csv        precision, recall and F1 of each class
+confusion.csv/.png images by their class, in rows, and by the class predicted, in columns
+mistakes.png       the mistakes that the model was surest of
+calibration.csv, reliability.png   how often it is right when it is so sure
+scores.json        accuracy, loss and calibration error
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from data_pipeline.common.atomic_io import replace_file
+from data_pipeline.common.cli import parse_known
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.quarantine import printable
+from trainer.config import load_run, run_folder
+from trainer.distributed import open_machine
+from trainer.evaluate import open_trained
+from trainer.predict.cli import View, csv, predict_all
+from trainer.report import plots
+
+BINS = 15
+"""Of confidence, each as wide (Guo et al. 2017, sec. 4)."""
+
+PREDICTIONS = "predictions.csv"
+
+
+def confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """[C, C] numbers of images by label (rows) and by prediction (columns); `labels` and `predicted` are [N]."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def class_scores(matrix: NDArray[np.int64], classes: list[str]) -> pd.DataFrame:
+    """Precision, recall and F1 of each class in percent, from a confusion matrix [C, C].
+
+    NaN where nothing is divided by nothing: the precision of a class never predicted, the recall of one without images.
+    """
+    hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        rates = {
+            "precision_pct": 100 * hits / predicted,
+            "recall_pct": 100 * hits / support,
+            "f1_pct": 200 * hits / (support + predicted),
+        }
+    return pd.DataFrame({"class": classes, **rates, "support": support, "predicted": predicted})
+
+
+def calibration(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> pd.DataFrame:
+    """How often predictions are right in each of BINS ranges of confidence, which exclude their lower end (ibid., eq. 1).
+
+    `confidence` [N] in 0..1 and `right` [N] are of the predicted classes. Accuracy and confidence of a bin without images
+    are NaN.
+    """
+    edges = np.linspace(0, 1, BINS + 1)
+    bins = np.clip(np.searchsorted(edges, confidence.astype(np.float64), side="left") - 1, 0, BINS - 1)
+    images = np.bincount(bins, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        sure = 100 * np.bincount(bins, weights=confidence, minlength=BINS) / images
+        accurate = 100 * np.bincount(bins, weights=right, minlength=BINS) / images
+    ends = {"above_pct": 100 * edges[:-1], "up_to_pct": 100 * edges[1:]}
+    return pd.DataFrame({**ends, "images": images, "confidence_pct": sure, "accuracy_pct": accurate})
+
+
+def calibration_error_pct(bins: pd.DataFrame) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) in percent, of what `calibration` gives."""
+    gaps = (bins.accuracy_pct - bins.confidence_pct).abs() * bins.images
+    return float(gaps.sum() / bins.images.sum())
+
+
+class Report:
+    """What `probabilities` [N, C] of N counted images, with their `labels` [N], amount to."""
+
+    def __init__(
+        self, images: list[str], labels: NDArray[np.int64], probabilities: NDArray[np.float32], classes: list[str]
+    ) -> None:
+        self.images, self.labels, self.probabilities, self.classes = images, labels, probabilities, classes
+        self.predicted = probabilities.argmax(axis=1)
+        self.confidence = probabilities.max(axis=1)
+        self.right = self.predicted == labels
+        self.matrix = confusion(labels, self.predicted, len(classes))
+        self.by_class = class_scores(self.matrix, classes)
+        self.bins = calibration(self.confidence, self.right)
+
+    def scores(self) -> dict[str, float]:
+        own = self.probabilities[np.arange(len(self.labels)), self.labels]
+        # A probability that float32 has as 0 is one of at most 1e-45.
+        losses = -np.log(np.maximum(own, np.finfo(np.float32).smallest_subnormal).astype(np.float64))
+        top5 = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :5] == self.labels[:, None]
+        means = self.by_class[["precision_pct", "recall_pct", "f1_pct"]].mean()
+        return {
+            "images": len(self.labels),
+            "top1_pct": 100 * float(self.right.mean()),
+            "top5_pct": 100 * float(top5.any(axis=1).mean()),
+            "loss": float(losses.mean()),
+            "expected_calibration_error_pct": calibration_error_pct(self.bins),
+            "mean_confidence_pct": 100 * float(self.confidence.mean(dtype=np.float64)),
+            **{f"mean_{name}": float(value) for name, value in means.items()},
+        }
+
+    def surest_mistakes(self, most: int) -> NDArray[np.int64]:
+        """Rows of the wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(~self.right)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The CSV files by their names."""
+        names = np.array(self.classes, object)
+        predictions = {
+            "image": self.images,
+            "label": names[self.labels],
+            "predicted": names[self.predicted],
+            "confidence": self.confidence,
+        }
+        probabilities = pd.DataFrame(self.probabilities, columns=self.classes)
+        probabilities.insert(0, "image", self.images, allow_duplicates=True)
+        matrix = pd.DataFrame(self.matrix, columns=self.classes)
+        matrix.insert(0, "label", self.classes, allow_duplicates=True)
+        return {
+            "probabilities.csv": probabilities,
+            "classes.csv": self.by_class,
+            "confusion.csv": matrix,
+            "calibration.csv": self.bins,
+            PREDICTIONS: pd.DataFrame(predictions),
+        }
+
+
+def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str, out: Path) -> None:
+    """All files of the report; PREDICTIONS comes last, when the others are there. Raises `UserError`.
+
+    `rows` [N] are the images of the report in `catalog`.
+    """
+    scores = report.scores()
+    files = {
+        "scores.json": (json.dumps(scores, indent=1) + "\n").encode(),
+        "confusion.png": plots.confusion_matrix(report.matrix, report.classes, title),
+        "reliability.png": plots.reliability(report.bins, scores["expected_calibration_error_pct"], title),
+    }
+    wrong = report.surest_mistakes(plots.SHEET)
+    if len(wrong):
+        captions = [
+            [
+                Path(report.images[row]).name,
+                f"is {report.classes[report.labels[row]]}",
+                f"{report.confidence[row]:.1%} {report.classes[report.predicted[row]]}",
+            ]
+            for row in wrong
+        ]
+        files["mistakes.png"] = plots.contact_sheet(catalog, rows[wrong].tolist(), captions)
+    files |= {name: csv(table) for name, table in report.tables().items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / PREDICTIONS).unlink(missing_ok=True)
+        (out / "mistakes.png").unlink(missing_ok=True)
+        for name, content in files.items():
+            replace_file(out / name, content)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {out} ({error.strerror}); give another folder") from None
+
+
+def print_report(report: Report, title: str, out: Path) -> None:
+    """The scores of all classes as a table on stdout, then the figures of the whole."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("class", "precision %", "recall %", "F1 %", "images", "predicted", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, *rates, support, predicted in report.by_class.itertuples(index=False):
+        shown = ["-" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
+        table.add_row(Text(printable(name)), *shown, str(support), str(predicted))
+    scores = report.scores()
+    means = [f"{scores[f'mean_{name}_pct']:.2f}" for name in ("precision", "recall", "f1")]
+    table.add_row(Text("mean of the classes"), *means, str(len(report.images)), str(len(report.images)), style="bold")
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    print(
+        f"{title}: loss {scores['loss']:.4f}  top-1 {scores['top1_pct']:.2f} %  top-5 {scores['top5_pct']:.2f} %  "
+        f"expected calibration error {scores['expected_calibration_error_pct']:.2f} % "
+        f"(mean confidence {scores['mean_confidence_pct']:.2f} %)\n{printable(str(out))}: the report"
+    )
+
+
+def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
+    """The run folder, the options of the run, and where to write. Raises `UserError`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.report",
+        description="Report where a run is right and wrong on its validation images.",
+        epilog="Besides, --data.path FOLDER and the other options of python -m trainer: other images.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="The folder to write; RUN/report if not given.")
+    parser.add_argument("--force", action="store_true", help="Replace the report that is there.")
+    args, rest = parse_known(parser, arguments)
+    folder, _ = run_folder(arguments, parser.prog)
+    out = args.out or folder / "report"
+    require(not out.exists() or out.is_dir(), f"--out: {out} is a file; give a folder")
+    mine = (out / "scores.json").is_file()  # the first file of a report
+    remedy = "--force to replace the report in it, or another folder" if mine else "another folder"
+    require(
+        not out.is_dir() or not any(out.iterdir()) or (args.force and mine),
+        f"--out: {out} is not empty; give {remedy}",
+    )
+    return folder, rest, out
+
+
+def main() -> None:
+    folder, overrides, out = _parse(sys.argv[1:])
+    cfg = load_run(folder, overrides)
+    with open_machine() as machine:
+        trained = machine.agree(lambda: open_trained(folder, cfg, machine))
+        classes = trained.classes
+        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", classes))
+        if machine.primary:
+            for path, why in catalog.bad.items():
+                print(f"left out {printable(str(catalog.root / path))}: {why}", file=sys.stderr)
+        found = predict_all(trained.predict, len(classes), catalog, cfg.data, machine, View())
+        rows = np.flatnonzero(found.readable)
+        require(len(rows) > 0, "data.path: none of the validation images could be read")
+        images = [catalog.paths[row] for row in rows]
+        report = Report(images, catalog.labels[rows], found.probabilities[rows], classes)
+        title = printable(
+            f"{trained.checkpoint} on {len(rows)} of {len(catalog) + len(catalog.bad)} images in {catalog.root}"
+        )
+        machine.on_primary(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
+    if machine.primary:
+        print_report(report, title, out)
+
+
+def _short_title(folder: Path, images: int) -> str:
+    return f"{printable(folder.resolve().name)}, {images} validation images"

@@ -1,0 +1,134 @@
+"""What run folders tell about their trainings: options, metrics, how far they came.
+
+Read are config.yaml, metrics.jsonl and checkpoints/last alone, so the weights may be elsewhere.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from data_pipeline.sources.quarantine import printable
+
+RUNNING_S = 600.0
+"""A run that has not finished counts as running for so long after its last row of metrics."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder tells."""
+
+    folder: Path
+    options: dict[str, Any]
+    """Dotted option -> value, as in config.yaml."""
+    rows: list[dict[str, float]]
+    """Of metrics.jsonl, in order; a figure that was not finite is NaN."""
+    saved_step: int
+    """Of the last checkpoint; 0 where there is none."""
+    finished: bool
+
+    @property
+    def name(self) -> str:
+        return printable(str(self.options.get("run.name") or self.folder.name))
+
+    @property
+    def epochs(self) -> float:
+        """Epochs trained so far."""
+        return self.rows[-1]["epoch"] if self.rows else 0.0
+
+    @property
+    def best_top1_pct(self) -> float:
+        """NaN before the first validation."""
+        return max((top1 for _, top1 in self.curve("val/top1_pct") if math.isfinite(top1)), default=math.nan)
+
+    @property
+    def minutes(self) -> list[float]:
+        """Of each row: of training so far, without evaluation, checkpoints and interruptions."""
+        return list(accumulate((row.get("perf/train_min", 0.0) for row in self.rows), max))
+
+    def state(self, now_s: float) -> str:
+        """What the run does at `now_s`, in Unix seconds."""
+        if self.finished:
+            return "finished"
+        if not self.rows:
+            return "no figures yet"
+        if self.saved_step and self.saved_step == self.options.get("run.max_steps"):
+            return f"stopped at run.max_steps {self.saved_step}"
+        if now_s - self.rows[-1]["time"] < RUNNING_S:
+            return "running"
+        return f"stopped, saved at step {self.saved_step}" if self.saved_step else "stopped, nothing saved"
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(epoch, value) of each row that has it. Rows of whole epochs repeat what rows within them say in detail."""
+        rows = [row for row in self.rows if metric in row]
+        detailed = [row for row in rows if "train/lr" in row]
+        return [(row["epoch"], row[metric]) for row in detailed or rows]
+
+
+def find_runs(places: Iterable[Path]) -> list[Path]:
+    """The run folders among `places` and below them, each once. Raises `UserError` where a place has none."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        require(place.is_dir(), f"RUNS: {place} is not a folder; give run folders, or one of them such as runs")
+        runs = list(_below(place))
+        require(bool(runs), f"RUNS: {place} holds no run, that is no config.yaml; give run folders, or one of them")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _below(place: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(place):
+        subfolders.sort()
+        if "config.yaml" in files:
+            subfolders.clear()  # wandb keeps files of that name in a run folder
+            yield Path(folder)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder, finished or under way. Raises `UserError` for files that are none of ours."""
+    file = folder / "config.yaml"
+    try:
+        options = _flat(yaml.safe_load(file.read_text()))
+        file = folder / "checkpoints/last/progress.json"
+        progress = json.loads(file.read_text()) if file.exists() else {}
+        saved_step, finished = progress.get("step", 0), progress.get("finished", False)
+        file = folder / "metrics.jsonl"
+        rows = _rows(file.read_text() if file.exists() else "")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"RUNS: {file} cannot be read ({why}); mend it, or leave this run out") from None
+    return Run(folder, options, rows, saved_step, finished)
+
+
+def _rows(text: str) -> list[dict[str, float]]:
+    """Whole lines of metrics.jsonl: the last may be half written."""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [_figures(json.loads(line)) for line in lines]
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    names = dict.fromkeys(("step", "epoch", "time", *row))  # a row without one of the three is none of ours
+    return {name: math.nan if row[name] is None else float(row[name]) for name in names}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def differences(runs: list[Run]) -> list[dict[str, Any]]:
+    """For each run, its values of the options in which not all runs agree, beside their names and folders."""
+    keys = dict.fromkeys(key for run in runs for key in run.options if key not in ("run.name", "run.dir"))
+    differing = [key for key in keys if any(run.options.get(key) != runs[0].options.get(key) for run in runs)]
+    return [{key: run.options[key] for key in differing if key in run.options} for run in runs]

@@ -1,0 +1,208 @@
+"""Ends a job that hangs: names the rank that the others wait for, leaves everybody's stacks, and exits with STALLED.
+
+The main thread notes where it is (`note`, `Phase`), which costs it less than a microsecond. Two threads beside it do the
+rest: one tells the other ranks and hears of them, over a connection of its own to the store at which the ranks have
+met, and one looks at the clock. They are two, for where the store's host is suspended the first waits for ever.
+
+All ranks pass through the same notes in the same order. So their number says who is behind, and what is behind is
+what the others wait for.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from trainer.distributed import Machine
+
+STALLED = 75
+"""Exit code of a process that leaves a job which hangs: EX_TEMPFAIL of sysexits.h, which invites to try again."""
+
+FRESH = 3
+"""Times `run.stall_s` for what comes first in an epoch or an evaluation: it builds pipelines, and may compile."""
+
+_PERIOD_S = 5.0  # between two looks at the clock, at most
+_REPORT_S = 10.0  # for all that is said at the end: the disk, the console or the network may be what hangs
+
+
+class Position(NamedTuple):
+    """Where the main thread of a rank is."""
+
+    moves: int = 0
+    """Notes so far."""
+    phase: str = "start"
+    step: int = 0
+    """Updates that are complete."""
+    fresh: bool = True
+
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.phase})"
+
+
+_position = Position()
+
+
+def note(phase: str, step: int | None = None, *, fresh: bool | None = None) -> None:
+    """The main thread enters `phase`; after `step` updates, and with `fresh` patience, or as before where not given.
+
+    Every rank comes here in the same order, with the same phases.
+    """
+    global _position
+    here = _position
+    _position = Position(
+        here.moves + 1, phase, here.step if step is None else step, here.fresh if fresh is None else fresh
+    )
+
+
+class Phase(record_function):
+    """`with Phase("forward"):` notes the phase, and is a range of that name in a profile."""
+
+    def __enter__(self) -> Self:
+        note(self.name)
+        return super().__enter__()
+
+
+_watches = count()  # of this process: a store outlives a training, and what was told in it
+
+
+class Watchdog:
+    """Context manager of each rank's training: ends the process when no rank has moved for `stall_s` seconds; 0: never.
+
+    Every rank that can writes the stacks of all its threads to `folder`/rank-R.txt, the first of them says in one line on
+    stderr, and by `tell`, who is to blame, and all of them exit with STALLED. A rank that is suspended cannot: it is for
+    the launcher to end it. Time in which the whole process was suspended does not count.
+    """
+
+    def __init__(self, stall_s: float, folder: Path, machine: Machine, tell: Callable[[str], None]) -> None:
+        self.stall_s, self.folder, self.machine, self.tell = stall_s, folder, machine, tell
+        self._period_s = min(_PERIOD_S, stall_s / 10)
+        self._news: dict[int, tuple[int, Position]] = {}  # of each other rank: its latest beat
+        self._exchanges = 0
+        self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._prefix = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_watches)}"
+
+    def __enter__(self) -> Self:
+        if self.stall_s:
+            tasks = [self._watch, *([self._exchange] if self._meets else [])]
+            self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(_PERIOD_S)  # one that waits for a store which is gone is left to itself
+
+    @property
+    def _meets(self) -> bool:
+        return self.machine.world > 1 and "MASTER_ADDR" in os.environ
+
+    def _exchange(self) -> None:
+        """Tell the others where this rank is, and hear of them, until the end or until the store is gone."""
+        others = [rank for rank in range(self.machine.world) if rank != self.machine.rank]
+        try:
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                timeout=timedelta(seconds=max(self.stall_s, 30)),
+                wait_for_workers=False,
+            )
+            for beat in count():
+                store.set(f"{self._prefix}/{self.machine.rank}", json.dumps([beat, *_position]))
+                there = [rank for rank in others if rank in self._news or store.check([f"{self._prefix}/{rank}"])]
+                told = store.multi_get([f"{self._prefix}/{rank}" for rank in there]) if there else []
+                for rank, text in zip(there, told, strict=True):
+                    number, *position = json.loads(text)
+                    self._news[rank] = (number, Position(*position))
+                self._exchanges = beat + 1
+                if self._ended.wait(self._period_s):
+                    return
+        except RuntimeError:  # the rank that was its host has ended, and soon the launcher ends this one too
+            return
+
+    def _watch(self) -> None:
+        clock_s = moved_s = 0.0
+        last: dict[int, tuple[int, Position]] = {}
+        heard_s = dict.fromkeys(range(self.machine.world), 0.0)
+        exchanges, exchanged_s = 0, 0.0
+        look_s = time.monotonic()
+        while not self._ended.wait(self._period_s):
+            before_s, look_s = look_s, time.monotonic()
+            clock_s += min(look_s - before_s, 2 * self._period_s)  # more than that, and it was suspended itself
+            now = {**self._news, self.machine.rank: (0, _position)}
+            for rank, news in now.items():
+                if rank == self.machine.rank or news != last.get(rank):
+                    heard_s[rank] = clock_s
+                if rank not in last or news[1] != last[rank][1]:
+                    moved_s = clock_s
+            if self._exchanges != exchanges:
+                exchanges, exchanged_s = self._exchanges, clock_s
+            last = now
+            fresh = any(position.fresh for _, position in now.values())
+            if clock_s - moved_s > self.stall_s * (FRESH if fresh else 1):
+                patience_s = self.stall_s / 2
+                silent = {rank for rank, when_s in heard_s.items() if self._meets and clock_s - when_s > patience_s}
+                met = not self._meets or clock_s - exchanged_s <= patience_s
+                self._end({rank: position for rank, (_, position) in now.items()}, silent, met)
+
+    def _end(self, positions: Mapping[int, Position], silent: set[int], met: bool) -> None:
+        """Say what there is to say, give the other ranks the time to do so, and leave. Does not return."""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if not met and not agent:
+            silent = {0}  # their meeting place is in its process, so nothing is known of the others
+        first = min(set(range(self.machine.world)) - silent)
+        if not met and agent:
+            why = f"torchrun at {os.environ['MASTER_ADDR']} does not answer, and this rank waits at {_position}"
+        else:
+            why = verdict(positions, silent)
+        line = f"nothing has moved for run.stall_s {self.stall_s:g}: {why}; stacks in {self.folder}"
+
+        def report() -> None:
+            if self.machine.rank == first or not met:
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            self._write_stacks(line)
+            self.tell(line)
+
+        reporter = threading.Thread(target=report, daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_S)
+        time.sleep(3 * self._period_s)
+        os._exit(STALLED)
+
+    def _write_stacks(self, line: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"rank-{self.machine.rank}.txt").open("a") as file:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.machine.rank} at {_position}: {line}", file=file)
+            file.flush()
+            faulthandler.dump_traceback(file)
+            print(file=file)
+
+
+def verdict(positions: Mapping[int, Position], silent: set[int]) -> str:
+    """Who holds up whom: the ranks that are `silent`, else those behind, by where each of them was last heard of."""
+    behind = silent or {rank for rank in positions if positions[rank].moves == min(p.moves for p in positions.values())}
+    waiting = [position for rank, position in positions.items() if rank not in behind]
+    here = next((positions[rank] for rank in sorted(behind) if rank in positions), Position())
+    if not waiting:
+        return f"{_ranks(behind)} stopped at {here}" if len(behind) == 1 else f"all ranks wait at {here}"
+    verb = ("does" if len(behind) == 1 else "do") + " not answer since" if silent else "stopped at"
+    return f"{_ranks(behind)} {verb} {here}; the others wait at {max(waiting)}"
+
+
+def _ranks(ranks: set[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"

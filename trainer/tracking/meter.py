@@ -1,0 +1,139 @@
+"""What a run does per second, and the sums that its scores are made of."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Self, TypeVar
+
+import torch
+
+from trainer.distributed import Machine
+from trainer.engine.base import SUMS
+from trainer.resilience.watchdog import Phase
+
+T = TypeVar("T")
+
+
+class Scores(NamedTuple):
+    """How well a model does on some images."""
+
+    loss: float
+    """Mean in nats: of what training minimises (optim.loss, label smoothing included), in evaluation of the cross-entropy."""
+    top1_pct: float
+    top5_pct: float
+    images: int
+
+    @classmethod
+    def of(cls, sums: list[float]) -> Self:
+        """From sums of loss, top-1 hits, top-5 hits and images; there must be at least one."""
+        loss, top1, top5, images = sums[:4]
+        return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
+
+    def named(self, split: str) -> dict[str, float]:
+        return {f"{split}/loss": self.loss, f"{split}/top1_pct": self.top1_pct, f"{split}/top5_pct": self.top5_pct}
+
+
+class BadUpdate(NamedTuple):
+    """The first update since the last `reduce` that has something infinite or NaN, on any rank."""
+
+    update: int
+    """Counted from 1."""
+    what: str
+
+
+class Meter:
+    """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
+
+    With loss scaling (`scaled`) a gradient that is not finite is nothing unusual: the update is left out, and the scale
+    lowered.
+    """
+
+    def __init__(
+        self, machine: Machine, epoch_sums: list[float], train_s: float = 0.0, *, scaled: bool = False
+    ) -> None:
+        self.machine = machine
+        self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
+        self.nonfinite: BadUpdate | None = None
+        """As the last `reduce` has found."""
+        self.train_s = train_s
+        """What training has taken up to the last `reduce`, without what lies before a `pause`."""
+        self.epoch_sums = list(epoch_sums) or [0.0] * len(SUMS)
+        """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.SUMS`."""
+        self._start = self._last = time.perf_counter()
+        self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
+        self._restart()
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """`batches`, with the time that each is waited for counted as data wait."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                with Phase("data"):
+                    batch = next(iterator)
+            except StopIteration:
+                return
+            self._wait_s += time.perf_counter() - start
+            yield batch
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Count one update; `sums` is what `Engine.step` returned."""
+        self._updates.append(sums)
+        now = time.perf_counter()
+        self._step_s.append(now - self._last)
+        self._last = now
+
+    def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
+        """Scores and speed since the last call, and `counts` added up over the ranks along the way. Collective."""
+        steps = len(self._step_s)
+        table = torch.stack(self._updates)
+        lost = ~table[:, self._watched].isfinite()
+        values = torch.cat([table.sum(dim=0), table.new_tensor([self._wait_s, *counts]), lost.any()[None]])
+        totals = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
+        sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
+        elapsed_s = time.perf_counter() - self._start
+        self.train_s += elapsed_s
+        self._epoch_s += elapsed_s
+        self._epoch_images += sums[3]
+        sums[4] /= self.machine.world  # every rank has the same gradient
+        self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, sums, strict=True)]
+        scalars = {}
+        if steps:
+            times_ms = sorted(1e3 * s for s in self._step_s)
+            scalars = {
+                **(Scores.of(sums).named("train") if sums[3] else {}),
+                "train/grad_norm": sums[4] / steps,
+                "perf/images_per_s": sums[3] / elapsed_s,
+                "perf/data_wait_pct": 100 * wait_s / self.machine.world / elapsed_s,
+                "perf/step_ms_p50": times_ms[steps // 2],
+                "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
+                "perf/train_min": self.train_s / 60,
+            }
+        self._restart()
+        return scalars, totals[len(SUMS) + 1 :]
+
+    def end_epoch(self) -> dict[str, float]:
+        """Scores of the whole epoch, and its speed without the time in evaluation and saving."""
+        scalars = Scores.of(self.epoch_sums).named("train") if self.epoch_sums[3] else {}
+        if self._epoch_images:
+            scalars |= {"perf/train_min": self.train_s / 60}
+            scalars |= {"perf/epoch_s": self._epoch_s, "perf/images_per_s": self._epoch_images / self._epoch_s}
+        self.epoch_sums, self._epoch_s, self._epoch_images = [0.0] * len(SUMS), 0.0, 0.0
+        return scalars
+
+    def pause(self) -> None:
+        """Start the clock anew: what lies behind was not training."""
+        self._start = self._last = time.perf_counter()
+
+    def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
+        """From what is `lost` on this rank: [1 + updates, 1 or 2] whether the loss is, and the gradient's norm. Collective."""
+        anywhere = self.machine.gather(lost.long()).sum(dim=0)
+        update = int(anywhere.any(dim=1).long().argmax())
+        return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
+
+    def _restart(self) -> None:
+        nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        self._updates = [nothing]  # and behind it what each update returned
+        self._wait_s = 0.0
+        self._step_s: list[float] = []
+        self.pause()

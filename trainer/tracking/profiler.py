@@ -1,0 +1,99 @@
+"""A profile of chosen updates, as a Chrome trace: for Perfetto (ui.perfetto.dev), TensorBoard or chrome://tracing.
+
+Ranges with names of ours (`torch.profiler.record_function`) stand in it beside the operators: "step N" around each update,
+and within it data, forward, backward and update.
+"""
+
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from data_pipeline.config import require
+from trainer.distributed import Machine
+
+# Or the profiler's library tells of each start, and of a GPU that is not there, on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def chosen_steps(text: str) -> range:
+    """The updates, counted from 1, that "10-12" or "10" names. Raises `UserError`."""
+    parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+    require(0 < first <= last, f"run.profile: {text!r} names no updates; give the first and the last, such as 10-12")
+    return range(first, last + 1)
+
+
+class Trace:
+    """Writes `rankR-FIRST-LAST.pt.trace.json.gz` into `folder`, holding only the chosen updates.
+
+        with Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step) as trace:
+            for ...:
+                ...  # an update, from fetching its data on
+                trace.step(number)
+
+    `steps` is as in `chosen_steps`, or None to profile nothing; `done` is the number of updates that lie behind. Where the
+    file is there already, as after a resume, nothing is profiled again. A run that ends earlier, or is resumed between
+    the chosen updates, leaves a file of those that it came to. Raises `UserError` for steps that are none.
+    """
+
+    def __init__(self, steps: str | None, folder: Path, machine: Machine, done: int = 0) -> None:
+        self._steps = chosen_steps(steps) if steps else range(0)
+        self._folder, self._machine, self._done = folder, machine, done
+        self._profile: profile | None = None
+        if self._steps and self._path(self._steps).exists():
+            self._steps = range(0)
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def step(self, done: int) -> None:
+        """Update number `done`, counted from 1, is complete."""
+        if self._profile:
+            self._range.__exit__(None, None, None)
+        self._done = done
+        if done + 1 in self._steps:
+            self._begin()
+        else:
+            self._end()
+
+    def _begin(self) -> None:
+        """Begin with the next update, if it is chosen."""
+        following = self._done + 1
+        if following not in self._steps:
+            return
+        if not self._profile:
+            gpu = [ProfilerActivity.CUDA] if self._machine.device.type == "cuda" else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
+            self._profile.start()
+            self._first = following
+        self._range = record_function(f"step {following}")
+        self._range.__enter__()
+
+    def _end(self) -> None:
+        """Write what was recorded, if there is any."""
+        recorded, self._profile = self._profile, None
+        if not recorded:
+            return
+        recorded.stop()
+        self._steps = range(0)
+        if self._done < self._first:
+            return
+        path = self._path(range(self._first, self._done + 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".partial-{path.name}")  # which must end as it does, to be compressed
+        recorded.export_chrome_trace(str(beside))
+        os.replace(beside, path)
+
+    def _path(self, steps: range) -> Path:
+        named = f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
+        return self._folder / f"rank{self._machine.rank}-{named}.pt.trace.json.gz"

@@ -1,0 +1,360 @@
+"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard and Weights & Biases.
+
+`metrics.jsonl` in the run folder is the source of truth and always on. Every destination is a sink behind one small
+protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
+Alarms (`alarms.py`) go to the console and to W&B, which tells people who are not looking.
+Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,best_top1_pct}`,
+`perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`. TensorBoard and W&B are also given the network's
+graph and, every few epochs, `weights/PARAMETER` (histograms) and `weight_norm/PARAMETER` (scalars).
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from data_pipeline.common.errors import UserError
+from trainer.tracking.alerts import Alarms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.tracking.model_summary import Distribution, Layer
+
+PLAIN_INTERVAL_S = 10.0
+"""Least time between two progress lines where the console is no terminal."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run's numbers go besides the console and `metrics.jsonl`."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases. `auto` obeys WANDB_MODE where it is set; otherwise it is online where an API key is configured,
+    and offline, to be uploaded later, where none is."""
+    project: str = "sluice"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user that owns the project; null means the account's default."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder's `tensorboard`."""
+    histograms_every: int = 1
+    """Epochs between two histograms of each layer's weights, with their norms, in TensorBoard and W&B; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise UserError(
+                f"tracking.project: {self.project!r} is no W&B project name; give 1 to 128 characters, none of /\\#?%:"
+            )
+        if self.histograms_every < 0:
+            raise UserError(
+                f"tracking.histograms_every: {self.histograms_every} is negative; give a number of epochs, or 0 for none"
+            )
+
+
+class Sink(Protocol):
+    """One destination of rows. Any method may raise: the tracker then drops the sink."""
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None: ...
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell people who are not looking, where the destination can."""
+        return
+
+    def weights(self, found: Mapping[str, "Distribution"], step: int, epoch: float) -> None:
+        """How the values of each parameter are distributed, where the destination can show it."""
+        return
+
+    def graph(self, layers: list["Layer"]) -> None:
+        """The network that is trained, where the destination can show it."""
+        return
+
+    def close(self, failed: bool) -> None:
+        """Flush and let go; `failed` when an exception ends the training."""
+
+
+class Tracker:
+    """Gives every row of scalars to every sink, and closes them as a context manager.
+
+    On a rank that is not `primary` there are no sinks and every call is a no-op. `total_steps` and `epochs` scale the
+    progress bar. Rows after `resume_step`, left by a run that was stopped past its last checkpoint, are removed; with
+    0 every row is.
+
+    Raises:
+        UserError: W&B is to be online without a usable API key, or WANDB_MODE has an unknown value.
+    """
+
+    def __init__(
+        self,
+        cfg: TrackingConfig,
+        folder: Path,
+        *,
+        name: str,
+        run_config: dict[str, Any],
+        total_steps: int,
+        epochs: int,
+        resume_step: int,
+        primary: bool,
+    ) -> None:
+        self._sinks: dict[str, Sink] = {}
+        self._console: Console | None = None
+        self._stop = threading.Event()
+        self._histograms_every = cfg.histograms_every
+        self._alarms = Alarms()
+        if not primary:
+            return
+        on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._console = (BarConsole if on_terminal else Console)(total_steps, epochs, resume_step)
+
+        def open_wandb(mode: str) -> Sink:
+            from trainer.tracking.wandb_sink import WandbSink  # here, for its import takes up to two seconds
+
+            return WandbSink(mode, cfg.project, cfg.entity, folder, name, run_config, self.note, self._stop.set)
+
+        def open_tensorboard(folder: Path, resume_step: int) -> Sink:
+            from trainer.tracking.tensorboard_sink import TensorBoard
+
+            return TensorBoard(folder, resume_step)
+
+        # W&B first: it alone may refuse to start, and the others alter what an earlier attempt left in the folder.
+        wandb_mode = os.environ.get("WANDB_MODE") or "auto" if cfg.wandb == "auto" else cfg.wandb
+        if wandb_mode not in ("off", "disabled"):
+            self._open("wandb", lambda: open_wandb(wandb_mode))
+        self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
+        if cfg.tensorboard:
+            self._open("tensorboard", lambda: open_tensorboard(folder / "tensorboard", resume_step))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody pressed Stop on the run's W&B page; only the primary rank knows."""
+        return self._stop.is_set()
+
+    def log(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        """One row at a logging interval; `epoch` 2.5 is the middle of the third epoch.
+
+        Moves the progress on the console if the row has any of its figures: loss, images/s or data wait.
+        """
+        self._tell(lambda console: console.progress(scalars, step, epoch))
+        self._write(scalars, step, epoch)
+        for title, text in self._alarms.row(scalars, step):
+            self.alert(title, text)
+
+    def epoch(self, scalars: Mapping[str, float], step: int, epoch: int, best: bool) -> None:
+        """One row and one console line at the end of an epoch, counted from 1; `best`: it became the saved best."""
+        self._tell(lambda console: console.epoch(scalars, epoch, best))
+        self._write(scalars, step, epoch)
+        self._alarms.new_epoch()
+
+    def weights(self, parameters: Iterable[tuple[str, "Tensor"]], step: int, epoch: int) -> None:
+        """Histogram and norm of each parameter, if they are due at the end of `epoch`, counted from 1, and shown anywhere."""
+        if self._pictures and self._histograms_every and epoch % self._histograms_every == 0:
+            from trainer.tracking.model_summary import distributions
+
+            found = distributions(parameters)
+            self._send(lambda sink: sink.weights(found, step, epoch))
+
+    def graph(self, layers: Callable[[], list["Layer"]]) -> None:
+        """The network that is trained; `layers` is called where it is shown anywhere."""
+        if self._pictures:
+            try:
+                found = layers()
+            except Exception as error:
+                self.note(f"the graph of the network is left out: {type(error).__name__}: {error}")
+                return
+            self._send(lambda sink: sink.graph(found))
+
+    @property
+    def _pictures(self) -> bool:
+        """Whether any destination shows more than scalars."""
+        return not {*self._sinks} <= {"metrics.jsonl"}
+
+    def alert(self, title: str, text: str) -> None:
+        """One console line, and a W&B alert, which reaches people by mail or chat."""
+        self.note(f"{title}: {text}")
+        self._send(lambda sink: sink.alert(title, text))
+
+    def note(self, text: str) -> None:
+        """One console line, information or a warning, that leaves the progress bar whole."""
+        encoding = sys.stdout.encoding or "utf-8"  # a file name in the text may hold what it cannot say
+        line = " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
+        self._tell(lambda console: console.line(line))
+
+    def close(self, failed: bool = False) -> None:
+        """Close every sink; `failed` marks the W&B run as failed. More calls do nothing."""
+        for name, sink in self._sinks.items():
+            try:
+                sink.close(failed)
+            except Exception as error:
+                self._say_dropped(name, error)
+        self._sinks = {}
+        self._tell(lambda console: console.close())
+        self._console = None
+
+    def __enter__(self) -> Self:
+        self._tell(lambda console: console.open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _open(self, name: str, sink: Callable[[], Sink]) -> None:
+        try:
+            self._sinks[name] = sink()
+        except UserError:
+            raise
+        except Exception as error:
+            self._say_dropped(name, error)
+
+    def _write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        row = {name: float(value) for name, value in scalars.items()}
+        self._send(lambda sink: sink.write(row, step, epoch))
+
+    def _send(self, act: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                act(sink)
+            except Exception as error:
+                del self._sinks[name]
+                with contextlib.suppress(Exception):
+                    sink.close(failed=True)
+                self._say_dropped(name, error)
+
+    def _say_dropped(self, name: str, error: Exception) -> None:
+        self.note(f"{name} failed and is dropped: {type(error).__name__}: {error}")
+
+    def _tell(self, act: Callable[["Console"], None]) -> None:
+        try:
+            if self._console is not None:
+                act(self._console)
+        except (OSError, ValueError):  # a closed pipe, file or terminal: nowhere is left to say so
+            self._console = None
+
+
+class JsonLines(Sink):
+    """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
+
+    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        if resume_step and path.exists():
+            # A kill may tear the last line: what is no whole row is dropped too.
+            kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
+            beside = path.with_name(path.name + ".new")
+            with beside.open("w") as file:
+                file.writelines(line + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        self._file = path.open("a" if resume_step else "w")
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> int:
+    """The step of a row of `metrics.jsonl`, or -1 where the line is no whole row."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+class Console:
+    """What a person reads where the output is a file or a pipe: plain lines on stdout, never wrapped, no ANSI codes."""
+
+    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
+        self._total_steps, self._epochs = total_steps, epochs
+        self._start_step, self._start_s = resume_step, time.monotonic()
+        self._last_s = -math.inf
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        figures, now = _figures(scalars, _PROGRESS), time.monotonic()
+        if not figures or now - self._last_s < PLAIN_INTERVAL_S:
+            return
+        self._last_s = now
+        left_s = (self._total_steps - step) * (now - self._start_s) / max(step - self._start_step, 1)
+        at = f"step {step:{len(str(self._total_steps))}}/{self._total_steps}  epoch {epoch:6.2f}/{self._epochs}"
+        self.line(f"{at}{figures}  eta {timedelta(seconds=round(left_s))}")
+
+    def epoch(self, scalars: Mapping[str, float], epoch: int, best: bool) -> None:
+        at = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
+        self.line(at + _figures(scalars, _EPOCH) + "  saved best" * best)
+
+
+class BarConsole(Console):
+    """What a person watches on a terminal: the same lines, above a progress bar instead of progress lines."""
+
+    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        super().__init__(total_steps, epochs, resume_step)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        # Speed over minutes: an estimate over rich's half minute jumps at every evaluation.
+        self._bar = Progress(*columns, expand=True, transient=True, refresh_per_second=2, speed_estimate_period=300)
+        self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step, figures="")
+
+    def open(self) -> None:
+        self._bar.start()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        if figures := _figures(scalars, _PROGRESS).strip():
+            description = f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}"
+            self._bar.update(self._task, completed=step, description=description, figures=figures)
+
+
+_PROGRESS = (
+    ("train/loss", "  loss {:6.3f}"),
+    ("perf/images_per_s", "  {:5.0f} img/s"),
+    ("perf/data_wait_pct", "  data wait {:4.1f} %"),
+)
+_EPOCH = (
+    ("train/loss", "  train {:6.3f} loss"),
+    ("train/top1_pct", " {:5.1f} % top-1"),
+    ("val/loss", "  val {:6.3f} loss"),
+    ("val/top1_pct", " {:5.1f} % top-1"),
+    ("val/top5_pct", " {:5.1f} % top-5"),
+    *_PROGRESS[1:],
+)
+
+
+def _figures(scalars: Mapping[str, float], layout: tuple[tuple[str, str], ...]) -> str:
+    """The scalars that are there, each in its place of the layout."""
+    return "".join(template.format(scalars[name]) for name, template in layout if name in scalars)

@@ -1,0 +1,196 @@
+"""The Weights & Biases sink: online where there are a key and a server, else offline in the run folder.
+
+wandb itself says nothing (its messages go to its debug log); what a person must know is one line of ours.
+"""
+
+import contextlib
+import math
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+from wandb.sdk.lib.module import unset_globals
+
+from data_pipeline.common.errors import UserError
+from trainer.checkpoint.store import Store
+from trainer.engine.base import WEIGHTS
+from trainer.tracking.model_summary import Distribution, Layer
+
+INIT_TIMEOUT_S = 30.0
+"""Longest wait for the server before the run is kept offline; wandb's own default is 90 s."""
+FINISH_TIMEOUT_S = 60.0
+"""Longest wait for the last uploads; wandb's own default is to retry for days."""
+_REMEDY = "run `wandb login`, set WANDB_API_KEY, or give --tracking.wandb offline"
+
+
+class WandbSink:
+    """One W&B run for one run folder, whose `wandb_id.txt` keeps its id for every later attempt.
+
+    Its configuration is `run_config` and `world_size`, the number of processes. The best weights of a run that has
+    trained all its epochs become the artifact `model-ID`.
+
+    `mode` is auto, online or offline. `note` takes lines for the console. `on_stop` is called on another thread when
+    somebody presses Stop on the run's page, where wandb's own answer is a KeyboardInterrupt in the middle of a step.
+
+    Raises:
+        UserError: `mode` is unknown, or it is online and the API key is missing, malformed or refused by the server.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        project: str,
+        entity: str | None,
+        folder: Path,
+        name: str,
+        run_config: dict[str, Any],
+        note: Callable[[str], None],
+        on_stop: Callable[[], None],
+    ) -> None:
+        if mode not in ("auto", "online", "offline"):
+            raise UserError(f"WANDB_MODE: {mode!r} is unknown; set online, offline or disabled, or unset it")
+        settings = wandb.Settings(
+            project=project,
+            entity=entity,
+            run_id=_run_id(folder),
+            run_name=name,
+            resume="allow",
+            silent=True,
+            console="off",  # a progress bar redrawn twice a second makes no readable log page
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+            stop_fn=lambda: on_stop(),  # a bound method does not survive the deep copy of settings
+        )
+        run_config = run_config | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+        try:
+            self._run, why_offline = _start(mode, settings, folder, run_config)
+        except BaseException:
+            _teardown()
+            raise
+        # Steps redone after a resume must not be dropped, so no row says `step=`: the axis is a metric like others.
+        self._run.define_metric("*", step_metric="train/step")
+        self._note, self._offline, self._folder = note, bool(why_offline), folder
+        # Every attempt keeps a folder of its own; `wandb sync` skips those that are uploaded already.
+        kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}*"
+        if self._offline:
+            self._sync = f"wandb sync {kept}/offline-{attempts}"
+            note(f"wandb: {why_offline}, so the run stays offline; to upload it: {self._sync}")
+        else:
+            self._sync = f"wandb sync --include-online {kept}/{attempts}"
+            note(f"wandb: {self._run.url}")
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        self._run.log({**scalars, "epoch": epoch, "train/step": step})
+
+    def weights(self, found: Mapping[str, Distribution], step: int, epoch: float) -> None:
+        norms = {f"weight_norm/{name}": own.norm for name, own in found.items()}
+        histograms = {
+            f"weights/{name}": wandb.Histogram(np_histogram=(np.array(own.counts), np.array(own.edges)))
+            for name, own in found.items()
+        }
+        self._run.log({**norms, **histograms, "epoch": epoch, "train/step": step})
+
+    def graph(self, layers: list[Layer]) -> None:
+        # Not by `watch`, whose hooks run in every step.
+        graph = wandb.Graph("torch")
+        for layer in layers:
+            parameters = [[name, sizes] for name, sizes in layer.parameters.items()]
+            counts = [math.prod(sizes) for sizes in layer.parameters.values()]
+            graph.add_node(
+                id=layer.name,
+                name=layer.name,
+                class_name=layer.kind,
+                output_shape=layer.shape,
+                parameters=parameters,
+                num_parameters=counts,
+            )
+            for source in layer.inputs:
+                graph.add_edge(graph[source], graph[layer.name])
+        self._run.summary["graph"] = graph
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title, text, level="WARN")
+
+    def close(self, failed: bool) -> None:
+        try:
+            if not failed:
+                self._log_best()
+        finally:
+            self._finish(failed)
+
+    def _finish(self, failed: bool) -> None:
+        try:
+            self._run.finish(exit_code=int(failed))
+        except TimeoutError:
+            raise TimeoutError(f"uploads did not end in {FINISH_TIMEOUT_S:.0f} s; for the rest: {self._sync}") from None
+        finally:
+            _teardown()
+        if self._offline:
+            self._note(f"wandb: the run is offline; to upload it: {self._sync}")
+
+    def _log_best(self) -> None:
+        store = Store(self._folder)
+        best = store.chosen()
+        if best and store.progress().finished:
+            top1 = {"best_top1_pct": store.progress().best_top1_pct}
+            artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=top1)
+            artifact.add_file(str(best / WEIGHTS), policy="immutable")  # uploaded from where it lies, without a copy
+            self._run.log_artifact(artifact, aliases=["best"])
+
+
+def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, Any]) -> tuple[wandb.Run, str]:
+    """The run, and why it is offline ("" when it is online)."""
+    why = _why_offline(mode)
+    if not why:
+        try:
+            return wandb.init(mode="online", dir=folder, config=config, settings=settings), ""
+        except wandb.Error as error:
+            why = " ".join(str(error).split())
+            if mode == "online" and re.search(r"error 40[13]\b", why):
+                raise UserError(f"tracking.wandb: the server refused the API key ({why}); {_REMEDY}") from None
+            _teardown()  # the failed attempt would answer for the next one
+    return wandb.init(mode="offline", dir=folder, config=config, settings=settings), why
+
+
+def _why_offline(mode: str) -> str:
+    """Why the run must be offline, before any server is asked; "" when it may be online."""
+    if mode == "offline":
+        return "as asked"
+    settings = wandb.Settings(silent=True)
+    if mode == "online":
+        settings.mode = "online"
+    if wandb.setup(settings).settings.mode != "online":
+        return "`wandb offline` was run here"
+    try:
+        problem = "" if wandb.login(prompt=False, verify=False) else "no API key is configured"
+    except wandb.Error as error:
+        problem = str(error)
+    if problem and mode == "online":
+        raise UserError(f"tracking.wandb: online, but {problem}; {_REMEDY}")
+    return problem
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        beside = folder / "wandb_id.txt.new"
+        beside.write_text(secrets.token_hex(4) + "\n")
+        os.replace(beside, path)
+    return path.read_text().strip()
+
+
+def _teardown() -> None:
+    """End wandb's background process; a dead one raises, here rather than in a traceback at the program's exit.
+
+    Its run stays the current one, and as long as there is one, no key is looked for: a tracker opened anew would find none.
+    """
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+    unset_globals()
