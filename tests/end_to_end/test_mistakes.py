@@ -244,7 +244,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def entry_point(name: str) -> Callable[[], None]:
-    module = import_module(f"{name}.__main__" if name in ("trainer", "launch") else name)
+    module = import_module(name if name == "trainer.evaluate" else f"{name}.__main__")
     main: Callable[[], None] = module.main
     return main
 
