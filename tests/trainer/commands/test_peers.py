@@ -138,8 +138,8 @@ def test_those_that_cannot_compete_are_named(race: Race, monkeypatch: pytest.Mon
             peers.PLAIN_STEP: CONTESTANTS[peers.PLAIN_STEP],
         },
     )
-    peers, left_out = open_peers(race)
-    assert list(peers) == [peers.PLAIN_STEP]
+    there, left_out = open_peers(race)
+    assert list(there) == [peers.PLAIN_STEP]
     assert left_out == [
         "absent: no_such_package is not installed; pip install no_such_package",
         "failing: ZeroDivisionError: as expected",
@@ -160,7 +160,7 @@ from pathlib import Path
 from tests.trainer.commands.test_peers import Config, DataConfig, SOLO
 from trainer.bench import peers
 cfg = Config(data=DataConfig(batch={BATCH}, size_px=32))
-peer = rivals.Peer(rivals.PLAIN_LOOP, rivals.Race(Path({str(race.folder)!r}), cfg, {CLASSES}, SOLO))
+peer = peers.Peer(peers.PLAIN_LOOP, peers.Race(Path({str(race.folder)!r}), cfg, {CLASSES}, SOLO))
 print(*peer._workers, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
