@@ -103,10 +103,19 @@ def test_heavy_packages_wait_until_they_are_needed() -> None:
             assert nested or package not in HEAVY or module in HEAVY[package], f"{module} imports {name}"
 
 
-def test_training_starts_without_heavy_packages() -> None:
-    program = "import sys, trainer.loop; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+def packages_loaded_by(statement: str) -> set[str]:
+    program = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(output.stdout.split())
+    return set(output.stdout.split())
+
+
+def test_options_are_read_before_anything_heavy_is_loaded() -> None:
+    loaded = packages_loaded_by("import trainer.__main__; from trainer.config import load; load(['--run.epochs', '3'])")
+    assert "trainer" in loaded and not loaded & {"torch", "torchvision", "nvidia", "numpy", "pandas", "rich", *HEAVY}
+
+
+def test_training_starts_without_heavy_packages() -> None:
+    loaded = packages_loaded_by("import trainer.loop")
     assert {"trainer", "data_pipeline", "nvidia", "torch"} <= loaded
     assert not loaded & {*HEAVY, "tensorboard", "launch"}
 

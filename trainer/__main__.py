@@ -7,13 +7,15 @@ import sys
 
 from data_pipeline.common.entry_point import run_command
 from trainer.config import load
-from trainer.distributed import open_machine
-from trainer.loop import fit
-from trainer.resilience.signals import StopFlag
 
 
 def main() -> None:
     cfg = load(sys.argv[1:])
+    # Only now what takes seconds to import: a mistake in the options is told at once.
+    from trainer.distributed import open_machine
+    from trainer.loop import fit
+    from trainer.resilience.signals import StopFlag
+
     with StopFlag() as stop, open_machine() as machine:
         fit(cfg, machine, stop)
 

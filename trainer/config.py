@@ -16,12 +16,9 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_du
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig, require
-from trainer.engine.base import EngineConfig
-from trainer.engine.deepspeed import check_deepspeed
-from trainer.model.pretrained import preprocessing
-from trainer.model.resnet import ModelConfig
-from trainer.optim.optimizer import OptimConfig
-from trainer.tracking.profiler import chosen_steps
+from trainer.engine.config import EngineConfig, check_deepspeed
+from trainer.model.config import ModelConfig
+from trainer.optim.config import OptimConfig
 from trainer.tracking.tracker import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -87,6 +84,19 @@ class RunConfig:
         )
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
 
+    @property
+    def profiled(self) -> range:
+        """The updates, counted from 1, that `profile` names."""
+        return chosen_steps(self.profile) if self.profile else range(0)
+
+
+def chosen_steps(text: str) -> range:
+    """The updates, counted from 1, that "10-12" or "10" names. Raises `UserError`."""
+    parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+    require(0 < first <= last, f"run.profile: {text!r} names no updates; give the first and the last, such as 10-12")
+    return range(first, last + 1)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -148,7 +158,13 @@ def load(arguments: list[str]) -> Config:
     cfg = _parse(asked)
     if cfg.model.weights is None and asked == arguments:
         return cfg
-    return _parse(arguments, preprocessing(cfg.model.weights) if cfg.model.weights else {})
+    return _parse(arguments, _preprocessing(cfg.model.weights) if cfg.model.weights else {})
+
+
+def _preprocessing(weights: str) -> dict[str, Any]:
+    from trainer.model.pretrained import preprocessing  # here, for torch takes seconds, and few runs start from weights
+
+    return preprocessing(weights)
 
 
 def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:

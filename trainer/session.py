@@ -77,7 +77,7 @@ class Session:
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = self._start_meter()
-        self.trace = Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step)
+        self.trace = Trace(cfg.run.profiled, cfg.folder / "profile", machine, done=progress.step)
         self.saver = Saver(store, machine, progress, lambda line: self.tracker.note(line))
         self.watchdog = Watchdog(
             cfg.run.stall_s, cfg.folder / "stacks", machine, lambda line: self.tracker.alert("stalled", line)

@@ -98,7 +98,7 @@ def measure(
             for name, turn in turns.items()
         ]
         if profile:
-            with Trace("1-3", profile, machine) as trace:
+            with Trace(range(1, 4), profile, machine) as trace:
                 for number in (1, 2, 3):
                     ours.update()
                     trace.step(number)

@@ -6,10 +6,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +21,10 @@ from data_pipeline.config import require
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from trainer.checkpoint.host_copy import METADATA
 from trainer.checkpoint.store import Write
-from trainer.distributed import Precision, resolve_precision
-from trainer.optim.optimizer import OptimConfig
-
-Compression = Literal["none", "bf16", "fp16", "powersgd"]
+from trainer.distributed import resolve_precision
+from trainer.engine.config import Compression as Compression
+from trainer.engine.config import EngineConfig, Precision
+from trainer.optim.config import OptimConfig
 
 WEIGHTS, STATE = "model.safetensors", "training.pt"
 
@@ -34,35 +33,6 @@ SUMS = ("loss", "top1", "top5", "images", "grad_norm")
 
 PRESENT = 0.2
 """Share of a mixed image above which the binary loss takes its class to be there; that of timm's recipes with this loss."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an update is computed."""
-
-    name: Literal["ddp", "deepspeed"] = "ddp"
-    """Data parallelism: ddp is torch's DistributedDataParallel, deepspeed divides among the ranks what zero_stage says."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What deepspeed leaves each rank a part of: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights
-    too. The higher, the less memory."""
-    precision: Precision = "auto"
-    """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
-    on a GPU and fp32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
-    C++ compiler."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """What the compiler strives for, as torch.compile has it; the two others take longer to compile."""
-    compile_cache: str | None = None
-    """Folder of what was compiled, for runs to share; compiled/ in the run folder if not given."""
-    compression: Compression = "none"
-    """What DDP sends of the gradients: bf16 and fp16 half the bytes, powersgd (Vogels et al. 2019) two thin factors of each
-    weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
-    sync_bn: bool = False
-    """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
-    fit_memory: bool = False
-    """Cut micro-batches into the fewest pieces that memory holds, as a trial before the first update shows. Batch
-    normalisation then sees one piece at a time. For ddp."""
 
 
 class Engine(Protocol):

@@ -24,7 +24,6 @@ from trainer.engine.base import (
     SUMS,
     WEIGHTS,
     Autocast,
-    EngineConfig,
     Predictor,
     compiled,
     count,
@@ -32,46 +31,16 @@ from trainer.engine.base import (
     load_weights,
     training_loss,
 )
-from trainer.optim.optimizer import Ema, OptimConfig, build_optimizer, set_lr
+from trainer.engine.config import EngineConfig, check_deepspeed
+from trainer.optim.config import OptimConfig
+from trainer.optim.optimizer import Ema, build_optimizer, set_lr
 from trainer.resilience.watchdog import Phase
 
 SHARD = "optimizer-{rank}.pt"
 """Name of the file with a rank's part of the optimiser's state."""
 
-ELEMENTWISE = ("sgd", "adamw")
-"""Optimisers that update each weight by itself, and so may be given any part of all weights laid end to end."""
-
 _BUCKET = 1 << 23  # gradients reduced at a time: 32 MiB, as DDP has 25; DeepSpeed would set aside 2 GB
 _FIRST_SCALE, _CLEAN_UPDATES = 2.0**16, 2000  # as torch's GradScaler
-
-
-def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
-    """Raise `UserError` for options that do not go together with the engine deepspeed. Loads nothing."""
-    if cfg.name != "deepspeed":
-        return
-    if cfg.zero_stage > 0 and optim.name not in ELEMENTWISE:
-        raise UserError(
-            f"optim.name: {optim.name} needs whole weights, which ZeRO divides; choose one of "
-            f"{', '.join(ELEMENTWISE)}, or set engine.zero_stage to 0"
-        )
-    if cfg.zero_stage == 3 and optim.ema_decay > 0:
-        raise UserError(
-            f"optim.ema_decay: {optim.ema_decay} needs whole weights, which ZeRO-3 divides; set it to 0, or "
-            "engine.zero_stage to 2"
-        )
-    if cfg.compression != "none":
-        raise UserError(
-            f"engine.compression: {cfg.compression} is for DDP only; leave it out, or set engine.name to ddp"
-        )
-    if cfg.sync_bn:
-        raise UserError("engine.sync_bn: it is for DDP only; leave it out, or set engine.name to ddp")
-    if cfg.fit_memory:
-        raise UserError("engine.fit_memory: it is for DDP only; leave it out, or set engine.name to ddp")
-    if cfg.zero_stage == 3 and cfg.compile == "on":
-        raise UserError(
-            "engine.compile: on does not work with ZeRO-3, which collects weights layer by layer; set it to off, or "
-            "engine.zero_stage to 2"
-        )
 
 
 class DeepSpeedEngine:

@@ -20,7 +20,8 @@ from data_pipeline.config import require
 from trainer.checkpoint.store import Store
 from trainer.distributed import Machine
 from trainer.engine.base import WEIGHTS, read_metadata, unpickled
-from trainer.model.resnet import ARCHITECTURES, HEAD, ModelConfig, ModelName, ResNet, build_resnet, is_torchvision
+from trainer.model.config import ModelConfig, ModelName, is_torchvision
+from trainer.model.resnet import ARCHITECTURES, HEAD, ResNet, build_resnet
 
 PREPROCESSING = ("mean", "std", "eval_crop")
 """Options of `data` that weights bring with them, as far as they are known."""

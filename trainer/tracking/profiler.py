@@ -5,43 +5,33 @@ and within it data, forward, backward and update.
 """
 
 import os
-import re
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_pipeline.config import require
 from trainer.distributed import Machine
 
 # Or the profiler's library tells of each start, and of a GPU that is not there, on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def chosen_steps(text: str) -> range:
-    """The updates, counted from 1, that "10-12" or "10" names. Raises `UserError`."""
-    parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
-    require(0 < first <= last, f"run.profile: {text!r} names no updates; give the first and the last, such as 10-12")
-    return range(first, last + 1)
-
-
 class Trace:
     """Writes `rankR-FIRST-LAST.pt.trace.json.gz` into `folder`, holding only the chosen updates.
 
-        with Trace(cfg.run.profile, cfg.folder / "profile", machine, done=progress.step) as trace:
+        with Trace(cfg.run.profiled, cfg.folder / "profile", machine, done=progress.step) as trace:
             for ...:
                 ...  # an update, from fetching its data on
                 trace.step(number)
 
-    `steps` is as in `chosen_steps`, or None to profile nothing; `done` is the number of updates that lie behind. Where the
+    `steps` are counted from 1, and none of them profile nothing; `done` is the number of updates that lie behind. Where the
     file is there already, as after a resume, nothing is profiled again. A run that ends earlier, or is resumed between
-    the chosen updates, leaves a file of those that it came to. Raises `UserError` for steps that are none.
+    the chosen updates, leaves a file of those that it came to.
     """
 
-    def __init__(self, steps: str | None, folder: Path, machine: Machine, done: int = 0) -> None:
-        self._steps = chosen_steps(steps) if steps else range(0)
+    def __init__(self, steps: range, folder: Path, machine: Machine, done: int = 0) -> None:
+        self._steps = steps
         self._folder, self._machine, self._done = folder, machine, done
         self._profile: profile | None = None
         if self._steps and self._path(self._steps).exists():

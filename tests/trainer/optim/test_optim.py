@@ -16,11 +16,9 @@ from torch.optim import lr_scheduler
 
 from data_pipeline.common.errors import UserError
 from trainer.model.resnet import ModelConfig, ModelName, build_resnet
+from trainer.optim.config import OptimConfig, OptimizerName, Schedule
 from trainer.optim.optimizer import (
     Ema,
-    OptimConfig,
-    OptimizerName,
-    Schedule,
     build_optimizer,
     ema_decay_at,
     lr_at,

@@ -11,7 +11,8 @@ from torch.profiler import record_function
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO
-from trainer.tracking.profiler import Trace, chosen_steps
+from trainer.config import chosen_steps
+from trainer.tracking.profiler import Trace
 
 RANGES = ("data", "forward", "backward", "update")
 
@@ -43,7 +44,7 @@ def named(path: Path, prefix: str) -> list[str]:
 
 def test_only_the_chosen_updates_are_in_the_trace_with_their_ranges(tmp_path: Path) -> None:
     folder = tmp_path / "a new/folder"
-    with Trace("3-4", folder, SOLO) as trace:
+    with Trace(range(3, 5), folder, SOLO) as trace:
         train(trace, 1, 6)
     assert [path.name for path in folder.iterdir()] == ["rank0-3-4.pt.trace.json.gz"]
     (path,) = folder.iterdir()
@@ -58,34 +59,34 @@ def test_only_the_chosen_updates_are_in_the_trace_with_their_ranges(tmp_path: Pa
 
 
 def test_the_first_update_can_be_chosen(tmp_path: Path) -> None:
-    with Trace("1", tmp_path, SOLO) as trace:
+    with Trace(range(1, 2), tmp_path, SOLO) as trace:
         train(trace, 1, 3)
     assert named(tmp_path / "rank0-1.pt.trace.json.gz", "mark ") == ["mark 1"]
 
 
 def test_a_resumed_run_keeps_what_is_there_and_adds_what_is_not(tmp_path: Path) -> None:
-    with Trace("3-5", tmp_path, SOLO) as trace:
+    with Trace(range(3, 6), tmp_path, SOLO) as trace:
         train(trace, 1, 4)  # and then it was told to stop
     path = tmp_path / "rank0-3-4.pt.trace.json.gz"
     assert named(path, "mark ") == ["mark 3", "mark 4"]
     before = path.read_bytes()
-    with Trace("3-5", tmp_path, SOLO, done=4) as trace:
+    with Trace(range(3, 6), tmp_path, SOLO, done=4) as trace:
         train(trace, 5, 7)
     assert named(tmp_path / "rank0-5.pt.trace.json.gz", "mark ") == ["mark 5"]
-    with Trace("3-4", tmp_path, SOLO) as trace:
+    with Trace(range(3, 5), tmp_path, SOLO) as trace:
         train(trace, 1, 5)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_nothing_is_written_where_no_update_is_reached(tmp_path: Path) -> None:
-    for steps, done, last in ((None, 0, 3), ("5-6", 0, 3), ("1-2", 2, 4), ("1-3", 0, 0)):
+    for steps, done, last in ((range(0), 0, 3), (range(5, 7), 0, 3), (range(1, 3), 2, 4), (range(1, 4), 0, 0)):
         with Trace(steps, tmp_path, SOLO, done=done) as trace:
             train(trace, done + 1, last)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_run_leaves_the_updates_before(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Trace("1-9", tmp_path, SOLO) as trace:
+    with pytest.raises(ZeroDivisionError), Trace(range(1, 10), tmp_path, SOLO) as trace:
         train(trace, 1, 2)
         with record_function("data"):
             1 / 0  # noqa: B018

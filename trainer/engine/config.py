@@ -1,0 +1,71 @@
+"""Options of the engine. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_pipeline.common.errors import UserError
+from trainer.optim.config import OptimConfig
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compression = Literal["none", "bf16", "fp16", "powersgd"]
+
+ELEMENTWISE = ("sgd", "adamw")
+"""Optimisers that update each weight by itself, and so may be given any part of all weights laid end to end."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an update is computed."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """Data parallelism: ddp is torch's DistributedDataParallel, deepspeed divides among the ranks what zero_stage says."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What deepspeed leaves each rank a part of: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights
+    too. The higher, the less memory."""
+    precision: Precision = "auto"
+    """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
+    on a GPU and fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
+    C++ compiler."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """What the compiler strives for, as torch.compile has it; the two others take longer to compile."""
+    compile_cache: str | None = None
+    """Folder of what was compiled, for runs to share; compiled/ in the run folder if not given."""
+    compression: Compression = "none"
+    """What DDP sends of the gradients: bf16 and fp16 half the bytes, powersgd (Vogels et al. 2019) two thin factors of each
+    weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
+    sync_bn: bool = False
+    """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
+    fit_memory: bool = False
+    """Cut micro-batches into the fewest pieces that memory holds, as a trial before the first update shows. Batch
+    normalisation then sees one piece at a time. For ddp."""
+
+
+def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
+    """Raise `UserError` for options that do not go together with the engine deepspeed. Loads nothing."""
+    if cfg.name != "deepspeed":
+        return
+    if cfg.zero_stage > 0 and optim.name not in ELEMENTWISE:
+        raise UserError(
+            f"optim.name: {optim.name} needs whole weights, which ZeRO divides; choose one of "
+            f"{', '.join(ELEMENTWISE)}, or set engine.zero_stage to 0"
+        )
+    if cfg.zero_stage == 3 and optim.ema_decay > 0:
+        raise UserError(
+            f"optim.ema_decay: {optim.ema_decay} needs whole weights, which ZeRO-3 divides; set it to 0, or "
+            "engine.zero_stage to 2"
+        )
+    if cfg.compression != "none":
+        raise UserError(
+            f"engine.compression: {cfg.compression} is for DDP only; leave it out, or set engine.name to ddp"
+        )
+    if cfg.sync_bn:
+        raise UserError("engine.sync_bn: it is for DDP only; leave it out, or set engine.name to ddp")
+    if cfg.fit_memory:
+        raise UserError("engine.fit_memory: it is for DDP only; leave it out, or set engine.name to ddp")
+    if cfg.zero_stage == 3 and cfg.compile == "on":
+        raise UserError(
+            "engine.compile: on does not work with ZeRO-3, which collects weights layer by layer; set it to off, or "
+            "engine.zero_stage to 2"
+        )

@@ -1,0 +1,101 @@
+"""Options of the network. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from data_pipeline.config import require
+
+ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Stem = Literal["conv", "patch"]
+Shortcut = Literal["conv", "pool"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained."""
+
+    name: ModelName = "resnet18"
+    """Architecture; the number is its depth in weighted layers."""
+
+    zero_init_gamma: bool = False
+    """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    stem: Stem = "conv"
+    """How an image becomes a map of a quarter of its side: conv, as torchvision has it, by a 7x7 convolution and a maximum;
+    patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2),
+    which takes less time."""
+
+    whiten: bool = False
+    """Start the stem's filters from the principal components of patches of training images (Jordan 2024, arXiv 2404.00498,
+    section 3.2) in place of random numbers."""
+
+    width: float = 1.0
+    """Factor of the channels in all stages (Zagoruyko and Komodakis 2016, arXiv 1605.07146), to the next multiple of 8."""
+
+    blur: bool = False
+    """Blur what a convolution with a stride is about to sample, the stem excepted (Zhang 2019, "BlurPool", arXiv 1904.11486;
+    before the convolution, as FFCV's ResNets have it)."""
+
+    bn_momentum: float = 0.1
+    """Weight of the newest batch in the running statistics of batch normalisation, above 0 and at most 1."""
+
+    shortcut: Shortcut = "conv"
+    """How a shortcut halves the image: conv, as torchvision has it, looks at one of four positions; pool averages them
+    first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in as much time."""
+
+    weights: str | None = None
+    """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
+    data.mean, std and eval_crop unless they are given; a file of torchvision, timm or safetensors; or a run folder. A head
+    for other classes is left out."""
+
+    freeze_until: int = 0
+    """Epochs in which only the head is trained; the weights and running statistics of the rest stay as they are."""
+
+    head_only: bool = False
+    """Train the head alone in all epochs."""
+
+    freeze_bn: bool = False
+    """Keep batch normalisation as it is, the running statistics that it then normalises with as well as gamma and beta."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.name in get_args(ModelName),
+            f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
+        )
+        require(
+            self.stem in get_args(Stem),
+            f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",
+        )
+        require(
+            not self.whiten or self.weights is None,
+            f"model.whiten: {self.whiten} is for random weights, and model.weights gives others; leave one of them out",
+        )
+        require(0 < self.width <= 16, f"model.width: {self.width} is out of range; give a factor above 0, up to 16")
+        require(
+            0 < self.bn_momentum <= 1,
+            f"model.bn_momentum: {self.bn_momentum} is out of range; give a share above 0, up to 1",
+        )
+        require(
+            self.shortcut in get_args(Shortcut),
+            f"model.shortcut: {self.shortcut!r} is unknown; choose one of {', '.join(get_args(Shortcut))}",
+        )
+        require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
+        if self.weights is not None and is_torchvision(self.weights):
+            theirs = self.weights.partition("_")[0].lower()
+            require(
+                theirs == self.name,
+                f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
+            )
+        require(self.freeze_until >= 0, f"model.freeze_until: {self.freeze_until} is negative; give a number of epochs")
+        for option in ("freeze_until", "head_only", "freeze_bn"):
+            value = getattr(self, option)
+            require(
+                self.weights is not None or not value,
+                f"model.{option}: {value} keeps weights as they are, and these are random; give model.weights",
+            )
+
+
+def is_torchvision(weights: str) -> bool:
+    """Whether weights are given by torchvision's name for them."""
+    return re.fullmatch(r"ResNet\d+_Weights\.\w+", weights) is not None

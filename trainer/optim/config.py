@@ -1,0 +1,137 @@
+"""Options of the optimiser. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from data_pipeline.common.errors import UserError
+
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "muon"]
+Loss = Literal["cross_entropy", "binary"]
+Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights are updated."""
+
+    name: OptimizerName = "sgd"
+    """Rule of the update: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for large batches LARS
+    (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) by timm, or Muon (Jordan et al. 2024),
+    which leaves the head, norms and biases to AdamW."""
+
+    lr: float = 0.05
+    """Peak learning rate, for the global batch as it stands; nothing scales it."""
+
+    momentum: float = 0.9
+    """Momentum of SGD, LARS and Muon, from 0 to below 1."""
+
+    nesterov: bool = True
+    """Nesterov's momentum in SGD, LARS and Muon."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's, LAMB's and Muon's averages of the gradient and of its square, each from 0 to below 1."""
+
+    weight_decay: float = 5e-4
+    """Decay of the weights of convolutions and linear layers; biases and norms have none. In SGD it is added to the
+    gradient (L2), in AdamW and Muon it is decoupled from it."""
+
+    schedule: Schedule = "onecycle"
+    """Learning rate after the warm-up: constant; multiplied by gamma at the milestones (step); half a cosine to zero;
+    or a straight line to zero (onecycle). cyclic rises from min_lr to lr and falls back, cycles times, in straight lines."""
+
+    warmup: float = 0.2
+    """Share of the run, from 0 to 1, over which the learning rate first rises in a straight line to its peak."""
+
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)
+    """Shares of the run, ascending, at which the schedule `step` multiplies the learning rate by gamma."""
+
+    gamma: float = 0.1
+    """Factor at each milestone, above 0 and at most 1."""
+
+    min_lr: float = 0.0
+    """Learning rate where the schedule `cyclic` begins and ends each cycle, above 0 and at most lr."""
+
+    cycles: int = 4
+    """Cycles of the schedule `cyclic` in the run; Smith advises 3 or more, each of 4 to 20 epochs."""
+
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one stage of the network to the one before it, above 0 and at most 1: with 0.75 the
+    head has all of it, layer4 0.75, layer3 0.56 and the stem 0.24 (Bao et al. 2022, "BEiT", arXiv 2106.08254). 1 is off."""
+
+    clip_norm: float = 0.0
+    """Largest global L2 norm of the gradient; longer gradients are scaled down to it. 0 is off."""
+
+    loss: Loss = "cross_entropy"
+    """What training minimises: cross-entropy, or for each class by itself the binary cross-entropy of whether it is there,
+    mixed in or not (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation has the first."""
+
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes, from 0 to below 1."""
+
+    ema_decay: float = 0.0
+    """Decay per update of the exponential moving average of the weights, from 0 to below 1. 0 is off."""
+
+    accumulate: int = 1
+    """Micro-batches per update."""
+
+    def __post_init__(self) -> None:
+        late = all(milestone >= self.warmup for milestone in self.milestones)
+        rules = (
+            ("name", self.name in get_args(OptimizerName), f"is unknown; choose one of {_listed(OptimizerName)}"),
+            ("lr", 0 < self.lr < math.inf, "is not positive; give a learning rate above 0"),
+            ("momentum", 0 <= self.momentum < 1, "is out of range; give a number from 0 to below 1"),
+            (
+                "nesterov",
+                self.momentum > 0 or not self.nesterov or self.name not in ("sgd", "lars", "muon"),
+                "needs a momentum; set optim.momentum above 0 or optim.nesterov to false",
+            ),
+            (
+                "betas",
+                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                "is out of range; give two numbers from 0 to below 1",
+            ),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "is out of range; give 0 or a number above it"),
+            ("schedule", self.schedule in get_args(Schedule), f"is unknown; choose one of {_listed(Schedule)}"),
+            ("warmup", 0 <= self.warmup <= 1, "is out of range; give a share of the run from 0 to 1"),
+            (
+                "milestones",
+                _ascending(self.milestones),
+                "is not ascending shares of the run between 0 and 1; sort them",
+            ),
+            (
+                "milestones",
+                self.schedule != "step" or late,
+                f"begins inside the warm-up; start at {self.warmup} or later, or lower optim.warmup",
+            ),
+            (
+                "warmup",
+                self.schedule != "cyclic" or self.warmup == 0,
+                "does not go with the schedule cyclic, which rises by itself; set optim.warmup to 0",
+            ),
+            (
+                "min_lr",
+                self.schedule != "cyclic" or 0 < self.min_lr <= self.lr,
+                "is out of range; give a learning rate above 0 and at most optim.lr",
+            ),
+            ("cycles", self.cycles >= 1, "is not positive; give 1 or more cycles in the run"),
+            ("gamma", 0 < self.gamma <= 1, "is out of range; give a factor above 0 and at most 1"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "is out of range; give a factor above 0, or 1 for none"),
+            ("clip_norm", 0 <= self.clip_norm < math.inf, "is out of range; give a norm above 0, or 0 for none"),
+            ("loss", self.loss in get_args(Loss), f"is unknown; choose one of {_listed(Loss)}"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
+            ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per update"),
+        )
+        for option, holds, fault in rules:
+            if not holds:
+                raise UserError(f"optim.{option}: {getattr(self, option)!r} {fault}")
+
+
+def _listed(choice: object) -> str:
+    return ", ".join(get_args(choice))
+
+
+def _ascending(shares: tuple[float, ...]) -> bool:
+    return all(earlier < later for earlier, later in pairwise((0.0, *shares, 1.0)))
