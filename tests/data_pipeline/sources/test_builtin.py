@@ -21,7 +21,7 @@ from data_pipeline.sources.builtin import CLASSES, PER_CLASS, builtin_dataset, c
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SMALL = {"train": 6, "val": 2}
-RENDER = "import sys; from pathlib import Path; from data_pipeline import builtin; "
+RENDER = "import sys; from pathlib import Path; from data_pipeline.sources import builtin; "
 RENDER += "print(builtin._render_once(Path(sys.argv[1]), {'train': int(sys.argv[2]), 'val': 2}))"
 
 
