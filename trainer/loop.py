@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,25 +29,29 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
 
     Collective. Raises `UserError`, on every rank, for what a user can mend.
     """
-    machine.on_primary(lambda: check_run(cfg.folder, lambda saved: first_difference(saved, cfg)))
+    check = partial(check_run, cfg.folder, lambda saved: first_difference(saved, cfg))
+    machine.on_primary(check)  # at once, for to read the images may take minutes
     check_device(cfg.engine, machine.device)
     train, val = machine.agree(lambda: _open_data(cfg, machine))
     store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
-    found = machine.agree(lambda: _resume_point(store, train.catalog) if machine.primary else None)
-    newest, progress = machine.as_primary(lambda: found or (None, Progress()))
-    if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
-        if machine.primary:
-            done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
-            print(
-                f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; to train anew give another --run.name"
-            )
-        return progress
-    for loader in (train, val):
-        limit_bad(loader)
-    machine.on_primary(lambda: _check_room(cfg, store, len(train.catalog.classes), machine))
-    machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
-    keep_compiled(cfg.engine, cfg.folder)
-    with machine.agree(lambda: claim_run(cfg.folder) if machine.primary else nullcontext()):
+    with ExitStack() as claim:
+        machine.on_primary(lambda: claim.enter_context(claim_run(cfg.folder)))
+        machine.on_primary(check)  # anew: from here on nobody else writes to the folder
+        found = machine.agree(lambda: _resume_point(store, train.catalog) if machine.primary else None)
+        newest, progress = machine.as_primary(lambda: found or (None, Progress()))
+        if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
+            if machine.primary:
+                done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
+                print(
+                    f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; "
+                    "to train anew give another --run.name"
+                )
+            return progress
+        for loader in (train, val):
+            limit_bad(loader)
+        machine.on_primary(lambda: _check_room(cfg, store, len(train.catalog.classes), machine))
+        machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
+        keep_compiled(cfg.engine, cfg.folder)
         machine.on_primary(store.prepare)
         session = Session(cfg, machine, train, val, store, newest, progress)
         with session.opened():

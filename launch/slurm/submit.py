@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.job import train, train_node
 from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
-from trainer.checkpoint.store import Store, check_run, record_run
+from trainer.checkpoint.store import Store, check_run, claim_run, record_run
 from trainer.config import Config, first_difference, load, load_run, to_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -92,10 +93,13 @@ def submit_runs(
         print(script)
         return iter(())
     run_slurm("sbatch", "--test-only", stdin=script)
+    for cfg in runs:
+        with claim_run(cfg.folder):
+            check_run(cfg.folder, partial(first_difference, cfg=cfg))  # anew: another may have begun there by now
+            record_run(cfg.folder, to_yaml(cfg))
     home.mkdir(parents=True)
     jobs = [new_job(cfg, request, cwd) for cfg in runs]
-    for cfg, submission, job in zip(runs, submissions, jobs, strict=True):
-        record_run(cfg.folder, to_yaml(cfg))
+    for submission, job in zip(submissions, jobs, strict=True):
         submission.folder.mkdir(parents=True, exist_ok=True)
         submission.write_job(job)
     task = train_node if request.launcher == "torchrun" else train
@@ -129,7 +133,7 @@ def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
     for tag in ("%j", "%t", "%a", "%A"):
         if tag in str(run):
             raise UserError(f"run.dir: {run} has {tag} in it, which submitit would replace; give another --run.dir")
-    check_run(run, lambda saved: first_difference(saved, cfg))
+    check_run(run, partial(first_difference, cfg=cfg))
     if Store(run).progress().finished:
         raise UserError(f"run.dir: {run} is finished; to train anew give another --run.name")
     before = active_job(run, jobs)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -279,11 +280,23 @@ def test_a_disk_that_is_full_for_a_while(base: Path, tmp_path: Path) -> None:
         assert {row["step"] for row in rows(run)} == set(range(1, STEPS + 1))
 
 
-def test_a_disk_that_is_full_at_the_end(base: Path, tmp_path: Path) -> None:
-    """A run that is asked to stop, and cannot save, says so in its exit code; the same command then mends it."""
+def test_a_disk_that_is_full_at_the_end(base: Path, tmp_path: Path, call: Call) -> None:
+    """A run that is asked to stop, and cannot save, says so in its exit code; the same command then mends it.
+
+    While it trains, starts in the same folder are refused and change nothing, whether their options fit or not.
+    """
     run = tmp_path / "a run"
     job = train(1, base, run)
     wait_until(job, lambda: Store(run).progress().step >= 3)
+    job.process.send_signal(signal.SIGSTOP)
+    before = tree(run)
+    for options, line in (
+        ({"run.log_every": "7"}, f"run.dir: another process trains in {run} right now; "),
+        ({"optim.lr": "0.7"}, f"run.dir: {run} was started with other options (optim.lr was 0.01, now 0.7); "),
+    ):
+        assert_one_line(call(training.main, *dotted(settings_of(base, run) | options)), line)
+    assert tree(run) == before
+    job.process.send_signal(signal.SIGCONT)
     with mounted(run / "checkpoints", "--bind", "-o", "ro", str(run / "checkpoints")):
         job.terminate()
         assert job.wait() == 2, job.output()

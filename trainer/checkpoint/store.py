@@ -265,6 +265,54 @@ def _age(name: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
+@contextmanager
+def claim_run(run: Path) -> Iterator[None]:
+    """Keep every other process from training in `run`, which is made if it is not there.
+
+    Whoever starts claims the folder, then checks it, then records its configuration in it: what another start has written
+    is then never replaced. A start that is refused leaves no file and no folder behind. Raises `UserError`.
+    """
+    made = [folder for folder in (run, *run.absolute().parents) if not folder.exists()]
+    lock = None
+    try:
+        lock = _locked(run)
+        yield
+    finally:
+        if lock:
+            with suppress(OSError), lock:
+                (run / LOCK).unlink()  # while it is still locked: see `_locked`
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # only if nothing is in it
+
+
+def _locked(run: Path) -> IO[str]:
+    """The lock file of a run, locked for as long as it is open. Raises `UserError` where another process has it."""
+    try:
+        while True:
+            run.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = (run / LOCK).open("a")
+            except FileNotFoundError:  # whoever had the folder has just removed it
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
+                    lock.close()
+                    raise
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), (run / LOCK).stat()):
+                    return lock
+            lock.close()  # of a file that is gone: it keeps nobody out
+    except BlockingIOError:
+        raise UserError(
+            f"run.dir: another process trains in {run} right now; wait for it, or give another --run.dir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+
+
 def check_run(run: Path, differences: Callable[[str], str | None]) -> None:
     """Make sure that `run` is new, or holds a run that was started with the same options. Writes nothing.
 
@@ -279,7 +327,7 @@ def check_run(run: Path, differences: Callable[[str], str | None]) -> None:
                     f"run.dir: {run} was started with other options ({changed}); "
                     "repeat them to resume, or give another --run.dir"
                 )
-        elif run.exists() and (not run.is_dir() or any(entry.name != PARTIAL for entry in run.iterdir())):
+        elif run.exists() and (not run.is_dir() or any(entry.name not in (PARTIAL, LOCK) for entry in run.iterdir())):
             raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
     except OSError as error:
         raise UserError(f"run.dir: cannot read {run} ({error.strerror}); give another --run.dir") from None
@@ -295,18 +343,3 @@ def record_run(run: Path, config: str) -> None:
         partial.replace(run / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
-
-
-def claim_run(run: Path) -> IO[str]:
-    """Make sure that no other process trains in `run`, for as long as the file returned is open. Raises `UserError`."""
-    try:
-        lock = (run / LOCK).open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"run.dir: another process trains in {run} right now; wait for it, or give another --run.dir"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
-            raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
-    return lock

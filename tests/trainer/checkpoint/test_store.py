@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,10 +394,65 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> 
         record_run(run, "run: {}\n")
 
 
+def start(run: Path, config: str) -> int:
+    """What a start does in a process of its own, and its exit code: 0 if it may train, 2 if it is refused."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with claim_run(run):
+                check_run(run, lambda saved: None if saved == config else "optim.lr was another")
+                record_run(run, config)
+                time.sleep(0.05)
+            code = 0
+        except UserError:
+            code = 2
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.mark.parametrize("folder", ["run", "runs/of mine/run"])
+def test_starts_at_once(tmp_path: Path, folder: str) -> None:
+    """One of them trains, and its configuration is what stands there; the others have changed nothing."""
+    for number in range(8):
+        run = tmp_path / str(number) / folder
+        starts = {start(run, f"run: {{seed: {seed}}}\n"): seed for seed in range(4)}
+        ends = {seed: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, seed in starts.items()}
+        assert sorted(ends.values()) == [0, 2, 2, 2]
+        winner = min(ends, key=lambda seed: ends[seed])
+        assert tree(run) == {"config.yaml": f"run: {{seed: {winner}}}\n".encode()}
+
+
 def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from trainer.checkpoint.store import claim_run; claim_run(Path(sys.argv[1]))"
+    program = (
+        "import sys; from pathlib import Path; from trainer.checkpoint.store import claim_run\n"
+        "with claim_run(Path(sys.argv[1])): pass"
+    )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with claim_run(tmp_path):
         other = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert "UserError: run.dir: another process trains in" in other.stderr
+        check_run(tmp_path, same)
     assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_a_refused_start_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "deep" / "run"
+    with pytest.raises(UserError), claim_run(run):
+        raise UserError("data.path: it holds other images")
+    assert tree(tmp_path) == {}
+    record_run(run, "run: {}\n")
+    with pytest.raises(UserError), claim_run(run):
+        raise UserError("data.path: it holds other images")
+    assert tree(run) == {"config.yaml": b"run: {}\n"}
+
+
+def test_a_lock_left_by_a_kill_is_no_obstacle(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").write_text("")
+    with claim_run(run):
+        check_run(run, same)
+        record_run(run, "run: {}\n")
+    assert tree(run) == {"config.yaml": b"run: {}\n"}
