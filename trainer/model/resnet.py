@@ -153,7 +153,8 @@ class ResNet(nn.Module):
         self.layer4 = stage(block, inputs[3], widths[3], counts[3], 2, cfg)
         self.fc = nn.Linear(inputs[4], classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On "meta" there is nothing to draw, and torch would import its compiler for it, in two seconds.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def train(self, mode: bool = True) -> Self:

@@ -5,9 +5,10 @@ Everything that changes during a run is a pure function of the number of the upd
 """
 
 import copy
+import inspect
 import math
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from trainer.model.resnet import HEAD_STAGE, stage_of
 from trainer.optim.config import OptimConfig
 from trainer.optim.config import OptimizerName as OptimizerName
 from trainer.optim.muon import Muon
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
@@ -97,20 +100,31 @@ def build_optimizer(module: nn.Module, cfg: OptimConfig, dtype: torch.dtype = to
     nesterov = cfg.nesterov and cfg.momentum > 0
     match cfg.name:
         case "sgd":
-            return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=nesterov, fused=True)
+            return _uncompiled(torch.optim.SGD)(groups, cfg.lr, cfg.momentum, nesterov=nesterov, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, cfg.lr, cfg.betas, fused=True)
+            return _uncompiled(torch.optim.AdamW)(groups, cfg.lr, cfg.betas, fused=True)
         case "muon":
             groups = muon_groups(module, cfg.weight_decay, cfg.layer_decay)
-            return Muon(groups, cfg.lr, cfg.momentum, cfg.betas, nesterov=nesterov, dtype=dtype)
+            return _uncompiled(Muon)(groups, cfg.lr, cfg.momentum, cfg.betas, nesterov=nesterov, dtype=dtype)
         case "lars":
             from timm.optim.lars import Lars
 
-            return Lars(groups, cfg.lr, cfg.momentum, nesterov=nesterov)
+            return _uncompiled(Lars)(groups, cfg.lr, cfg.momentum, nesterov=nesterov)
         case "lamb":
             from timm.optim.lamb import Lamb
 
-            return Lamb(groups, cfg.lr, betas=cfg.betas, max_grad_norm=None)
+            return _uncompiled(Lamb)(groups, cfg.lr, betas=cfg.betas, max_grad_norm=None)
+
+
+def _uncompiled(optimizer: type[Optimizer]) -> type[Optimizer]:
+    """The class without torch's wrappers, which keep compilers out of its methods: each would import `torch._dynamo`.
+
+    That takes more than two seconds of a start. Nothing here compiles an optimiser.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    plain = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), {**plain, "step": step})
 
 
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:

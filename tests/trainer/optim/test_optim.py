@@ -1,6 +1,8 @@
 """Schedules, parameter groups, updates and the weight average, against torch's own and hand-written references."""
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -480,3 +482,23 @@ def test_the_edges_of_every_range_are_accepted() -> None:
     assert cfg.betas == (0.9, 0.999)
     assert OptimConfig(name="adamw", momentum=0.0, betas=(0.0, 0.0)).nesterov  # SGD's options are not AdamW's concern
     assert OptimConfig(schedule="step", warmup=0.3).milestones[0] == 0.3
+
+
+def test_no_optimizer_imports_the_compiler() -> None:
+    """torch's own do, to keep it out of their methods; that costs a start two seconds and more."""
+    program = """
+import sys, torch
+from trainer.optim.optimizer import OptimConfig, build_optimizer
+from trainer.model.resnet import ModelConfig, build_resnet
+with torch.device("meta"):
+    build_resnet(ModelConfig(), 5)
+network = build_resnet(ModelConfig(width=0.125, zero_init_gamma=True), 5)
+for name in ("sgd", "adamw", "muon"):
+    optimizer = build_optimizer(network, OptimConfig(name=name))
+    network(torch.ones(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
