@@ -1,6 +1,7 @@
 """A run opened for training: its parts, and what happens between its steps."""
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -47,11 +48,11 @@ class Session:
     ) -> None:
         self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
         self.loader, self.val_loader = train, val
-        self.images, classes = len(train.catalog), train.catalog.classes
+        self.images, self.classes = len(train.catalog), train.catalog.classes
         self.total_steps = sum(train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
-        model, started = fresh_model(cfg, len(classes)), None
+        model, started = fresh_model(cfg, len(self.classes)), None
         if cfg.model.weights and not newest:
-            started = load_weights_to_start(model, cfg.model, classes, machine)
+            started = load_weights_to_start(model, cfg.model, self.classes, machine)
         if cfg.model.whiten and not newest:
             first_px = cfg.data.size_at(0, cfg.run.epochs)
             machine.agree(lambda: whiten_stem(model, train.catalog, cfg.data, first_px, machine))
@@ -60,7 +61,7 @@ class Session:
             self.engine.load(newest)
         self.metadata = {
             "model": cfg.model.name,
-            "classes": json.dumps(classes),
+            "classes": json.dumps(self.classes),
             "data": train.catalog.fingerprint(),
         }
         self.engine.snapshot(self.metadata)  # thrown away: it gets the memory for copies, which training would wait for
@@ -73,7 +74,7 @@ class Session:
         if started:
             self.tracker.note(started)
         if not progress.step:
-            self.tracker.graph(lambda: network_layers(cfg, len(classes)))
+            self.tracker.graph(lambda: network_layers(cfg, len(self.classes)))
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = self._start_meter()
@@ -98,7 +99,7 @@ class Session:
     def _start_meter(self) -> Meter:
         self._reduced = self.progress.step  # that far the meter has been read
         scaled = resolve_precision(self.cfg.engine.precision, self.machine.device) == "fp16"
-        return Meter(self.machine, self.progress.sums, self.progress.train_s, scaled=scaled)
+        return Meter(self.machine, self.progress.sums, len(self.classes), self.progress.train_s, scaled=scaled)
 
     def _open_tracker(self) -> Tracker:
         return Tracker(
@@ -229,11 +230,13 @@ class Session:
         if unread:
             self.tracker.note(f"{unread} of {unread + scores.images} validation images cannot be read and do not count")
             limit_bad(self.val_loader, unread)
-        best = scores.top1_pct > self.progress.best_top1_pct
+        if not math.isfinite(scores.loss):
+            self.tracker.alert("bad validation", f"val loss is {scores.loss}; these weights are not taken for the best")
+        best = scores.beat(self.progress.best_top1_pct)
         if best:
             self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
         self.meter.pause()
-        return {**scores.named("val"), "val/best_top1_pct": self.progress.best_top1_pct}, best
+        return {**scores.named("val", len(self.classes)), "val/best_top1_pct": self.progress.best_top1_pct}, best
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.engine.predict(images)

@@ -118,6 +118,8 @@ class Saver:
                 self.tell(f"not saved: {error}")
             return _Outcome(error, time.perf_counter() - start_s)
         self.saved = progress
+        if best and self.machine.primary:
+            self.tell(f"saved best: step {step}, val top-1 {progress.best_top1_pct:.2f} %")
         return _Outcome(None, time.perf_counter() - start_s)
 
     def _on_primary(self, act: Callable[[], object]) -> None:

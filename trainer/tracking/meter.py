@@ -1,5 +1,6 @@
 """What a run does per second, and the sums that its scores are made of."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self, TypeVar
@@ -11,6 +12,9 @@ from trainer.engine.base import SUMS
 from trainer.resilience.watchdog import Phase
 
 T = TypeVar("T")
+
+TOP5_FROM = 6
+"""Classes from which top-5 says anything: of five and fewer every image is right."""
 
 
 class Scores(NamedTuple):
@@ -28,8 +32,16 @@ class Scores(NamedTuple):
         loss, top1, top5, images = sums[:4]
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
 
-    def named(self, split: str) -> dict[str, float]:
-        return {f"{split}/loss": self.loss, f"{split}/top1_pct": self.top1_pct, f"{split}/top5_pct": self.top5_pct}
+    def beat(self, top1_pct: float) -> bool:
+        """Whether they are better than the best so far. A network whose loss is no number guesses, and is right by chance."""
+        return math.isfinite(self.loss) and self.top1_pct > top1_pct
+
+    def named(self, split: str, classes: int) -> dict[str, float]:
+        """The scores by their names in metrics, top-5 only where there are `TOP5_FROM` classes."""
+        scores = {"loss": self.loss, "top1_pct": self.top1_pct, "top5_pct": self.top5_pct}
+        if classes < TOP5_FROM:
+            del scores["top5_pct"]
+        return {f"{split}/{name}": value for name, value in scores.items()}
 
 
 class BadUpdate(NamedTuple):
@@ -48,9 +60,9 @@ class Meter:
     """
 
     def __init__(
-        self, machine: Machine, epoch_sums: list[float], train_s: float = 0.0, *, scaled: bool = False
+        self, machine: Machine, epoch_sums: list[float], classes: int, train_s: float = 0.0, *, scaled: bool = False
     ) -> None:
-        self.machine = machine
+        self.machine, self.classes = machine, classes
         self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
         self.nonfinite: BadUpdate | None = None
         """As the last `reduce` has found."""
@@ -101,7 +113,7 @@ class Meter:
         if steps:
             times_ms = sorted(1e3 * s for s in self._step_s)
             scalars = {
-                **(Scores.of(sums).named("train") if sums[3] else {}),
+                **(Scores.of(sums).named("train", self.classes) if sums[3] else {}),
                 "train/grad_norm": sums[4] / steps,
                 "perf/images_per_s": sums[3] / elapsed_s,
                 "perf/data_wait_pct": 100 * wait_s / self.machine.world / elapsed_s,
@@ -114,7 +126,7 @@ class Meter:
 
     def end_epoch(self) -> dict[str, float]:
         """Scores of the whole epoch, and its speed without the time in evaluation and saving."""
-        scalars = Scores.of(self.epoch_sums).named("train") if self.epoch_sums[3] else {}
+        scalars = Scores.of(self.epoch_sums).named("train", self.classes) if self.epoch_sums[3] else {}
         if self._epoch_images:
             scalars |= {"perf/train_min": self.train_s / 60}
             scalars |= {"perf/epoch_s": self._epoch_s, "perf/images_per_s": self._epoch_images / self._epoch_s}

@@ -149,7 +149,7 @@ class Tracker:
             self.alert(title, text)
 
     def epoch(self, scalars: Mapping[str, float], step: int, epoch: int, best: bool) -> None:
-        """One row and one console line at the end of an epoch, counted from 1; `best`: it became the saved best."""
+        """One row and one console line at the end of an epoch, counted from 1; `best`: none before was better."""
         self._tell(lambda console: console.epoch(scalars, epoch, best))
         self._write(scalars, step, epoch)
         self._alarms.new_epoch()
@@ -303,7 +303,7 @@ class Console:
 
     def epoch(self, scalars: Mapping[str, float], epoch: int, best: bool) -> None:
         at = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
-        self.line(at + _figures(scalars, _EPOCH) + "  saved best" * best)
+        self.line(at + _figures(scalars, _EPOCH) + "  best so far" * best)
 
 
 class BarConsole(Console):

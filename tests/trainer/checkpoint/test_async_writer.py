@@ -150,7 +150,8 @@ def test_failed_save_is_told_counted_and_tried_again(tmp_path: Path) -> None:
         failure = one.wait()
     why = f"run.dir: cannot write step 6 to {tmp_path / 'checkpoints'} (File too large); make room"
     assert isinstance(failure, UserError) and str(failure).startswith(why)
-    assert len(told) == 1 and told[0].startswith(f"not saved: {why}")
+    assert told[0] == "saved best: step 3, val top-1 1.00 %"
+    assert len(told) == 2 and told[1].startswith(f"not saved: {why}"), "the best is not said to be saved"
     assert one.take_scalars()["perf/ckpt_failed"] == 1
     assert one.saved == Store(tmp_path).progress() == progress(3), "the one before stays"
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best", "last", "step-00000003"], "its room is given back"

@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("scaled", "wanted"), [(False, BadUpdate(2, "gradient")), (True, BadUpdate(3, "loss"))])
 def test_the_first_update_is_found(scaled: bool, wanted: BadUpdate) -> None:
     """With loss scaling, a gradient beyond its range is nothing unusual."""
-    meter = Meter(SOLO, [], scaled=scaled)
+    meter = Meter(SOLO, [], 10, scaled=scaled)
     for loss, norm in ((1.0, 1.0), (1.0, float("inf")), (float("nan"), float("nan")), (1.0, 1.0)):
         meter.add(torch.tensor([loss, 0, 0, 1, norm], dtype=torch.float64))
     meter.reduce(0.0)

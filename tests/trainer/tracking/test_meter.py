@@ -1,5 +1,6 @@
 """Speeds and scores by a clock that the test turns."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ from tests.support.runs import SOLO
 from trainer.distributed import Machine
 from trainer.tracking import meter as meter_module
 from trainer.tracking.meter import Meter, Scores
+
+CLASSES = 6
 
 
 class Clock:
@@ -43,12 +46,20 @@ def sums(loss: float, top1: float, top5: float, images: float, grad_norm: float)
 def test_scores() -> None:
     scores = Scores.of([12.0, 3.0, 6.0, 8.0, 99.0])
     assert scores == (1.5, 37.5, 75.0, 8)
-    assert scores.named("val") == {"val/loss": 1.5, "val/top1_pct": 37.5, "val/top5_pct": 75.0}
+    assert scores.named("val", 6) == {"val/loss": 1.5, "val/top1_pct": 37.5, "val/top5_pct": 75.0}
+    assert scores.named("val", 5) == {"val/loss": 1.5, "val/top1_pct": 37.5}, (
+        "of five classes all are among the best five"
+    )
+
+
+def test_scores_that_are_no_numbers_are_never_the_best() -> None:
+    assert Scores(1.5, 37.5, 75.0, 8).beat(-1.0) and not Scores(1.5, 37.5, 75.0, 8).beat(37.5)
+    assert not Scores(math.nan, 37.5, 75.0, 8).beat(-1.0) and not Scores(math.inf, 37.5, 75.0, 8).beat(-1.0)
 
 
 def test_an_interval(clock: Clock) -> None:
     """Ten steps of 0.5 s, of which 0.1 s are waiting for data; one of them takes a second more."""
-    meter = Meter(SOLO, [])
+    meter = Meter(SOLO, [], CLASSES)
 
     def batches() -> Iterator[int]:
         for number in range(10):
@@ -76,7 +87,7 @@ def test_an_interval(clock: Clock) -> None:
 
 
 def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
-    meter = Meter(SOLO, [])
+    meter = Meter(SOLO, [], CLASSES)
     for images in (8.0, 8.0, 5.0):
         clock.now += 2
         meter.add(sums(loss=2 * images, top1=images / 2, top5=images, images=images, grad_norm=1.0))
@@ -97,7 +108,7 @@ def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
 
 
 def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None:
-    meter = Meter(SOLO, [16.0, 8.0, 16.0, 16.0, 2.0], train_s=58.0)
+    meter = Meter(SOLO, [16.0, 8.0, 16.0, 16.0, 2.0], CLASSES, train_s=58.0)
     clock.now += 2
     meter.add(sums(loss=8.0, top1=0.0, top5=4.0, images=4.0, grad_norm=1.0))
     meter.reduce()
@@ -113,7 +124,7 @@ def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None
 
 def test_two_ranks(clock: Clock) -> None:
     """Images and hits add up, waits are averaged, the gradient's norm is everybody's, one who stops stops all."""
-    meter = Meter(TwoRanks(torch.device("cpu"), rank=0, world=2, cores=1), [])
+    meter = Meter(TwoRanks(torch.device("cpu"), rank=0, world=2, cores=1), [], CLASSES)
     for _ in meter.waiting(range(2)):
         clock.now += 2
         meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=3.0))
@@ -129,7 +140,7 @@ def test_two_ranks(clock: Clock) -> None:
 
 def test_nothing_counted(clock: Clock) -> None:
     """No steps since the last time, or none with a readable image: no scores rather than a division by zero."""
-    meter = Meter(SOLO, [])
+    meter = Meter(SOLO, [], CLASSES)
     clock.now += 1
     assert meter.reduce(True, 3) == ({}, [1.0, 3.0])
     clock.now += 1

@@ -362,7 +362,7 @@ EPOCH = {
 }
 EPOCH_LINE = (
     "epoch  3/10  train  1.234 loss  61.2 % top-1  val  1.101 loss  68.3 % top-1  95.1 % top-5"
-    "    412 img/s  data wait  0.8 %  saved best"
+    "    412 img/s  data wait  0.8 %  best so far"
 )
 
 
