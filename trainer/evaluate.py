@@ -17,8 +17,9 @@ from torch.nn import functional
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
-from data_pipeline.sources.catalog import open_catalog
+from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run, run_folder
 from trainer.distributed import Machine, open_machine
@@ -32,6 +33,8 @@ class Trained(NamedTuple):
 
     checkpoint: Path
     classes: list[str]
+    data: str
+    """Fingerprint of the images that they were trained on."""
     predict: Predictor
 
 
@@ -52,7 +55,35 @@ def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
     normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
     by_hardware = cfg.engine.precision == "auto" and machine.device.type == "cpu"
     engine = replace(cfg.engine, precision="fp32") if by_hardware else cfg.engine
-    return Trained(checkpoint.resolve(), classes, Predictor(network, normalise, engine, machine.device))
+    predict = Predictor(network, normalise, engine, machine.device)
+    return Trained(checkpoint.resolve(), classes, metadata.get("data", ""), predict)
+
+
+def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
+    """The images that a run is scored on: validation images, or all of a set that is not its own and has no such part.
+
+    A set that was moved is the run's own too: it is known by its training images. Raises `UserError`.
+    """
+    catalog = open_catalog(cfg, "val", trained.classes)
+    if not catalog.taken.divided_from or _is_own(folder, cfg, trained):
+        return catalog
+    return open_catalog(replace(cfg, val_share=1.0), "val", trained.classes)
+
+
+def _is_own(folder: Path, cfg: DataConfig, trained: Trained) -> bool:
+    if Path(cfg.path).resolve() == Path(load_run(folder, []).data.path).resolve():
+        return True
+    try:
+        return open_catalog(cfg, "train", trained.classes).fingerprint() == trained.data
+    except UserError:  # no image is left for training: it was not trained on
+        return False
+
+
+def scored_on(catalog: Catalog, images: int) -> str:
+    """On which of whose images a run is scored, such as "60 of 61 held out of 600 images in FOLDER"."""
+    listed = len(catalog) + len(catalog.bad)
+    held_out = f" held out of {catalog.taken.divided_from}" if catalog.taken.divided_from > listed else ""
+    return f"{images} of {listed}{held_out} images in {catalog.root}"
 
 
 def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, machine: Machine) -> Scores:
@@ -82,7 +113,7 @@ def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.evaluate",
-        description="Score a run's best weights on its validation images.",
+        description="Score a run's best weights on its validation images, or on those of another folder.",
         epilog="Besides, --data.path FOLDER and the other options of python -m trainer.",
         allow_abbrev=False,
         exit_on_error=False,
@@ -94,14 +125,13 @@ def main() -> None:
     cfg = load_run(folder, options)
     with open_machine() as machine:
         trained = machine.agree(lambda: open_trained(folder, cfg, machine))
-        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", trained.classes))
+        catalog = machine.agree(lambda: open_scored(folder, cfg.data, trained))
         loader = Loader(catalog, cfg.data, machine, training=False)
         scores = evaluate(with_mirror(trained.predict) if args.flip else trained.predict, loader, machine)
     if machine.primary:
         views = ", with mirror images," if args.flip else ""
         print(
-            f"{trained.checkpoint}{views} on {scores.images} of {len(catalog) + len(catalog.bad)} images in {catalog.root}: "
-            f"loss {scores.loss:.4f}  top-1 {scores.top1_pct:.2f} %  top-5 {scores.top5_pct:.2f} %"
+            f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}: {scores.words(len(trained.classes))}"
         )
 
 

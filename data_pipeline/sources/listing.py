@@ -24,6 +24,8 @@ class Taken:
     """The layout in a few words; of a table its columns too, as "table train.csv: images by id, classes by breed"."""
     val_from: str = ""
     """Where the validation images come from, as "Testing/" or "10 % of each class, by a hash of the names"."""
+    divided_from: int = 0
+    """Images of the whole set where `data.val_share` has divided it and the listing is one part; else 0."""
     notes: list[str] = field(default_factory=list)
     """What was left aside or is odd, a line each, as "3 .gif files are not read"."""
 
@@ -62,6 +64,7 @@ def share(listing: Listing, val_share: float, split: str) -> Listing:
         paths=[listing.paths[row] for row in rows],
         labels=[listing.labels[row] for row in rows],
         spans=listing.spans[rows] if len(listing.spans) else listing.spans,
+        taken=replace(listing.taken, divided_from=len(listing.paths)),
     )
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ from torchvision.transforms import functional as transforms  # type: ignore[impo
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import open_catalog
-from tests.support.runs import SOLO, TINTS, VAL, Job, images, reference, render_images, tree
+from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, tree
 from trainer.checkpoint.store import Store
-from trainer.config import load_run
+from trainer.config import load, load_run, to_yaml
 from trainer.distributed import Machine
 from trainer.engine.base import EngineConfig, Normalise, Predictor, load_weights
-from trainer.evaluate import evaluate, main, with_mirror
+from trainer.evaluate import Trained, evaluate, main, open_scored, scored_on, with_mirror
 from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
 
@@ -141,6 +142,39 @@ def test_command_on_other_images(
         capsys.readouterr().out,
     )
     assert found and float(found[1]) > 50, "labels are those of the training"
+
+
+def test_command_scores_the_whole_of_a_folder_that_is_not_the_runs_own(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = images(base) / "val"
+    monkeypatch.setattr(sys, "argv", ["", str(reference(base, 1)), "--data.path", str(folder)])
+    main()
+    assert f" on {VAL} of {VAL} images in {folder}: loss" in capsys.readouterr().out
+
+
+def test_only_the_held_out_part_of_the_runs_own_set_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the set was moved, or is named otherwise; a copy that has changed is another set."""
+    own = render_images(tmp_path / "images") / "train"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    cfg = replace(load([]), data=DataConfig(path="images/train", val_share=0.3))
+    (tmp_path / "run/config.yaml").write_text(to_yaml(cfg))
+    seen = open_catalog(cfg.data, "train").fingerprint()
+    trained = Trained(tmp_path, sorted(TINTS), seen, lambda images: images)  # type: ignore[arg-type]
+
+    def scored(path: Path) -> str:
+        catalog = open_scored(tmp_path / "run", replace(cfg.data, path=str(path)), trained)
+        return scored_on(catalog, len(catalog) - 1).partition(" images in ")[0]
+
+    held_out = len(open_catalog(cfg.data, "val"))
+    assert 8 < held_out < 30
+    text = f"{held_out - 1} of {held_out} held out of {TRAIN}"
+    assert scored(Path("images/train")) == scored(own) == text
+    moved = own.rename(tmp_path / "moved")
+    assert scored(moved) == text
+    (moved / open_catalog(replace(cfg.data, path=str(moved)), "train").paths[0]).unlink()
+    assert scored(moved) == f"{TRAIN - 2} of {TRAIN - 1}"
 
 
 def test_unreadable_images_are_left_out_and_said(

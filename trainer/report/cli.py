@@ -24,13 +24,14 @@ from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.quarantine import printable
 from trainer.config import load_run, run_folder
 from trainer.distributed import open_machine
-from trainer.evaluate import open_trained
+from trainer.evaluate import open_scored, open_trained, scored_on
 from trainer.predict.cli import View, csv, predict_all
 from trainer.report import plots
+from trainer.tracking.meter import Scores
 
 BINS = 15
 """Of confidence, each as wide (Guo et al. 2017, sec. 4)."""
@@ -94,17 +95,19 @@ class Report:
         self.by_class = class_scores(self.matrix, classes)
         self.bins = calibration(self.confidence, self.right)
 
-    def scores(self) -> dict[str, float]:
+    def total(self) -> Scores:
         own = self.probabilities[np.arange(len(self.labels)), self.labels]
         # A probability that float32 has as 0 is one of at most 1e-45.
         losses = -np.log(np.maximum(own, np.finfo(np.float32).smallest_subnormal).astype(np.float64))
         top5 = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :5] == self.labels[:, None]
+        hits = self.right.mean(), top5.any(axis=1).mean()
+        return Scores(float(losses.mean()), 100 * float(hits[0]), 100 * float(hits[1]), len(self.labels))
+
+    def scores(self) -> dict[str, float]:
         means = self.by_class[["precision_pct", "recall_pct", "f1_pct"]].mean()
         return {
             "images": len(self.labels),
-            "top1_pct": 100 * float(self.right.mean()),
-            "top5_pct": 100 * float(top5.any(axis=1).mean()),
-            "loss": float(losses.mean()),
+            **self.total().figures(len(self.classes)),
             "expected_calibration_error_pct": calibration_error_pct(self.bins),
             "mean_confidence_pct": 100 * float(self.confidence.mean(dtype=np.float64)),
             **{f"mean_{name}": float(value) for name, value in means.items()},
@@ -187,7 +190,7 @@ def print_report(report: Report, title: str, out: Path) -> None:
     table.add_row(Text("mean of the classes"), *means, str(len(report.images)), str(len(report.images)), style="bold")
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     print(
-        f"{title}: loss {scores['loss']:.4f}  top-1 {scores['top1_pct']:.2f} %  top-5 {scores['top5_pct']:.2f} %  "
+        f"{title}: {report.total().words(len(report.classes))}  "
         f"expected calibration error {scores['expected_calibration_error_pct']:.2f} % "
         f"(mean confidence {scores['mean_confidence_pct']:.2f} %)\n{printable(str(out))}: the report"
     )
@@ -197,7 +200,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
     """The run folder, the options of the run, and where to write. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.report",
-        description="Report where a run is right and wrong on its validation images.",
+        description="Report where a run is right and wrong on its validation images, or on those of another folder.",
         epilog="Besides, --data.path FOLDER and the other options of python -m trainer: other images.",
         allow_abbrev=False,
         exit_on_error=False,
@@ -224,7 +227,7 @@ def main() -> None:
     with open_machine() as machine:
         trained = machine.agree(lambda: open_trained(folder, cfg, machine))
         classes = trained.classes
-        catalog = machine.agree(lambda: open_catalog(cfg.data, "val", classes))
+        catalog = machine.agree(lambda: open_scored(folder, cfg.data, trained))
         if machine.primary:
             for path, why in catalog.bad.items():
                 print(f"left out {printable(str(catalog.root / path))}: {why}", file=sys.stderr)
@@ -233,9 +236,7 @@ def main() -> None:
         require(len(rows) > 0, "data.path: none of the validation images could be read")
         images = [catalog.paths[row] for row in rows]
         report = Report(images, catalog.labels[rows], found.probabilities[rows], classes)
-        title = printable(
-            f"{trained.checkpoint} on {len(rows)} of {len(catalog) + len(catalog.bad)} images in {catalog.root}"
-        )
+        title = printable(f"{trained.checkpoint} on {scored_on(catalog, len(rows))}")
         machine.on_primary(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
     if machine.primary:
         print_report(report, title, out)

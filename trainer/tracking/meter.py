@@ -36,12 +36,19 @@ class Scores(NamedTuple):
         """Whether they are better than the best so far. A network whose loss is no number guesses, and is right by chance."""
         return math.isfinite(self.loss) and self.top1_pct > top1_pct
 
+    def words(self, classes: int) -> str:
+        """The scores for people, top-5 only where there are `TOP5_FROM` classes."""
+        top5 = f"  top-5 {self.top5_pct:.2f} %" if classes >= TOP5_FROM else ""
+        return f"loss {self.loss:.4f}  top-1 {self.top1_pct:.2f} %{top5}"
+
+    def figures(self, classes: int) -> dict[str, float]:
+        """The scores by their names, top-5 only where there are `TOP5_FROM` classes."""
+        top5 = {"top5_pct": self.top5_pct} if classes >= TOP5_FROM else {}
+        return {"loss": self.loss, "top1_pct": self.top1_pct, **top5}
+
     def named(self, split: str, classes: int) -> dict[str, float]:
-        """The scores by their names in metrics, top-5 only where there are `TOP5_FROM` classes."""
-        scores = {"loss": self.loss, "top1_pct": self.top1_pct, "top5_pct": self.top5_pct}
-        if classes < TOP5_FROM:
-            del scores["top5_pct"]
-        return {f"{split}/{name}": value for name, value in scores.items()}
+        """`figures` as metrics have them."""
+        return {f"{split}/{name}": value for name, value in self.figures(classes).items()}
 
 
 class BadUpdate(NamedTuple):
