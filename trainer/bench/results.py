@@ -186,7 +186,7 @@ def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, ou
         replace_file(out / "scaling.png", plot(turns))
 
 
-_PACKAGES = ("sluice", "torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "timm", "lightning")
+_PACKAGES = ("sluice-train", "torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "timm", "lightning")
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,98 @@
+"""Training and prediction from Python: `train(cfg)`, and `load_run(RUN).predict(images)`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.listing import UNLABELLED
+from trainer.config import Config
+from trainer.config import load_run as read_config
+from trainer.distributed import Machine, open_machine
+from trainer.evaluate import Trained, open_trained
+from trainer.loop import fit
+from trainer.predict.cli import View, predict_all
+from trainer.resilience.signals import StopFlag
+
+ImageLike = str | Path | NDArray[np.uint8]
+"""A JPEG, PNG, WebP or BMP file, or RGB pixels [H, W, 3] uint8."""
+
+
+class Prediction(NamedTuple):
+    """What a network makes of N images."""
+
+    labels: list[str]
+    """[N] name of the likeliest class."""
+    probabilities: NDArray[np.float32]
+    """[N, C] in the order of `TrainedRun.classes`."""
+
+
+class TrainedRun:
+    """A run's chosen weights (the best by validation top-1, else the last), ready to predict."""
+
+    def __init__(self, folder: Path, cfg: Config, trained: Trained, machine: Machine) -> None:
+        self.folder, self.config, self.classes = folder, cfg, trained.classes
+        self._trained, self._machine = trained, machine
+
+    def predict(self, images: Sequence[ImageLike]) -> Prediction:
+        """Classify images as validation does: resized, centre-cropped and normalised with the run's own options.
+
+        Raises:
+            UserError: an image cannot be read, or an array is no uint8 [H, W, 3].
+        """
+        if not images:
+            return Prediction([], np.empty((0, len(self.classes)), np.float32))
+        with TemporaryDirectory() as beside:
+            paths = [_file_of(image, Path(beside) / f"{row}.png", row) for row, image in enumerate(images)]
+            catalog = Catalog(Path("/"), paths, np.full(len(paths), UNLABELLED), self.classes, bad={})
+            found = predict_all(
+                self._trained.predict, len(self.classes), catalog, self.config.data, self._machine, View()
+            )
+        unreadable = [paths[row] for row in np.flatnonzero(~found.readable)]
+        if unreadable:
+            raise UserError(f"images: {unreadable[0]} cannot be read; mend it, or leave it out")
+        best = found.probabilities.argmax(axis=1)
+        return Prediction([self.classes[row] for row in best], found.probabilities)
+
+
+def load_run(folder: str | Path) -> TrainedRun:
+    """Open the run in `folder` with the weights it is judged by, on a GPU where there is one.
+
+    Raises:
+        UserError: the folder holds no run, or no complete checkpoint.
+    """
+    folder = Path(folder)
+    cfg = read_config(folder, [])
+    with open_machine() as machine:
+        alone = replace(machine, rank=0, world=1)  # each process that calls this predicts for itself
+        return TrainedRun(folder, cfg, open_trained(folder, cfg, alone), alone)
+
+
+def train(cfg: Config) -> Path:
+    """Train, or resume, as `python -m trainer` does with the same options; returns the run folder.
+
+    Signals that ask to stop (SIGTERM, SIGINT, SIGUSR2) are heeded, so call it in the main thread.
+
+    Raises:
+        UserError: an option or a file that the caller can mend.
+    """
+    with StopFlag() as stop, open_machine() as machine:
+        fit(cfg, machine, stop)
+    return cfg.folder
+
+
+def _file_of(image: ImageLike, beside: Path, row: int) -> str:
+    """The path of an image; pixels are written to `beside` first, without loss."""
+    if isinstance(image, str | Path):
+        return str(Path(image).absolute())
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"images: number {row} is {image.dtype} {list(image.shape)}; give RGB pixels [H, W, 3] uint8")
+    Image.fromarray(image).save(beside)
+    return str(beside)
