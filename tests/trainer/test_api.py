@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.transforms import v2
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 import trainer
 from data_pipeline.common.errors import UserError
