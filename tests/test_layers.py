@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 LAYERS = ("data_pipeline", "trainer", "launch")  # each may import itself and those before it
 OPERATORS = {"data_pipeline.dali.graph", "data_pipeline.dali.augment"}  # the modules that name DALI operators
 HEAVY = {
-    "wandb": {"trainer.tracking.wandb_sink", "launch.pages.dashboards"},
+    "wandb": {"trainer.tracking.wandb_sink", "trainer.tracking.wandb_process", "launch.pages.dashboards"},
     "wandb_workspaces": {"launch.pages.dashboards"},
     "deepspeed": {"trainer.engine.deepspeed"},
     "submitit": {"launch.slurm.submit", "launch.sweep.cli"},

@@ -151,14 +151,25 @@ FREE = {
 def load(arguments: list[str]) -> Config:
     """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`.
 
-    Pretrained weights bring defaults of their own for `data`: any file or option goes before them.
+    Pretrained weights bring defaults of their own for `data`: any file or option goes before them. Started by an agent of
+    a W&B sweep, a run that is given no name of its own has WANDB_RUN_ID behind the recipe's.
     """
     arguments = _with_recipe(arguments)
     asked = [argument for argument in arguments if not argument.startswith("--print_config")]
     cfg = _parse(asked)
+    in_sweep = [f"--run.name={cfg.run.name}-{os.environ['WANDB_RUN_ID']}"] if _is_nameless_in_sweep(asked) else []
+    if in_sweep:
+        arguments, asked = arguments + in_sweep, asked + in_sweep
+        cfg = _parse(asked)
     if cfg.model.weights is None and asked == arguments:
         return cfg
     return _parse(arguments, _preprocessing(cfg.model.weights) if cfg.model.weights else {})
+
+
+def _is_nameless_in_sweep(arguments: list[str]) -> bool:
+    """Whether W&B has started this as one run of a sweep, which all have the same command but for the options swept over."""
+    named = any(argument.split("=")[0] in ("--run", "--run.name", "--run.dir") for argument in arguments)
+    return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) and not named
 
 
 def _preprocessing(weights: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A W&B server on this machine: the few answers that a run of the real client needs, and what it was sent."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -269,6 +270,17 @@ def isolate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", str(home / ".netrc"))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "3")
+
+
+def wandb_cores() -> set[int]:
+    """The background processes that wandb has started for this one."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            command = (process / "cmdline").read_bytes().decode().split("\0")
+            if command[0].endswith("/wandb-core") and str(os.getpid()) in command:
+                found.add(int(process.name))
+    return found
 
 
 def train_here(cfg: Config) -> Progress:

@@ -144,3 +144,13 @@ def test_mistake_as_the_shell_sees_it() -> None:
     failed = trainer("--optim.lr", "fa\nst")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "error: optim.lr: fa st does not fit; give float\n"
+
+
+def test_runs_of_a_wandb_sweep_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
+    monkeypatch.setenv("WANDB_RUN_ID", "run1")
+    assert load(["--optim.lr=0.3"]).folder.name == "builtin-run1"
+    assert load(["--run.name=mine"]).folder.name == "mine"
+    assert str(load(["--run.dir", "here"]).folder) == "here"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert load(["--optim.lr=0.3"]).folder.name == "builtin"

@@ -39,8 +39,8 @@ class TrackingConfig:
     """Where a run's numbers go besides the console and `metrics.jsonl`."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases. `auto` obeys WANDB_MODE where it is set; otherwise it is online where an API key is configured,
-    and offline, to be uploaded later, where none is."""
+    """Weights & Biases. `auto` obeys WANDB_MODE and WANDB_DISABLED where they are set; otherwise it is online where an API
+    key is configured, and offline, to be uploaded later, where none is."""
     project: str = "sluice"
     """W&B project."""
     entity: str | None = None
@@ -126,9 +126,9 @@ class Tracker:
             return TensorBoard(folder, resume_step)
 
         # W&B first: it alone may refuse to start, and the others alter what an earlier attempt left in the folder.
-        wandb_mode = os.environ.get("WANDB_MODE") or "auto" if cfg.wandb == "auto" else cfg.wandb
-        if wandb_mode not in ("off", "disabled"):
-            self._open("wandb", lambda: open_wandb(wandb_mode))
+        mode = wandb_mode(os.environ) if cfg.wandb == "auto" else cfg.wandb
+        if mode != "off":
+            self._open("wandb", lambda: open_wandb(mode))
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
         if cfg.tensorboard:
             self._open("tensorboard", lambda: open_tensorboard(folder / "tensorboard", resume_step))
@@ -239,6 +239,21 @@ class Tracker:
                 act(self._console)
         except (OSError, ValueError):  # a closed pipe, file or terminal: nowhere is left to say so
             self._console = None
+
+
+def wandb_mode(environment: Mapping[str, str]) -> str:
+    """Mode of W&B that the environment asks for, with the words of older versions: online, offline, off or auto.
+
+    Raises `UserError` for a WANDB_MODE that is none.
+    """
+    if environment.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off"):
+        return "off"
+    word = environment.get("WANDB_MODE", "").strip().lower()
+    modes = {"": "auto", "run": "online", "dryrun": "offline", "disabled": "off", "dry-run": "offline"}
+    mode = modes.get(word, word)
+    if mode not in ("auto", "online", "offline", "off"):
+        raise UserError(f"WANDB_MODE: {word!r} is unknown; set online, offline or disabled, or unset it")
+    return mode
 
 
 class JsonLines(Sink):

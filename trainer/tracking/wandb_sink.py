@@ -17,20 +17,28 @@ import numpy as np
 import wandb
 from wandb.sdk.lib.module import unset_globals
 
+from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
 from trainer.checkpoint.store import Store
 from trainer.engine.base import WEIGHTS
 from trainer.tracking.model_summary import Distribution, Layer
+from trainer.tracking.wandb_process import started_apart
+
+ID = "wandb_id.txt"
 
 INIT_TIMEOUT_S = 30.0
 """Longest wait for the server before the run is kept offline; wandb's own default is 90 s."""
 FINISH_TIMEOUT_S = 60.0
 """Longest wait for the last uploads; wandb's own default is to retry for days."""
+CHOSEN = "offline mode"
+"""Why a run is offline that was to be."""
 _REMEDY = "run `wandb login`, set WANDB_API_KEY, or give --tracking.wandb offline"
 
 
 class WandbSink:
     """One W&B run for one run folder, whose `wandb_id.txt` keeps its id for every later attempt.
+
+    A first attempt takes the id that WANDB_RUN_ID gives, if it does; in a sweep of W&B's every attempt does.
 
     Its configuration is `run_config` and `world_size`, the number of processes. The best weights of a run that has
     trained all its epochs become the artifact `model-ID`.
@@ -39,7 +47,7 @@ class WandbSink:
     somebody presses Stop on the run's page, where wandb's own answer is a KeyboardInterrupt in the middle of a step.
 
     Raises:
-        UserError: `mode` is unknown, or it is online and the API key is missing, malformed or refused by the server.
+        UserError: `mode` is online and the API key is missing, malformed or refused by the server.
     """
 
     def __init__(
@@ -53,8 +61,6 @@ class WandbSink:
         note: Callable[[str], None],
         on_stop: Callable[[], None],
     ) -> None:
-        if mode not in ("auto", "online", "offline"):
-            raise UserError(f"WANDB_MODE: {mode!r} is unknown; set online, offline or disabled, or unset it")
         settings = wandb.Settings(
             project=project,
             entity=entity,
@@ -70,7 +76,9 @@ class WandbSink:
         )
         run_config = run_config | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
         try:
-            self._run, why_offline = _start(mode, settings, folder, run_config)
+            with started_apart():
+                self._run, why_offline = _start(mode, settings, folder, run_config)
+            _keep_id(folder, self._run.id)
         except BaseException:
             _teardown()
             raise
@@ -81,7 +89,8 @@ class WandbSink:
         kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}*"
         if self._offline:
             self._sync = f"wandb sync {kept}/offline-{attempts}"
-            note(f"wandb: {why_offline}, so the run stays offline; to upload it: {self._sync}")
+            because = "" if why_offline == CHOSEN else f"{why_offline}, so "
+            note(f"wandb: {because}the run stays offline; to upload it: {self._sync}")
         else:
             self._sync = f"wandb sync --include-online {kept}/{attempts}"
             note(f"wandb: {self._run.url}")
@@ -162,7 +171,7 @@ def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, 
 def _why_offline(mode: str) -> str:
     """Why the run must be offline, before any server is asked; "" when it may be online."""
     if mode == "offline":
-        return "as asked"
+        return CHOSEN
     settings = wandb.Settings(silent=True)
     if mode == "online":
         settings.mode = "online"
@@ -178,12 +187,17 @@ def _why_offline(mode: str) -> str:
 
 
 def _run_id(folder: Path) -> str:
-    path = folder / "wandb_id.txt"
-    if not path.exists():
-        beside = folder / "wandb_id.txt.new"
-        beside.write_text(secrets.token_hex(4) + "\n")
-        os.replace(beside, path)
-    return path.read_text().strip()
+    """Id of the folder's run, or for a first attempt a new one."""
+    path = folder / ID
+    known = path.read_text().strip() if path.exists() else ""
+    return known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def _keep_id(folder: Path, used: str) -> None:
+    """Write down the id that W&B took: an agent of a sweep chooses it itself."""
+    path = folder / ID
+    if not path.exists() or path.read_text().strip() != used:
+        replace_file(path, f"{used}\n".encode())
 
 
 def _teardown() -> None:

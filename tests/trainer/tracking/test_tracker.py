@@ -25,12 +25,12 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from tests.support.runs import checkpoint, dotted, settings_of
-from tests.support.wandb_backend import train_here
+from tests.support.runs import checkpoint, descendants, dotted, settings_of
+from tests.support.wandb_backend import train_here, wandb_cores
 from trainer.config import load
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.tracking.model_summary import Layer, layers
-from trainer.tracking.tracker import Tracker, TrackingConfig
+from trainer.tracking.tracker import Tracker, TrackingConfig, wandb_mode
 
 OFF = TrackingConfig(wandb="off", tensorboard=False)
 TENSORBOARD = TrackingConfig(wandb="off")
@@ -305,25 +305,83 @@ def test_sink_that_cannot_open_is_dropped(folder: Path, capsys: pytest.CaptureFi
     assert dropped == ["metrics.jsonl", "tensorboard"]
 
 
-def wandb_cores() -> set[int]:
-    """The processes wandb-core that this one has started."""
-    children = Path("/proc/self/task").glob("*/children")
-    pids = [int(pid) for child in children for pid in child.read_text().split()]
-    return {pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core")}
-
-
 def test_killed_wandb_process_is_dropped_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    of_others = wandb_cores()
     with open_tracker(folder, OFFLINE) as tracker:
         log_steps(tracker, range(1, 3))
-        (core,) = wandb_cores() - of_others
+        (core,) = wandb_cores()
         os.kill(core, signal.SIGKILL)
-        os.waitid(os.P_PID, core, os.WEXITED | os.WNOWAIT)
+        while core in wandb_cores():
+            time.sleep(0.01)
         log_steps(tracker, range(3, 9))
     assert losses(folder) == [(step, step) for step in range(1, 9)]
     output, errors = capfd.readouterr()
     assert output.count("wandb failed and is dropped: ") == output.count("dropped") == 1
     assert errors == ""
+
+
+def test_signals_to_all_of_a_job_lose_no_row(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As SLURM sends them: to the process and its descendants; and, as for a service, to its process group."""
+    own = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open_tracker(folder, OFFLINE) as tracker:
+        log_steps(tracker, range(1, 4))
+        (core,) = wandb_cores()
+        for pid in (os.getpid(), *descendants(os.getpid())):
+            os.kill(pid, signal.SIGTERM)
+        assert os.getpgid(core) != os.getpgid(0)
+        log_steps(tracker, range(4, 7))
+    signal.signal(signal.SIGTERM, own)
+    assert wandb_cores() == set()
+    (segment,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert history(inspect(segment)) == [(step, step) for step in range(1, 7)]
+    assert "dropped" not in capfd.readouterr().out
+
+
+def test_rows_of_a_killed_training_are_kept(folder: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from tests.trainer.tracking.test_tracker import OFFLINE, log_steps, open_tracker
+from trainer.tracking import wandb_process
+wandb_process.IDLE_S = 1
+with open_tracker(Path(sys.argv[1]), OFFLINE) as tracker:
+    log_steps(tracker, range(1, 7))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program, folder], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+    (segment,) = folder.glob("wandb/offline-run-*/*.wandb")
+    end_s = time.monotonic() + 30
+    while segment.stat().st_size < 100 and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert history(inspect(segment)) == [(step, step) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "auto"),
+        ({"WANDB_MODE": ""}, "auto"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "Offline"}, "offline"),
+        ({"WANDB_MODE": "run"}, "online"),
+        ({"WANDB_MODE": "disabled"}, "off"),
+        ({"WANDB_DISABLED": "true"}, "off"),
+        ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "off"),
+        ({"WANDB_DISABLED": "false", "WANDB_MODE": "online"}, "online"),
+    ],
+)
+def test_words_of_the_environment(environment: dict[str, str], mode: str) -> None:
+    assert wandb_mode(environment) == mode
+
+
+def test_run_of_a_wandb_sweep_has_the_id_of_the_agent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "wandb_id.txt").write_text("earlier\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    with open_tracker(folder, OFFLINE) as tracker:
+        log_steps(tracker, range(1, 3))
+    assert (folder / "wandb_id.txt").read_text() == "chosen\n"
+    assert len(list(folder.glob("wandb/offline-run-*-chosen"))) == 1
 
 
 def test_reader_of_the_console_may_leave(folder: Path) -> None:

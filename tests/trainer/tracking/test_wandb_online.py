@@ -15,8 +15,8 @@ import pytest
 import wandb
 
 from data_pipeline.common.errors import UserError
-from tests.support.runs import EPOCHS, STEPS, descendants, dotted, rows, settings_of
-from tests.support.wandb_backend import KEY, Backend, isolate, serving, train_here
+from tests.support.runs import EPOCHS, STEPS, dotted, rows, settings_of
+from tests.support.wandb_backend import KEY, Backend, isolate, serving, train_here, wandb_cores
 from trainer.config import Config, load
 from trainer.tracking.alerts import Alarms
 from trainer.tracking.tracker import Tracker, TrackingConfig
@@ -199,7 +199,7 @@ def test_server_that_dies_midway(
 
 def test_killed_client_is_dropped(base: Path, run: Path, backend: Backend, capfd: pytest.CaptureFixture[str]) -> None:
     def kill() -> None:
-        cores = [pid for pid in descendants(os.getpid()) if Path(f"/proc/{pid}/comm").read_text() == "wandb-core\n"]
+        cores = wandb_cores()
         assert cores
         for pid in cores:
             os.kill(pid, signal.SIGKILL)
