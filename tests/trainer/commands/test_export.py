@@ -175,7 +175,7 @@ def test_a_network_that_differs_is_refused(run: Path) -> None:
 
 
 def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's lines in Python, in a folder with a run of the built-in images and an export of it."""
+    """The READMEs' lines in Python, in a folder with a run of the built-in images and an export of it."""
     cfg = load([])
     torch.manual_seed(0)
     network = build_resnet(cfg.model, 10)
@@ -186,9 +186,12 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place_checkpoint(tmp_path / "runs/builtin", cfg, {"model.safetensors": weights})
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, "runs/builtin", "--format", "onnx", "--out", "builtin.onnx")
-    Image.linear_gradient("L").resize((90, 70)).convert("RGB").save("image.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert any("torchvision" in block and "load_file" in block for block in blocks)
+    for name in ("image.jpg", "a.jpg", "b.png"):
+        Image.linear_gradient("L").resize((90, 70)).convert("RGB").save(name)
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "trainer/README.md"))
+    blocks = re.findall(r"```python\n(.*?)```", pages, re.DOTALL)
+    for words in ("load_file", "onnxruntime", "load_run"):
+        assert any(words in block for block in blocks)
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)
