@@ -34,7 +34,7 @@ _PATIENCE_S = 30.0  # that storage may take for a batch before its files are nam
 
 
 class RankInfo(Protocol):
-    """Where a loader works; `trainer.distributed.Machine` is one."""
+    """Where a loader works; `trainer.distributed.DistContext` is one."""
 
     @property
     def rank(self) -> int: ...

@@ -12,12 +12,12 @@ from trainer.config import load
 def main() -> None:
     cfg = load(sys.argv[1:])
     # Only now what takes seconds to import: a mistake in the options is told at once.
-    from trainer.distributed import open_machine
+    from trainer.distributed import open_dist_context
     from trainer.loop import fit
     from trainer.resilience.signals import StopFlag
 
-    with StopFlag() as stop, open_machine() as machine:
-        fit(cfg, machine, stop)
+    with StopFlag() as stop, open_dist_context() as ctx:
+        fit(cfg, ctx, stop)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import UNLABELLED
 from trainer.config import Config
 from trainer.config import load_run as read_config
-from trainer.distributed import Machine, open_machine
+from trainer.distributed import DistContext, open_dist_context
 from trainer.evaluate import Trained, open_trained
 from trainer.loop import fit
 from trainer.predict.cli import View, predict_all
@@ -37,9 +37,9 @@ class Prediction(NamedTuple):
 class TrainedRun:
     """A run's chosen weights (the best by validation top-1, else the last), ready to predict."""
 
-    def __init__(self, folder: Path, cfg: Config, trained: Trained, machine: Machine) -> None:
+    def __init__(self, folder: Path, cfg: Config, trained: Trained, ctx: DistContext) -> None:
         self.folder, self.config, self.classes = folder, cfg, trained.classes
-        self._trained, self._machine = trained, machine
+        self._trained, self._machine = trained, ctx
 
     def predict(self, images: Sequence[ImageLike]) -> Prediction:
         """Classify images as validation does: resized, centre-cropped and normalised with the run's own options.
@@ -70,8 +70,8 @@ def load_run(folder: str | Path) -> TrainedRun:
     """
     folder = Path(folder)
     cfg = read_config(folder, [])
-    with open_machine() as machine:
-        alone = replace(machine, rank=0, world=1)  # each process that calls this predicts for itself
+    with open_dist_context() as ctx:
+        alone = replace(ctx, rank=0, world=1)  # each process that calls this predicts for itself
         return TrainedRun(folder, cfg, open_trained(folder, cfg, alone), alone)
 
 
@@ -83,8 +83,8 @@ def train(cfg: Config) -> Path:
     Raises:
         UserError: an option or a file that the caller can mend.
     """
-    with StopFlag() as stop, open_machine() as machine:
-        fit(cfg, machine, stop)
+    with StopFlag() as stop, open_dist_context() as ctx:
+        fit(cfg, ctx, stop)
     return cfg.folder
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Machine:
+class DistContext:
     """This process among the `world` processes of a run."""
 
     device: torch.device
@@ -51,7 +51,7 @@ class Machine:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def agree(self, act: Callable[[], T]) -> T:
+    def raise_together(self, act: Callable[[], T]) -> T:
         """`act()` on this rank; if any rank meets a `UserError`, every rank raises the first of them. Collective."""
         result, message = None, None
         try:
@@ -66,11 +66,11 @@ class Machine:
                 raise UserError(message if rank == 0 else f"rank {rank}: {message}")
         return result  # type: ignore[return-value]
 
-    def on_primary(self, act: Callable[[], object]) -> None:
+    def run_on_rank0(self, act: Callable[[], object]) -> None:
         """`act()` on rank 0 alone; every rank waits for it, and raises its `UserError` if it meets one. Collective."""
-        self.agree(lambda: act() if self.primary else None)
+        self.raise_together(lambda: act() if self.primary else None)
 
-    def as_primary(self, choose: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, choose: Callable[[], T]) -> T:
         """What `choose()` gives on rank 0, on every rank. Collective."""
         chosen = [choose() if self.primary else None]
         if self.world > 1:
@@ -86,7 +86,7 @@ class Machine:
 
 
 @contextmanager
-def open_machine() -> Iterator[Machine]:
+def open_dist_context() -> Iterator[DistContext]:
     """Join the processes that torchrun started, or stand alone; leave them at the end."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -111,7 +111,7 @@ def open_machine() -> Iterator[Machine]:
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
         keep_group()
     try:
-        yield Machine(device, rank, world, cores)
+        yield DistContext(device, rank, world, cores)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -22,7 +22,7 @@ from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run, run_folder
-from trainer.distributed import Machine, open_machine
+from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Normalise, Predictor, count, load_weights, read_metadata
 from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
@@ -38,7 +38,7 @@ class Trained(NamedTuple):
     predict: Predictor
 
 
-def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
+def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
     """The network with the weights that the run in `folder` is judged by. Raises `UserError`.
 
     Where `engine.precision` is auto, a CPU computes in fp32, so that weights score the same on another one.
@@ -50,12 +50,12 @@ def open_trained(folder: Path, cfg: Config, machine: Machine) -> Trained:
     if metadata["model"] != cfg.model.name:
         raise UserError(f"model.name: {folder} holds a {metadata['model']}, not a {cfg.model.name}")
     classes = json.loads(metadata["classes"])
-    network = build_resnet(cfg.model, len(classes)).to(machine.device).to(memory_format=torch.channels_last)
+    network = build_resnet(cfg.model, len(classes)).to(ctx.device).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
-    normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
-    by_hardware = cfg.engine.precision == "auto" and machine.device.type == "cpu"
+    normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
+    by_hardware = cfg.engine.precision == "auto" and ctx.device.type == "cpu"
     engine = replace(cfg.engine, precision="fp32") if by_hardware else cfg.engine
-    predict = Predictor(network, normalise, engine, machine.device)
+    predict = Predictor(network, normalise, engine, ctx.device)
     return Trained(checkpoint.resolve(), classes, metadata.get("data", ""), predict)
 
 
@@ -86,15 +86,15 @@ def scored_on(catalog: Catalog, images: int) -> str:
     return f"{images} of {listed}{held_out} images in {catalog.root}"
 
 
-def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, machine: Machine) -> Scores:
+def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ctx: DistContext) -> Scores:
     """Score `predict` (images to logits [B, classes]) on everything that `loader` holds. Collective."""
-    sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)
     loader.seek(Cursor())
     for batch in loader:
         logits = predict(batch.images)
         loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE_LABEL, reduction="sum")
         sums += count(logits, batch.labels, loss)
-    total = machine.sum(sums).tolist()
+    total = ctx.sum(sums).tolist()
     if not total[3]:
         raise UserError("data.path: none of the validation images could be read")
     return Scores.of(total)
@@ -123,12 +123,12 @@ def main() -> None:
     args, options = parse_known(parser, sys.argv[1:])
     folder, _ = run_folder(sys.argv[1:], parser.prog)
     cfg = load_run(folder, options)
-    with open_machine() as machine:
-        trained = machine.agree(lambda: open_trained(folder, cfg, machine))
-        catalog = machine.agree(lambda: open_scored(folder, cfg.data, trained))
-        loader = Loader(catalog, cfg.data, machine, training=False)
-        scores = evaluate(with_mirror(trained.predict) if args.flip else trained.predict, loader, machine)
-    if machine.primary:
+    with open_dist_context() as ctx:
+        trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
+        catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
+        loader = Loader(catalog, cfg.data, ctx, training=False)
+        scores = evaluate(with_mirror(trained.predict) if args.flip else trained.predict, loader, ctx)
+    if ctx.primary:
         views = ", with mirror images," if args.flip else ""
         print(
             f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}: {scores.words(len(trained.classes))}"

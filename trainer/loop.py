@@ -15,32 +15,32 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.async_writer import check_room, checkpoint_bytes
 from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
 from trainer.config import Config, first_difference, to_yaml
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import Engine, check_device, keep_compiled, read_metadata
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import NonFinite, limit_bad
 from trainer.resilience.signals import StopFlag
-from trainer.resilience.watchdog import note
+from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session, engine_for, fresh_model
 
 
-def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
+def fit(cfg: Config, ctx: DistContext, stop: StopFlag) -> Progress:
     """Train until all epochs are done, `run.max_steps` is reached or `stop` is raised; resume the run that is there.
 
     Collective. Raises `UserError`, on every rank, for what a user can mend.
     """
     check = partial(check_run, cfg.folder, lambda saved: first_difference(saved, cfg))
-    machine.on_primary(check)  # at once, for to read the images may take minutes
-    check_device(cfg.engine, machine.device)
-    train, val = machine.agree(lambda: _open_data(cfg, machine))
+    ctx.run_on_rank0(check)  # at once, for to read the images may take minutes
+    check_device(cfg.engine, ctx.device)
+    train, val = ctx.raise_together(lambda: _open_data(cfg, ctx))
     store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
     with ExitStack() as claim:
-        machine.on_primary(lambda: claim.enter_context(claim_run(cfg.folder)))
-        machine.on_primary(check)  # anew: from here on nobody else writes to the folder
-        found = machine.agree(lambda: _resume_point(store, train.catalog) if machine.primary else None)
-        newest, progress = machine.as_primary(lambda: found or (None, Progress()))
+        ctx.run_on_rank0(lambda: claim.enter_context(claim_run(cfg.folder)))
+        ctx.run_on_rank0(check)  # anew: from here on nobody else writes to the folder
+        found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
+        newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
         if progress.finished or progress.step >= (cfg.run.max_steps or math.inf):
-            if machine.primary:
+            if ctx.primary:
                 done = "is finished" if progress.finished else f"has reached run.max_steps {cfg.run.max_steps}"
                 print(
                     f"{cfg.folder} {done}: best val top-1 {progress.best_top1_pct:.2f} %; "
@@ -49,11 +49,11 @@ def fit(cfg: Config, machine: Machine, stop: StopFlag) -> Progress:
             return progress
         for loader in (train, val):
             limit_bad(loader)
-        machine.on_primary(lambda: _check_room(cfg, store, len(train.catalog.classes), machine))
-        machine.on_primary(lambda: record_run(cfg.folder, to_yaml(cfg)))
+        ctx.run_on_rank0(lambda: _check_room(cfg, store, len(train.catalog.classes), ctx))
+        ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
         keep_compiled(cfg.engine, cfg.folder)
-        machine.on_primary(store.prepare)
-        session = Session(cfg, machine, train, val, store, newest, progress)
+        ctx.run_on_rank0(store.prepare)
+        session = Session(cfg, ctx, train, val, store, newest, progress)
         with session.opened():
             return _train(cfg, session, stop)
 
@@ -76,12 +76,12 @@ def _train_epoch(cfg: Config, session: Session, stop: StopFlag) -> bool:
     for micro_batches in _grouped(meter.waiting(loader), cfg.optim.accumulate):
         lr = lr_at(session.progress.step, cfg.optim, session.total_steps)
         step = session.progress.step + 1
-        note("update")
+        heartbeat("update")
         if step not in session.progress.skipped:
             meter.add(engine.step(micro_batches, lr))
         session.trace.step(step)
         session.progress = replace(session.progress, step=step, cursor=loader.cursor)
-        note("update", step, fresh=False)
+        heartbeat("update", step, fresh=False)
         if session.epoch_read:
             continue  # the loader ends here, and the end of the epoch reports and saves
 
@@ -100,24 +100,24 @@ def _train_epoch(cfg: Config, session: Session, stop: StopFlag) -> bool:
     return session.progress.step == cfg.run.max_steps and session.say_early()
 
 
-def build_engine(cfg: Config, classes: int, machine: Machine) -> Engine:
+def build_engine(cfg: Config, classes: int, ctx: DistContext) -> Engine:
     """A network with freshly drawn weights, the same on all ranks, and what trains it. Collective."""
-    return engine_for(cfg, fresh_model(cfg, classes), machine)
+    return engine_for(cfg, fresh_model(cfg, classes), ctx)
 
 
-def _open_data(cfg: Config, machine: Machine) -> tuple[Loader, Loader]:
+def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     """What reads the training and the validation images."""
     train = open_catalog(cfg.data, "train")
     val = open_catalog(cfg.data, "val", train.classes)
-    return training_loader(cfg, train, machine), Loader(val, cfg.data, machine, training=False)
+    return training_loader(cfg, train, ctx), Loader(val, cfg.data, ctx, training=False)
 
 
-def training_loader(cfg: Config, catalog: Catalog, machine: Machine) -> Loader:
+def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
     """What reads the images that a run trains on. Raises `UserError`."""
     return Loader(
         catalog,
         cfg.data,
-        machine,
+        ctx,
         training=True,
         seed=cfg.run.seed,
         epochs=cfg.run.epochs,
@@ -125,11 +125,11 @@ def training_loader(cfg: Config, catalog: Catalog, machine: Machine) -> Loader:
     )
 
 
-def _check_room(cfg: Config, store: Store, classes: int, machine: Machine) -> None:
+def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> None:
     """Raise `UserError` where the disk has no room for the run's checkpoints."""
     with torch.device("meta"):
         model = fresh_model(cfg, classes)
-    size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, machine.world)
+    size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, ctx.world)
     check_room(store, size, cfg.run.epochs)
 
 

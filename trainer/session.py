@@ -18,7 +18,7 @@ from data_pipeline.loader import Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config
-from trainer.distributed import Machine, resolve_precision
+from trainer.distributed import DistContext, resolve_precision
 from trainer.engine.base import Engine, Normalise
 from trainer.engine.ddp import DdpEngine
 from trainer.evaluate import evaluate
@@ -26,7 +26,7 @@ from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ResNet, build_resnet, freeze
 from trainer.model.whitening import whiten_stem
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, find_nonfinite, limit_bad
-from trainer.resilience.watchdog import Watchdog, note
+from trainer.resilience.watchdog import Watchdog, heartbeat
 from trainer.tracking.meter import Meter
 from trainer.tracking.model_summary import Layer, layers
 from trainer.tracking.profiler import Trace
@@ -39,24 +39,24 @@ class Session:
     def __init__(
         self,
         cfg: Config,
-        machine: Machine,
+        ctx: DistContext,
         train: Loader,
         val: Loader,
         store: Store,
         newest: Path | None,
         progress: Progress,
     ) -> None:
-        self.cfg, self.machine, self.store, self.progress = cfg, machine, store, progress
+        self.cfg, self.ctx, self.store, self.progress = cfg, ctx, store, progress
         self.loader, self.val_loader = train, val
         self.images, self.classes = len(train.catalog), train.catalog.classes
         self.total_steps = sum(train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
         model, started = fresh_model(cfg, len(self.classes)), None
         if cfg.model.weights and not newest:
-            started = load_weights_to_start(model, cfg.model, self.classes, machine)
+            started = load_weights_to_start(model, cfg.model, self.classes, ctx)
         if cfg.model.whiten and not newest:
             first_px = cfg.data.size_at(0, cfg.run.epochs)
-            machine.agree(lambda: whiten_stem(model, train.catalog, cfg.data, first_px, machine))
-        self.engine = engine_for(cfg, model, machine)
+            ctx.raise_together(lambda: whiten_stem(model, train.catalog, cfg.data, first_px, ctx))
+        self.engine = engine_for(cfg, model, ctx)
         if newest:
             self.engine.load(newest)
         self.metadata = {
@@ -64,8 +64,10 @@ class Session:
             "classes": json.dumps(self.classes),
             "data": train.catalog.fingerprint(),
         }
-        self.engine.snapshot(self.metadata)  # thrown away: it gets the memory for copies, which training would wait for
-        self.tracker = machine.agree(self._open_tracker)
+        self.engine.capture_state(
+            self.metadata
+        )  # thrown away: it gets the memory for copies, which training would wait for
+        self.tracker = ctx.raise_together(self._open_tracker)
         for checkpoint, why in store.passed_over.items():
             self.tracker.note(f"passed over {checkpoint}: {why}")
         for catalog in (train.catalog, val.catalog):
@@ -78,10 +80,10 @@ class Session:
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
         self.meter = self._start_meter()
-        self.trace = Trace(cfg.run.profiled, cfg.folder / "profile", machine, done=progress.step)
-        self.saver = Saver(store, machine, progress, lambda line: self.tracker.note(line))
+        self.trace = Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step)
+        self.saver = Saver(store, ctx, progress, lambda line: self.tracker.note(line))
         self.watchdog = Watchdog(
-            cfg.run.stall_s, cfg.folder / "stacks", machine, lambda line: self.tracker.alert("stalled", line)
+            cfg.run.stall_s, cfg.folder / "stacks", ctx, lambda line: self.tracker.alert("stalled", line)
         )
         self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
         self._steps_back: Counter[int] = Counter()  # by the updates in the checkpoint that they led to
@@ -98,8 +100,8 @@ class Session:
 
     def _start_meter(self) -> Meter:
         self._reduced = self.progress.step  # that far the meter has been read
-        scaled = resolve_precision(self.cfg.engine.precision, self.machine.device) == "fp16"
-        return Meter(self.machine, self.progress.sums, len(self.classes), self.progress.train_s, scaled=scaled)
+        scaled = resolve_precision(self.cfg.engine.precision, self.ctx.device) == "fp16"
+        return Meter(self.ctx, self.progress.sums, len(self.classes), self.progress.train_s, scaled=scaled)
 
     def _open_tracker(self) -> Tracker:
         return Tracker(
@@ -110,7 +112,7 @@ class Session:
             total_steps=self.total_steps,
             epochs=self.cfg.run.epochs,
             resume_step=self.progress.step,
-            primary=self.machine.primary,
+            primary=self.ctx.primary,
         )
 
     @property
@@ -124,7 +126,7 @@ class Session:
 
     def begin_epoch(self) -> None:
         """Go to where the epoch begins or goes on, and freeze what stays as it is in it."""
-        note("data", self.progress.step, fresh=True)
+        heartbeat("data", self.progress.step, fresh=True)
         freeze(self.engine.module, self.cfg.model, self.progress.cursor.epoch)
         self.loader.seek(self.progress.cursor)
 
@@ -136,11 +138,11 @@ class Session:
 
     def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:
         """Metrics since the last call, and whether any rank was asked to stop. Collective. Raises `NonFinite`."""
-        note("all-reduce")
+        heartbeat("all-reduce")
         self.name_bad(self.loader)
         bad = self.loader.bad_images
         scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
-        note("report")
+        heartbeat("report")
         since, self._reduced = self._reduced, self.progress.step
         if self.meter.nonfinite:
             update, what = self.meter.nonfinite
@@ -155,15 +157,15 @@ class Session:
 
     def name_bad(self, loader: Loader) -> None:
         for path, why in loader.take_bad():
-            line = f"rank {self.machine.rank} cannot read {path}: {why}; the image does not count"
-            if self.machine.primary:
+            line = f"rank {self.ctx.rank} cannot read {path}: {why}; the image does not count"
+            if self.ctx.primary:
                 self.tracker.note(line)
             else:
                 print(line, flush=True)  # a tracker elsewhere has no console
 
     def prove_shares(self) -> None:
         """Make sure that the ranks together read every image of this epoch exactly once. Collective."""
-        fault = first_fault(self.machine.gather(torch.from_numpy(self.loader.coverage_sums())).numpy())
+        fault = first_fault(self.ctx.gather(torch.from_numpy(self.loader.coverage_sums())).numpy())
         if fault:
             raise UserError(f"data.path: {fault}")
 
@@ -173,12 +175,12 @@ class Session:
         Raises `NonFinite`, and `UserError` where the ranks' weights have come apart; then nothing is written.
         """
         start = time.perf_counter()
-        note("save")
+        heartbeat("save")
         self.settle()
-        lost = find_nonfinite(self.engine.module, self.machine)
+        lost = find_nonfinite(self.engine.module, self.ctx)
         if lost:
             raise NonFinite(self.progress.step, f"weight {lost}")
-        self.saver.start(self.progress, self.engine.snapshot(self.metadata), best=best)
+        self.saver.start(self.progress, self.engine.capture_state(self.metadata), best=best)
         self.save_time = {"perf/ckpt_save_s": time.perf_counter() - start}
         self.meter.pause()
 
@@ -194,8 +196,10 @@ class Session:
         if self.cfg.run.on_nonfinite == "stop":
             raise UserError(f"{found}; {remedy}, or pass over such updates by run.on_nonfinite back") from None
         self.settle()
-        newest = self.machine.agree(lambda: self.store.newest() if self.machine.primary else None)
-        newest, progress = self.machine.as_primary(lambda: (newest, read_progress(newest) if newest else Progress()))
+        newest = self.ctx.raise_together(lambda: self.store.newest() if self.ctx.primary else None)
+        newest, progress = self.ctx.broadcast_from_rank0(
+            lambda: (newest, read_progress(newest) if newest else Progress())
+        )
         trained = progress.step - sum(step <= progress.step for step in progress.skipped)
         self._steps_back[trained] += 1
         if newest is None:
@@ -206,25 +210,27 @@ class Session:
         self.engine.load(newest)
         self.meter = self._start_meter()
         self.tracker.close()
-        self.tracker = self.machine.agree(self._open_tracker)  # as in a resumed run: without the rows of what is undone
+        self.tracker = self.ctx.raise_together(
+            self._open_tracker
+        )  # as in a resumed run: without the rows of what is undone
         self.tracker.__enter__()
         self.tracker.note(f"back to step {progress.step}, and on past the images of step {found.step}")
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Collective. Raises `UserError` where it is not."""
-        note("save")
+        heartbeat("save")
         failure = self.saver.wait()
         if failure:
             raise failure
 
     def validate(self) -> tuple[dict[str, float], bool]:
         """Scores on the validation images, and whether they are the best so far. Collective."""
-        note("save")
+        heartbeat("save")
         self.settle()
-        note("evaluate", fresh=True)
-        self.engine.agree()
-        scores = evaluate(self._predict, self.val_loader, self.machine)
-        note("report")
+        heartbeat("evaluate", fresh=True)
+        self.engine.sync_buffers()
+        scores = evaluate(self._predict, self.val_loader, self.ctx)
+        heartbeat("report")
         self.name_bad(self.val_loader)
         unread = len(self.val_loader.catalog) - scores.images
         if unread:
@@ -240,7 +246,7 @@ class Session:
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.engine.predict(images)
-        note("evaluate", fresh=False)  # each batch, for a long validation does not stand still
+        heartbeat("evaluate", fresh=False)  # each batch, for a long validation does not stand still
         return logits
 
     def end_epoch(self, stop: bool) -> bool:
@@ -293,14 +299,14 @@ def fresh_model(cfg: Config, classes: int) -> ResNet:
     return model
 
 
-def engine_for(cfg: Config, model: ResNet, machine: Machine) -> Engine:
+def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
     """What trains `model`. Collective."""
-    normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
+    normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     if cfg.engine.name == "deepspeed":
         from trainer.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, machine)
-    return DdpEngine(model, normalise, cfg.engine, cfg.optim, machine)
+        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, ctx)
+    return DdpEngine(model, normalise, cfg.engine, cfg.optim, ctx)
 
 
 def network_layers(cfg: Config, classes: int) -> list[Layer]:

@@ -68,13 +68,13 @@ def train_rank(submission: Submission) -> None:
         import torch  # here, for it takes seconds, in which a signal may come
 
         from trainer.config import load_run
-        from trainer.distributed import open_machine
+        from trainer.distributed import open_dist_context
         from trainer.loop import fit
 
         try:
-            with open_machine() as machine:
-                progress = fit(load_run(Path(submission.job.run), []), machine, stop)
-                signalled = machine.sum(torch.tensor(float(stop.raised), device=machine.device)).item() > 0
+            with open_dist_context() as ctx:
+                progress = fit(load_run(Path(submission.job.run), []), ctx, stop)
+                signalled = ctx.sum(torch.tensor(float(stop.raised), device=ctx.device)).item() > 0
         except UserError as error:
             _tell(submission, f"error: {error}")
             raise

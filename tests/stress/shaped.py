@@ -26,7 +26,7 @@ import pandas as pd
 
 from tests.support.runs import ROOT, environment
 from trainer.config import Config, load
-from trainer.distributed import Machine, open_machine
+from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Compression, Engine
 from trainer.loop import build_engine
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
@@ -163,8 +163,8 @@ def serve(options: list[str]) -> None:
     cfg = load(options)
     answers, order = sys.stdout, json.loads(sys.stdin.readline())
     assert order == ["join"]  # before that there is no network
-    with redirect_stdout(sys.stderr), open_machine() as machine:
-        bench = Bench(cfg, machine)
+    with redirect_stdout(sys.stderr), open_dist_context() as ctx:
+        bench = Bench(cfg, ctx)
         answer: object = None
         while order:
             print(json.dumps(answer), file=answers, flush=True)
@@ -176,26 +176,26 @@ def serve(options: list[str]) -> None:
 class Bench:
     """What a rank can be told to do."""
 
-    def __init__(self, cfg: Config, machine: Machine) -> None:
-        self.cfg, self.machine = cfg, machine
-        self.alone = replace(machine, rank=0, world=1)
-        self.images = cfg.data.batches[-1] // machine.world
+    def __init__(self, cfg: Config, ctx: DistContext) -> None:
+        self.cfg, self.ctx = cfg, ctx
+        self.alone = replace(ctx, rank=0, world=1)
+        self.images = cfg.data.batches[-1] // ctx.world
         self.engines: dict[str, Engine] = {
-            how: build_engine(replace(cfg, engine=replace(cfg.engine, compression=how)), CLASSES, machine)
+            how: build_engine(replace(cfg, engine=replace(cfg.engine, compression=how)), CLASSES, ctx)
             for how in COMPRESSIONS
         }
         self.engines["alone"] = build_engine(cfg, CLASSES, self.alone)
         self.batches = synthetic(cfg, CLASSES, self.alone, self.images)
 
     def parts(self) -> tuple[Step, tuple[Bucket, ...]]:
-        self.machine.barrier()
+        self.ctx.barrier()
         return measure_step(self.cfg, CLASSES, self.alone, self.images)
 
     def steps(self, kind: str) -> list[float]:
         """Seconds of each of a few updates in a row, together or `alone`, after one that does not count."""
         engine, marks = self.engines[kind], []
         engine.step(self.batches, 1e-3)
-        self.machine.barrier()
+        self.ctx.barrier()
         marks.append(time.perf_counter())
         for _ in range(STEPS):
             engine.step(self.batches, 1e-3)
@@ -203,10 +203,10 @@ class Bench:
         return [end - start for start, end in pairwise(marks)]
 
     def host(self) -> float:
-        return host_seconds_per_byte(self.machine)
+        return host_seconds_per_byte(self.ctx)
 
     def link(self) -> Link:
-        return measure_link(self.machine)
+        return measure_link(self.ctx)
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------

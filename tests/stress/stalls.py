@@ -31,7 +31,7 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.store import Progress, Stamp, Store
 from trainer.config import Config, load
-from trainer.distributed import Machine, open_machine
+from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.loop import build_engine
 from trainer.resilience.sanity_checks import find_nonfinite
@@ -77,14 +77,14 @@ def _written(saver: Saver) -> bool:
     return saver._save.done()
 
 
-def timed_save(engine: Engine, batch: Batch, saver: Saver, machine: Machine, step: int) -> Save:
+def timed_save(engine: Engine, batch: Batch, saver: Saver, ctx: DistContext, step: int) -> Save:
     """A checkpoint beside the training, as `Session.save` has it."""
     update_s = median(timed_updates(engine, batch))
     busy: list[float] = []
 
     start = time.perf_counter()
-    find_nonfinite(engine.module, machine)
-    write = engine.snapshot({})
+    find_nonfinite(engine.module, ctx)
+    write = engine.capture_state({})
 
     def write_timed(folder: Path) -> dict[str, Stamp]:
         begin = time.thread_time()
@@ -102,18 +102,18 @@ def timed_save(engine: Engine, batch: Batch, saver: Saver, machine: Machine, ste
     return Save(copy_s, write_s, busy[0], len(during), update_s, sum(during) - len(during) * update_s)
 
 
-def timed_saves(cfg: Config, machine: Machine) -> list[Save]:
-    torch.set_num_threads(max(machine.cores - 1, 1))
-    engine = build_engine(cfg, CLASSES, machine)
+def timed_saves(cfg: Config, ctx: DistContext) -> list[Save]:
+    torch.set_num_threads(max(ctx.cores - 1, 1))
+    engine = build_engine(cfg, CLASSES, ctx)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, 64, 64, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     labels = torch.randint(0, CLASSES, (BATCH,), generator=generator)
-    batch = Batch(images.to(machine.device), labels.to(machine.device), torch.arange(BATCH), BATCH, BATCH)
+    batch = Batch(images.to(ctx.device), labels.to(ctx.device), torch.arange(BATCH), BATCH, BATCH)
     timed_updates(engine, batch)
-    engine.snapshot({})  # as `Session` does before it trains
+    engine.capture_state({})  # as `Session` does before it trains
     with tempfile.TemporaryDirectory(prefix="sluice-stalls-") as run:
-        saver = Saver(Store(Path(run)), machine, Progress(), print)
-        return [timed_save(engine, batch, saver, machine, step) for step in range(1, SAVES + 1)]
+        saver = Saver(Store(Path(run)), ctx, Progress(), print)
+        return [timed_save(engine, batch, saver, ctx, step) for step in range(1, SAVES + 1)]
 
 
 def large_catalog(cfg: Config) -> Catalog:
@@ -122,10 +122,10 @@ def large_catalog(cfg: Config) -> Catalog:
     return catalog.part([row % len(catalog) for row in range(IMAGES)])
 
 
-def timed_seeks(cfg: Config, machine: Machine) -> list[tuple[float, float]]:
+def timed_seeks(cfg: Config, ctx: DistContext) -> list[tuple[float, float]]:
     """Seconds, and seconds of processor time, from `seek` to the first batch from there."""
     draw = random.Random(0)
-    loader = Loader(large_catalog(cfg), replace(cfg.data, batch=64), machine, training=True, epochs=EPOCHS)
+    loader = Loader(large_catalog(cfg), replace(cfg.data, batch=64), ctx, training=True, epochs=EPOCHS)
     seconds = []
     for _ in range(SEEKS):
         cursor = Cursor(draw.randrange(EPOCHS), 64 * draw.randrange(IMAGES // 64))
@@ -157,8 +157,8 @@ def spread(seconds: list[float]) -> str:
 def main() -> None:
     parse_plain(argparse.ArgumentParser(prog="python -m tests.stress.stalls", exit_on_error=False), sys.argv[1:])
     cfg = load(OPTIONS)
-    with open_machine() as machine:
-        saves, seeks = timed_saves(cfg, machine), timed_seeks(cfg, machine)
+    with open_dist_context() as ctx:
+        saves, seeks = timed_saves(cfg, ctx), timed_seeks(cfg, ctx)
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table_of(saves))
     stall_s = median(save.stall_s for save in saves)
     print(f"copy {spread([save.copy_s for save in saves])}, stall {spread([save.stall_s for save in saves])}")

@@ -58,7 +58,7 @@ def judged(folder: Path, step: Callable[[DdpEngine, list[Batch], float], Tensor]
 
     def stepped(self: DdpEngine, micro_batches: list[Batch], lr: float) -> Tensor:
         sums = step(self, micro_batches, lr)
-        with (folder / f"{self.machine.rank}.loss").open("ab") as file:
+        with (folder / f"{self.ctx.rank}.loss").open("ab") as file:
             file.write(json.dumps(sums[0].item()).encode() + b"\n")
         return sums
 

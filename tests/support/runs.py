@@ -20,10 +20,10 @@ from PIL import Image
 
 from trainer.checkpoint.store import Progress, Store, record_run, write_stamped
 from trainer.config import Config, to_yaml
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 ROOT = Path(__file__).parents[2]
-SOLO = Machine(torch.device("cpu"), rank=0, world=1, cores=1)
+SOLO = DistContext(torch.device("cpu"), rank=0, world=1, cores=1)
 TINTS = {
     "black": (0, 0, 0),
     "blue": (0, 0, 1),

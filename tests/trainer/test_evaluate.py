@@ -22,7 +22,7 @@ from data_pipeline.sources.catalog import open_catalog
 from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, tree
 from trainer.checkpoint.store import Store
 from trainer.config import load, load_run, to_yaml
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import EngineConfig, Normalise, Predictor, load_weights
 from trainer.evaluate import Trained, evaluate, main, open_scored, scored_on, with_mirror
 from trainer.model.resnet import build_resnet
@@ -34,21 +34,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
 
 
-def scored(run: Path, machine: Machine) -> Scores:
+def scored(run: Path, ctx: DistContext) -> Scores:
     cfg = load_run(run, [])
     checkpoint = Store(run).chosen()
     assert checkpoint is not None
     network = build_resnet(cfg.model, len(TINTS)).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
-    normalise = Normalise(cfg.data.mean, cfg.data.std, machine.device)
-    loader = Loader(open_catalog(cfg.data, "val", list(TINTS)), cfg.data, machine, training=False)
-    return evaluate(Predictor(network, normalise, EngineConfig(precision="fp32"), machine.device), loader, machine)
+    normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
+    loader = Loader(open_catalog(cfg.data, "val", list(TINTS)), cfg.data, ctx, training=False)
+    return evaluate(Predictor(network, normalise, EngineConfig(precision="fp32"), ctx.device), loader, ctx)
 
 
 def score_as_rank(rank: int, world: int, run: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.save(list(scored(run, Machine(torch.device("cpu"), rank, world, 1))), folder / f"rank {rank}")
+    torch.save(list(scored(run, DistContext(torch.device("cpu"), rank, world, 1))), folder / f"rank {rank}")
     dist.destroy_process_group()
 
 

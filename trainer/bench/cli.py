@@ -39,7 +39,7 @@ from trainer.bench import results, roofline
 from trainer.bench.peers import Peer, Race, open_peers
 from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE, report, summary
 from trainer.config import Config, load
-from trainer.distributed import Machine, open_machine, resolve_precision
+from trainer.distributed import DistContext, open_dist_context, resolve_precision
 from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
 from trainer.loop import build_engine, training_loader
@@ -59,7 +59,7 @@ Turn = Callable[[], float]
 
 def measure(
     cfg: Config,
-    machine: Machine,
+    ctx: DistContext,
     *,
     rounds: int = ROUNDS,
     steps: int = STEPS,
@@ -71,34 +71,34 @@ def measure(
     At the recipe's last resolution. `profile` is a folder for a trace of three updates after the measurement.
     """
     with ExitStack() as stack:
-        catalog = machine.agree(lambda: open_catalog(cfg.data, "train"))
+        catalog = ctx.raise_together(lambda: open_catalog(cfg.data, "train"))
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="sluice-bench-")))
-        left_out = _sample(cfg, folder, machine)
+        left_out = _sample(cfg, folder, ctx)
         others: dict[str, Peer] = {}
         if peers and not left_out:  # before any thread of DALI's is there, because they fork
-            others, left_out = open_peers(Race(folder, cfg, len(catalog.classes), machine))
+            others, left_out = open_peers(Race(folder, cfg, len(catalog.classes), ctx))
         for peer in others.values():
             stack.callback(peer.close)
-        ours = Ours(cfg, catalog, machine)
-        facts = _facts(cfg, ours, len(catalog.classes), machine) | {"left_out": left_out}
+        ours = Ours(cfg, catalog, ctx)
+        facts = _facts(cfg, ours, len(catalog.classes), ctx) | {"left_out": left_out}
         turns: dict[str, Turn] = {
             **ours.turns(steps),
-            **{name: partial(_peer_turn, machine, peer, steps) for name, peer in others.items()},
-            MATMUL: partial(timed, machine, roofline.matmul(facts["precision"], machine), steps),
+            **{name: partial(_peer_turn, ctx, peer, steps) for name, peer in others.items()},
+            MATMUL: partial(timed, ctx, roofline.matmul(facts["precision"], ctx), steps),
         }
         if any((folder / "train").glob("*/*.jpg")):
-            decode = roofline.decode(folder, facts["size_px"], machine)
-            turns[DECODE] = partial(timed, machine, decode, BRIEF * steps)
-        if machine.world > 1:
+            decode = roofline.decode(folder, facts["size_px"], ctx)
+            turns[DECODE] = partial(timed, ctx, decode, BRIEF * steps)
+        if ctx.world > 1:
             size = facts["gradient_bytes"]
-            turns[REDUCE] = lambda: size / median(all_reduce_seconds(machine, size, steps))
+            turns[REDUCE] = lambda: size / median(all_reduce_seconds(ctx, size, steps))
         rows = [
-            {"world": machine.world, "round": number, "part": name, "rate": turn()}
+            {"world": ctx.world, "round": number, "part": name, "rate": turn()}
             for number in range(rounds)
             for name, turn in turns.items()
         ]
         if profile:
-            with Trace(range(1, 4), profile, machine) as trace:
+            with Trace(range(1, 4), profile, ctx) as trace:
                 for number in (1, 2, 3):
                     ours.update()
                     trace.step(number)
@@ -108,32 +108,32 @@ def measure(
 class Ours:
     """A recipe's loader and engine, and another engine that does not communicate. Made on all ranks at once."""
 
-    def __init__(self, cfg: Config, catalog: Catalog, machine: Machine) -> None:
-        self.machine, self.micro_batches = machine, cfg.optim.accumulate
-        loader = machine.agree(lambda: training_loader(cfg, catalog, machine))
+    def __init__(self, cfg: Config, catalog: Catalog, ctx: DistContext) -> None:
+        self.ctx, self.micro_batches = ctx, cfg.optim.accumulate
+        loader = ctx.raise_together(lambda: training_loader(cfg, catalog, ctx))
         self._batches = _endless(loader, cfg.run.epochs - 1)
         batch = self._fetch()[0]
         self._synthetic = [batch._replace(images=torch.randint_like(batch.images, 256))] * self.micro_batches
         self._rows = float(batch.images.shape[0] * self.micro_batches)
         classes = len(catalog.classes)
-        self.engine = build_engine(cfg, classes, machine)
-        if machine.world > 1:
+        self.engine = build_engine(cfg, classes, ctx)
+        if ctx.world > 1:
             alone = replace(cfg, engine=replace(cfg.engine, name="ddp"))
-            self.lone_engine = build_engine(alone, classes, replace(machine, rank=0, world=1))
+            self.lone_engine = build_engine(alone, classes, replace(ctx, rank=0, world=1))
         else:
             self.lone_engine = self.engine
-        if cfg.engine.compression == "powersgd" and machine.world > 1:
+        if cfg.engine.compression == "powersgd" and ctx.world > 1:
             for _ in range(POWERSGD_START):  # as it sends whole gradients up to there
                 self._compute(self.engine)
 
     def turns(self, steps: int) -> dict[str, Turn]:
         turns: dict[str, Turn] = {
-            LOADER: partial(timed, self.machine, self._load, BRIEF * steps, SKIPPED),
-            COMPUTE: partial(timed, self.machine, partial(self._compute, self.lone_engine), steps),
+            LOADER: partial(timed, self.ctx, self._load, BRIEF * steps, SKIPPED),
+            COMPUTE: partial(timed, self.ctx, partial(self._compute, self.lone_engine), steps),
         }
-        if self.machine.world > 1:
-            turns[JOINED] = partial(timed, self.machine, partial(self._compute, self.engine), steps)
-        return turns | {BOTH: partial(timed, self.machine, self.update, steps, SKIPPED)}
+        if self.ctx.world > 1:
+            turns[JOINED] = partial(timed, self.ctx, partial(self._compute, self.engine), steps)
+        return turns | {BOTH: partial(timed, self.ctx, self.update, steps, SKIPPED)}
 
     def update(self) -> float:
         """One whole update; returns the number of this rank's images in it."""
@@ -153,27 +153,27 @@ class Ours:
             return [next(self._batches) for _ in range(self.micro_batches)]
 
 
-def timed(machine: Machine, act: Callable[[], float], steps: int, skipped: int = 1) -> float:
+def timed(ctx: DistContext, act: Callable[[], float], steps: int, skipped: int = 1) -> float:
     """What all ranks together do per second, where `act` returns what it did; after `skipped` calls. Collective."""
     for _ in range(skipped):
         act()
-    machine.barrier()
+    ctx.barrier()
     start = time.perf_counter()
     done = sum(act() for _ in range(steps))
-    machine.barrier()
+    ctx.barrier()
     elapsed_s = time.perf_counter() - start
-    return machine.sum(torch.tensor(done, dtype=torch.float64, device=machine.device)).item() / elapsed_s
+    return ctx.sum(torch.tensor(done, dtype=torch.float64, device=ctx.device)).item() / elapsed_s
 
 
-def _peer_turn(machine: Machine, peer: Peer, steps: int) -> float:
+def _peer_turn(ctx: DistContext, peer: Peer, steps: int) -> float:
     with peer.turn() as update:
-        return timed(machine, update, steps, max(SKIPPED, peer.ahead))
+        return timed(ctx, update, steps, max(SKIPPED, peer.ahead))
 
 
-def _sample(cfg: Config, folder: Path, machine: Machine) -> list[str]:
+def _sample(cfg: Config, folder: Path, ctx: DistContext) -> list[str]:
     """Copy some images into `folder`, the same on all ranks; why not, where there are no JPEGs. Collective."""
     try:
-        machine.agree(lambda: copy_sample(cfg.data, folder, SAMPLE))
+        ctx.raise_together(lambda: copy_sample(cfg.data, folder, SAMPLE))
     except UserError as error:
         return [f"{DECODE}, peers: {error}"]
     return []
@@ -185,13 +185,13 @@ def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
         yield from loader
 
 
-def _facts(cfg: Config, ours: Ours, classes: int, machine: Machine) -> dict[str, Any]:
+def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str, Any]:
     """What the rates belong to, as JSON can hold it."""
-    last, device = cfg.run.epochs - 1, machine.device
+    last, device = cfg.run.epochs - 1, ctx.device
     size_px = cfg.data.size_at(last, cfg.run.epochs)
     return {
-        "world": machine.world,
-        "cores": machine.cores,
+        "world": ctx.world,
+        "cores": ctx.cores,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "size_px": size_px,
         "batch": cfg.data.batch_at(last, cfg.run.epochs),
@@ -296,10 +296,10 @@ def main() -> None:
         rows, facts = measure_worlds(worlds_of(args.worlds), own)
         primary = True
     else:
-        with open_machine() as machine:
-            machine.on_primary(lambda: _check(args, cfg))
-            own_rows, fact = measure(cfg, machine, rounds=args.rounds, peers=args.peers, profile=args.profile)
-            primary, rows, facts = machine.primary, [row | {"repeat": 0} for row in own_rows], {machine.world: fact}
+        with open_dist_context() as ctx:
+            ctx.run_on_rank0(lambda: _check(args, cfg))
+            own_rows, fact = measure(cfg, ctx, rounds=args.rounds, peers=args.peers, profile=args.profile)
+            primary, rows, facts = ctx.primary, [row | {"repeat": 0} for row in own_rows], {ctx.world: fact}
     if primary:
         turns = pd.DataFrame(rows)
         print(report(turns, facts, cfg))

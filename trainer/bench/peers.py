@@ -30,7 +30,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from data_pipeline.common.errors import UserError
 from trainer.config import Config
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 PLAIN_STEP, PLAIN_LOOP = "torchvision, step alone", "torchvision, end to end"
 _PRINT_EVERY = 10  # updates
@@ -47,7 +47,7 @@ class Race(NamedTuple):
     """train/CLASS/NUMBER.jpg"""
     cfg: Config
     classes: int
-    machine: Machine
+    ctx: DistContext
 
     @property
     def size_px(self) -> int:
@@ -56,7 +56,7 @@ class Race(NamedTuple):
     @property
     def batch(self) -> int:
         """Images of each rank in an update."""
-        return self.cfg.data.batch_at(self.cfg.run.epochs - 1, self.cfg.run.epochs) // self.machine.world
+        return self.cfg.data.batch_at(self.cfg.run.epochs - 1, self.cfg.run.epochs) // self.ctx.world
 
 
 Training = Iterator[int]
@@ -69,27 +69,27 @@ Training = Iterator[int]
 def _torchvision_step(race: Race) -> Training:
     """The plain eager step on synthetic images, without communication."""
     model, optimizer = _torchvision_model(race)
-    images = torch.randn(race.batch, 3, race.size_px, race.size_px, device=race.machine.device)
-    labels = torch.randint(race.classes, (race.batch,), device=race.machine.device)
+    images = torch.randn(race.batch, 3, race.size_px, race.size_px, device=race.ctx.device)
+    labels = torch.randint(race.classes, (race.batch,), device=race.ctx.device)
     while True:
-        yield from _updates(model, optimizer, [(images, labels)] * _PRINT_EVERY, race.machine)
+        yield from _updates(model, optimizer, [(images, labels)] * _PRINT_EVERY, race.ctx)
 
 
 def _torchvision_loop(race: Race) -> Training:
     """As references/classification in torchvision has it: PIL images from folders, augmented in worker processes."""
     model, optimizer = _torchvision_model(race)
-    replica, loader = _distributed(model, race.machine), _folder_loader(race)
+    ddp_model, loader = _distributed(model, race.ctx), _folder_loader(race)
     while True:
-        yield from _updates(replica, optimizer, loader, race.machine)
+        yield from _updates(ddp_model, optimizer, loader, race.ctx)
 
 
 def _torchvision_model(race: Race) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = get_model(race.cfg.model.name, num_classes=race.classes).to(race.machine.device)
+    model = get_model(race.cfg.model.name, num_classes=race.classes).to(race.ctx.device)
     return model, _sgd(model, race.cfg)
 
 
 def _folder_loader(race: Race) -> DataLoader[Any]:
-    augment, machine = race.cfg.data.augment, race.machine
+    augment, ctx = race.cfg.data.augment, race.ctx
     area, ratio = (augment.min_area, augment.max_area), (1 / augment.max_ratio, augment.max_ratio)
     transform = v2.Compose(
         [
@@ -102,15 +102,15 @@ def _folder_loader(race: Race) -> DataLoader[Any]:
     )
     dataset = ImageFolder(race.folder / "train", transform)
     dataset.samples *= -(-_EPOCH // len(dataset.samples))
-    shared = machine.world > 1
-    sampler: Sampler[int] | None = DistributedSampler(dataset, machine.world, machine.rank) if shared else None
+    shared = ctx.world > 1
+    sampler: Sampler[int] | None = DistributedSampler(dataset, ctx.world, ctx.rank) if shared else None
     return DataLoader(
         dataset,
         race.batch,
         shuffle=sampler is None,
         sampler=sampler,
-        num_workers=machine.cores,
-        pin_memory=machine.device.type == "cuda",
+        num_workers=ctx.cores,
+        pin_memory=ctx.device.type == "cuda",
         drop_last=True,
         persistent_workers=True,
     )
@@ -122,8 +122,8 @@ def _timm(race: Race) -> Training:
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
 
-    data, optim, machine = race.cfg.data, race.cfg.optim, race.machine
-    model = create_model(race.cfg.model.name, num_classes=race.classes).to(machine.device)
+    data, optim, ctx = race.cfg.data, race.cfg.optim, race.ctx
+    model = create_model(race.cfg.model.name, num_classes=race.classes).to(ctx.device)
     optimizer = create_optimizer_v2(model, "sgd", lr=_LR, weight_decay=optim.weight_decay, momentum=optim.momentum)
     dataset = create_dataset("", root=str(race.folder), split="train", is_training=True)
     dataset.reader.samples *= -(-_EPOCH // len(dataset.reader.samples))
@@ -138,14 +138,14 @@ def _timm(race: Race) -> Training:
         color_jitter=0.0,
         mean=tuple(data.mean),
         std=tuple(data.std),
-        num_workers=machine.cores,
-        distributed=machine.world > 1,
-        pin_memory=machine.device.type == "cuda",
-        device=machine.device,
+        num_workers=ctx.cores,
+        distributed=ctx.world > 1,
+        pin_memory=ctx.device.type == "cuda",
+        device=ctx.device,
     )
-    model = _distributed(model, machine)
+    model = _distributed(model, ctx)
     while True:
-        yield from _updates(model, optimizer, loader, machine)
+        yield from _updates(model, optimizer, loader, ctx)
 
 
 def _lightning(race: Race) -> Training:
@@ -174,13 +174,13 @@ def _lightning(race: Race) -> Training:
             baton.pass_back()
             trainer.should_stop = baton.over
 
-    machine = race.machine
+    ctx = race.ctx
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     baton = _Baton()
     trainer = lightning.Trainer(
-        accelerator="gpu" if machine.device.type == "cuda" else "cpu",
+        accelerator="gpu" if ctx.device.type == "cuda" else "cpu",
         devices=local_world,
-        num_nodes=machine.world // local_world,
+        num_nodes=ctx.world // local_world,
         max_epochs=-1,
         callbacks=[Pause()],
         logger=False,
@@ -231,12 +231,12 @@ class _Baton:
 
 
 def _updates(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], machine: Machine
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], ctx: DistContext
 ) -> Iterator[int]:
     """One update a batch of images [B, 3, H, W] float32 and labels [B]: the loop that most scripts have."""
     model.train()
     for number, (images, labels) in enumerate(batches):
-        images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
+        images, labels = images.to(ctx.device, non_blocking=True), labels.to(ctx.device, non_blocking=True)
         loss = cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -250,10 +250,10 @@ def _sgd(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=_LR, momentum=cfg.optim.momentum, weight_decay=cfg.optim.weight_decay)
 
 
-def _distributed(model: nn.Module, machine: Machine) -> nn.Module:
-    if machine.world == 1:
+def _distributed(model: nn.Module, ctx: DistContext) -> nn.Module:
+    if ctx.world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None)
 
 
 class Contestant(NamedTuple):
@@ -337,7 +337,7 @@ def open_peers(race: Race) -> tuple[dict[str, Peer], list[str]]:
             left_out.append(f"{name}: {contestant.needs} is not installed; pip install {contestant.needs}")
             continue
         try:
-            race.machine.agree(partial(start, name))
+            race.ctx.raise_together(partial(start, name))
         except UserError as error:
             left_out.append(str(error))
             if name in peers:  # it failed on another rank only

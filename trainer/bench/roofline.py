@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.bench.peers import CONTESTANTS, LIMIT, Task
-from trainer.distributed import Machine, Precision
+from trainer.distributed import DistContext, Precision
 from trainer.model.resnet import ModelConfig, build_resnet
 
 _SIDE, _SIDE_GPU = 2048, 16384  # of the square matrices: large enough that a larger one gains nothing
@@ -20,13 +20,13 @@ NOTICED = 0.05
 # ---- measured bare --------------------------------------------------------------------------------------------------
 
 
-def matmul(precision: Precision, machine: Machine) -> Callable[[], float]:
+def matmul(precision: Precision, ctx: DistContext) -> Callable[[], float]:
     """A function that multiplies two large square matrices on this rank and returns the FLOPs of that.
 
     `precision` is resolved: fp32 (TF32 on a GPU, as for a run), bf16 or fp16.
     """
-    side = _SIDE_GPU if machine.device.type == "cuda" else _SIDE
-    left, right = torch.randn(2, side, side, device=machine.device, dtype=_DTYPES[precision]).unbind()
+    side = _SIDE_GPU if ctx.device.type == "cuda" else _SIDE
+    left, right = torch.randn(2, side, side, device=ctx.device, dtype=_DTYPES[precision]).unbind()
     product = torch.empty_like(left)
 
     def multiply() -> float:
@@ -36,9 +36,9 @@ def matmul(precision: Precision, machine: Machine) -> Callable[[], float]:
     return multiply
 
 
-def decode(folder: Path, size_px: int, machine: Machine) -> Callable[[], float]:
+def decode(folder: Path, size_px: int, ctx: DistContext) -> Callable[[], float]:
     """A function that decodes a batch of `folder`'s train/CLASS/*.jpg by this rank's cores and returns how many."""
-    delivery = CONTESTANTS[LIMIT].deliver(Task(folder, size_px, machine.cores))
+    delivery = CONTESTANTS[LIMIT].deliver(Task(folder, size_px, ctx.cores))
     return lambda: next(delivery)
 
 

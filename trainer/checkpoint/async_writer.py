@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.common.errors import UserError
-from trainer.checkpoint.store import Progress, Store, Write
-from trainer.distributed import Machine
+from trainer.checkpoint.store import Progress, StateWriter, Store
+from trainer.distributed import DistContext
 from trainer.engine.base import Compression
 from trainer.optim.optimizer import OptimConfig
 
@@ -41,20 +41,20 @@ class Saver:
     where that fails waits a while for the save under way.
     """
 
-    def __init__(self, store: Store, machine: Machine, saved: Progress, tell: Callable[[str], None]) -> None:
-        self.store, self.machine, self.tell = store, machine, tell
+    def __init__(self, store: Store, ctx: DistContext, saved: Progress, tell: Callable[[str], None]) -> None:
+        self.store, self.ctx, self.tell = store, ctx, tell
         self.saved = saved
         """Progress of the last checkpoint that is complete, after `wait`."""
         self.failed = 0
         """Saves that were given up."""
-        self._group: Any = dist.new_group(backend="gloo") if machine.world > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if ctx.world > 1 else None
         self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._save: Future[_Outcome] | None = None
         self._told: Future[_Outcome] | None = None
         self._untold: dict[str, float] = {}
 
-    def start(self, progress: Progress, write: Write, *, best: bool) -> None:
+    def start(self, progress: Progress, write: StateWriter, *, best: bool) -> None:
         """Begin to save what `write` writes on this rank. `wait` comes before the next. Collective."""
         assert self._save is None or self._save.done()
         self._untold = self.take_scalars()  # no row may have been written since it ended
@@ -103,7 +103,7 @@ class Saver:
         while save := self._saves.get():
             save()
 
-    def _write(self, progress: Progress, write: Write, best: bool) -> _Outcome:
+    def _write(self, progress: Progress, write: StateWriter, best: bool) -> _Outcome:
         start_s = time.perf_counter()
         step = progress.step
         try:
@@ -113,17 +113,17 @@ class Saver:
             self._on_primary(lambda: self.store.complete(progress, manifest, best=best))
         except UserError as error:
             self.failed += 1
-            if self.machine.primary:
+            if self.ctx.primary:
                 self.store.abandon()
                 self.tell(f"not saved: {error}")
             return _Outcome(error, time.perf_counter() - start_s)
         self.saved = progress
-        if best and self.machine.primary:
+        if best and self.ctx.primary:
             self.tell(f"saved best: step {step}, val top-1 {progress.best_top1_pct:.2f} %")
         return _Outcome(None, time.perf_counter() - start_s)
 
     def _on_primary(self, act: Callable[[], object]) -> None:
-        self._everyone(lambda: act() if self.machine.primary else None)
+        self._everyone(lambda: act() if self.ctx.primary else None)
 
     def _everyone(self, act: Callable[[], T]) -> list[T]:
         """What `act()` gives on each rank; if it raises on any, the first exception is raised on all. Collective."""
@@ -131,12 +131,12 @@ class Saver:
         try:
             mine = act()
         except UserError as error:
-            mine = UserError(f"rank {self.machine.rank}: {error}") if self.machine.rank else error
+            mine = UserError(f"rank {self.ctx.rank}: {error}") if self.ctx.rank else error
         except Exception:
-            mine = RuntimeError(f"rank {self.machine.rank} cannot save\n{traceback.format_exc()}")
+            mine = RuntimeError(f"rank {self.ctx.rank} cannot save\n{traceback.format_exc()}")
         results: list[Any] = [mine]
         if self._group:
-            results = [None] * self.machine.world
+            results = [None] * self.ctx.world
             dist.all_gather_object(results, mine, group=self._group)
         for result in results:
             if isinstance(result, Exception):

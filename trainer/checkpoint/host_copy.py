@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.checkpoint.store import Stamp, Write, write_stamped
+from trainer.checkpoint.store import Stamp, StateWriter, write_stamped
 
 METADATA = "sluice"
 
@@ -84,7 +84,7 @@ def packed_state(state: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def writer(files: Mapping[str, Callable[[], Content]], ready: Callable[[], None] = lambda: None) -> Write:
+def writer(files: Mapping[str, Callable[[], Content]], ready: Callable[[], None] = lambda: None) -> StateWriter:
     """What writes `files`, by name, into a folder, each packed when it is its turn, and none before `ready()`."""
 
     def write(folder: Path) -> dict[str, Stamp]:

@@ -40,7 +40,7 @@ class Stamp(NamedTuple):
     """In hexadecimal."""
 
 
-Write = Callable[[Path], dict[str, Stamp]]
+StateWriter = Callable[[Path], dict[str, Stamp]]
 """Adds files to a folder, each forced to disk, and returns their stamps by name. Raises OSError."""
 
 
@@ -168,7 +168,7 @@ class Store:
             self.abandon()
             self._partial(step).mkdir(parents=True)
 
-    def put(self, step: int, write: Write) -> dict[str, Stamp]:
+    def put(self, step: int, write: StateWriter) -> dict[str, Stamp]:
         """Let `write` add files to what was begun; returns their stamps. For any rank. Raises `UserError`."""
         with self._writing(step):
             self._partial(step).mkdir(exist_ok=True)  # NFS may tell another machine late that it is there

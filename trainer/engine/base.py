@@ -20,7 +20,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from trainer.checkpoint.host_copy import METADATA
-from trainer.checkpoint.store import Write
+from trainer.checkpoint.store import StateWriter
 from trainer.distributed import resolve_precision
 from trainer.engine.config import Compression as Compression
 from trainer.engine.config import EngineConfig, Precision
@@ -48,11 +48,11 @@ class Engine(Protocol):
         """One whole update. Returns this rank's sums [5] float64 on the device (see SUMS); nothing waits for them."""
         ...
 
-    def agree(self) -> None:
+    def sync_buffers(self) -> None:
         """Give all ranks rank 0's statistics of batch normalisation, before evaluating. Collective."""
         ...
 
-    def snapshot(self, metadata: dict[str, str]) -> Write:
+    def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         """Weights and training state as they are now: a function that writes this rank's files of them into a folder.
 
         Collective; the function is not, and may be called in another thread while training goes on, but no more once

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data_pipeline.config import require
 from data_pipeline.loader import Batch
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
-from trainer.checkpoint.store import Write
-from trainer.distributed import Machine
+from trainer.checkpoint.store import StateWriter
+from trainer.distributed import DistContext
 from trainer.engine import gradient_compression
 from trainer.engine.base import (
     STATE,
@@ -43,17 +43,19 @@ class DdpEngine:
     """
 
     def __init__(
-        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, machine: Machine
+        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
     ) -> None:
-        self.machine, self.optim, self.normalise = machine, optim, normalise
-        device = machine.device
+        self.ctx, self.optim, self.normalise = ctx, optim, normalise
+        device = ctx.device
         check_device(cfg, device)
         if cfg.sync_bn:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module = module.to(device).to(memory_format=torch.channels_last)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
-        self.judged = self.ema.module if self.ema else self.module  # what evaluation and the saved weights are about
-        self.predict = Predictor(self.judged, normalise, cfg, device)
+        self.eval_model = (
+            self.ema.module if self.ema else self.module
+        )  # what evaluation and the saved weights are about
+        self.predict = Predictor(self.eval_model, normalise, cfg, device)
         self.autocast = self.predict.autocast
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
@@ -65,10 +67,10 @@ class DdpEngine:
             # as it finds it in memory where the very first update overflows.
             for parameter in self.trained:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.replica: nn.Module = self.module
+        self.ddp_model: nn.Module = self.module
         self.powersgd: PowerSGDState | None = None
-        if machine.world > 1:
-            self.replica = DistributedDataParallel(
+        if ctx.world > 1:
+            self.ddp_model = DistributedDataParallel(
                 self.module,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 forward_sync_buffers=False,
@@ -76,29 +78,30 @@ class DdpEngine:
                 bucket_cap_mb=gradient_compression.bucket_mb(cfg.compression, device),
             )
             self._settle_buckets()
-            self.powersgd = gradient_compression.compress(self.replica, cfg.compression)
-        self._forward = compiled(self.replica, cfg, device)
-        self._lone_forward = compiled(self.module, cfg, device) if machine.world > 1 else self._forward
-        self.pieces = 1  # of a micro-batch, each with a forward and a backward pass of its own
+            self.powersgd = gradient_compression.compress(self.ddp_model, cfg.compression)
+        self._forward = compiled(self.ddp_model, cfg, device)
+        self._lone_forward = compiled(self.module, cfg, device) if ctx.world > 1 else self._forward
+        self.chunks_per_micro_batch = 1  # of a micro-batch, each with a forward and a backward pass of its own
 
     def fit_memory(self, rows: int, size_px: int) -> None:
         """Cut micro-batches of so many images into the fewest pieces that memory holds, found by trial. Collective.
 
         Raises `UserError` where not even one image fits.
         """
-        while not self._fits(-(-rows // self.pieces), size_px):
+        while not self._fits(-(-rows // self.chunks_per_micro_batch), size_px):
             require(
-                self.pieces < rows, f"data.size_px: there is no memory for one image of {size_px} px; give a lower one"
+                self.chunks_per_micro_batch < rows,
+                f"data.size_px: there is no memory for one image of {size_px} px; give a lower one",
             )
-            self.pieces *= 2
+            self.chunks_per_micro_batch *= 2
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
         # DDP waits for the gradients of all that it knows, so while some are frozen it is passed by.
         partly = not all(parameter.requires_grad for parameter in self.trained)
         forward = self._lone_forward if partly else self._forward
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
-        pieces = [piece for batch in micro_batches for piece in _cut(batch, self.pieces)]
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
+        pieces = [piece for batch in micro_batches for piece in _cut(batch, self.chunks_per_micro_batch)]
         for number, batch in enumerate(pieces, start=1):
             with self._no_sync() if number < len(pieces) else nullcontext():
                 with Phase("forward"), self.autocast():
@@ -106,7 +109,7 @@ class DdpEngine:
                 losses = training_loss(logits, batch, self.optim)
                 with Phase("backward"):
                     # DDP averages over ranks; this makes the average the mean over the images of the whole update.
-                    self.scaler.scale(losses * self.machine.world / batch.total).backward()
+                    self.scaler.scale(losses * self.ctx.world / batch.total).backward()
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
         with Phase("update"):
             if partly:
@@ -114,14 +117,14 @@ class DdpEngine:
             sums[4] = self._update()
         return sums
 
-    def agree(self) -> None:
-        self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+    def sync_buffers(self) -> None:
+        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
-    def snapshot(self, metadata: dict[str, str]) -> Write:
+    def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
         if self.powersgd:
-            files |= gradient_compression.packed(self.powersgd, self.machine, self.copy)
-        if self.machine.primary:
+            files |= gradient_compression.packed(self.powersgd, self.ctx, self.copy)
+        if self.ctx.primary:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -129,17 +132,17 @@ class DdpEngine:
             }
             if self.ema:
                 state["module"] = self.module.state_dict()
-            weights, state = self.copy.of(self.judged.state_dict(), WEIGHTS), self.copy.of(state, STATE)
+            weights, state = self.copy.of(self.eval_model.state_dict(), WEIGHTS), self.copy.of(state, STATE)
             files |= {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
         return writer(files, self.copy.wait)
 
     def load(self, folder: Path) -> None:
-        state = load_state(folder / STATE, self.machine.device)
+        state = load_state(folder / STATE, self.ctx.device)
         require(
             "engine" not in state,
             f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; name that, or give another --run.dir",
         )
-        load_weights(self.judged, folder)
+        load_weights(self.eval_model, folder)
         if self.ema:
             self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -147,16 +150,16 @@ class DdpEngine:
             self.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
         if self.powersgd:
-            gradient_compression.load(self.powersgd, folder, self.machine)
+            gradient_compression.load(self.powersgd, folder, self.ctx)
 
     def _no_sync(self) -> AbstractContextManager[None]:
-        return self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) else nullcontext()
+        return self.ddp_model.no_sync() if isinstance(self.ddp_model, DistributedDataParallel) else nullcontext()
 
     def _average_gradients(self) -> None:
         """What DDP does with its buckets, for the few gradients that there are."""
         for parameter in self.trained:
             if parameter.grad is not None:
-                self.machine.sum(parameter.grad).div_(self.machine.world)
+                self.ctx.sum(parameter.grad).div_(self.ctx.world)
 
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of the gradient before clipping."""
@@ -175,11 +178,11 @@ class DdpEngine:
 
     def _fits(self, rows: int, size_px: int) -> bool:
         """Whether every rank has memory for both passes over so many images, beside what the optimiser will keep."""
-        failed = torch.zeros(1, device=self.machine.device)
+        failed = torch.zeros(1, device=self.ctx.device)
         statistics = [buffer.clone() for buffer in self.module.buffers()]
         try:
             kept = [torch.empty_like(parameter) for parameter in self.module.parameters() for _ in range(2)]
-            images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.machine.device)
+            images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.ctx.device)
             with self._no_sync():
                 with self.autocast():
                     logits = self._forward(self.normalise(images.to(memory_format=torch.channels_last)))
@@ -190,7 +193,7 @@ class DdpEngine:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.module.buffers(), statistics, strict=True):
             buffer.copy_(before)
-        return not self.machine.sum(failed).item()
+        return not self.ctx.sum(failed).item()
 
     def _settle_buckets(self) -> None:
         """Let DDP order its buckets now.
@@ -201,7 +204,7 @@ class DdpEngine:
         """
         self.module.eval()
         pixels = next(self.module.parameters()).new_zeros(2, 3, 32, 32)
-        self.replica(pixels).sum().backward()
+        self.ddp_model(pixels).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.train()
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
-from trainer.checkpoint.store import Write
-from trainer.distributed import Machine
+from trainer.checkpoint.store import StateWriter
+from trainer.distributed import DistContext
 from trainer.engine.base import (
     STATE,
     SUMS,
@@ -52,11 +52,11 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, machine: Machine
+        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
     ) -> None:
         check_deepspeed(cfg, optim)
-        self.machine, self.optim, self.normalise, self.stage = machine, optim, normalise, cfg.zero_stage
-        device = machine.device
+        self.ctx, self.optim, self.normalise, self.stage = ctx, optim, normalise, cfg.zero_stage
+        device = ctx.device
         if self.stage == 3:
             cfg = replace(cfg, compile="off")
         self.module = module.to(device).to(memory_format=torch.channels_last)
@@ -64,18 +64,18 @@ class DeepSpeedEngine:
         # DeepSpeed takes contiguous weights only. From stage 1 on they are windows of one flat tensor and stay so.
         self.module.to(memory_format=torch.contiguous_format)
         self.autocast = Autocast(cfg.precision, device)
-        self.replica = _Cast(compiled(self.module, cfg, device), self.autocast)
+        self.ddp_model = _Cast(compiled(self.module, cfg, device), self.autocast)
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
-        self._deepspeed = _import_deepspeed(machine)
+        self._deepspeed = _import_deepspeed(ctx)
         self.engine, self._zero, _, _ = self._deepspeed.initialize(
-            model=self.replica, optimizer=self.optimizer, config=self._options(), dist_init_required=False
+            model=self.ddp_model, optimizer=self.optimizer, config=self._options(), dist_init_required=False
         )
         if self.stage == 0:
             self.module.to(memory_format=torch.channels_last)
         if self.ema:
             self.predict = Predictor(self.ema.module, normalise, cfg, device)
         else:
-            self.predict = Predictor(self.replica, normalise, replace(cfg, compile="off"), device)
+            self.predict = Predictor(self.ddp_model, normalise, replace(cfg, compile="off"), device)
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
         self.clean_updates = 0  # since the scale was changed
         self.updates = 0
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
         if self.stage > 0:
             self._zero.override_loss_scale(self.scale)
         for number, batch in enumerate(micro_batches, start=1):
@@ -92,7 +92,7 @@ class DeepSpeedEngine:
                 logits = self.engine(self.normalise(batch.images))
             losses = training_loss(logits, batch, self.optim)
             # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
-            loss = losses * self.machine.world / batch.total
+            loss = losses * self.ctx.world / batch.total
             with Phase("backward"):
                 self.engine.backward(loss if self.stage > 0 else loss * self.scale)
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
@@ -100,17 +100,17 @@ class DeepSpeedEngine:
             sums[4] = self._update()
         return sums
 
-    def agree(self) -> None:
-        self.machine.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+    def sync_buffers(self) -> None:
+        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
-    def snapshot(self, metadata: dict[str, str]) -> Write:
+    def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
         with self.whole_weights():
-            if self.machine.primary:
+            if self.ctx.primary:
                 state: dict[str, Any] = {
                     "engine": "deepspeed",
                     "zero_stage": self.stage,
-                    "world": self.machine.world,
+                    "world": self.ctx.world,
                     "scale": self.scale,
                     "clean_updates": self.clean_updates,
                     "updates": self.updates,
@@ -120,13 +120,13 @@ class DeepSpeedEngine:
                 weights = self.copy.of((self.ema.module if self.ema else self.module).state_dict(), WEIGHTS)
                 state = self.copy.of(state, STATE)
                 files = {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
-        if self.machine.primary or self.stage > 0:
+        if self.ctx.primary or self.stage > 0:
             shard = self.copy.of([self.optimizer.state.get(weights, {}) for weights in self._shards], SHARD)
-            files[SHARD.format(rank=self.machine.rank)] = lambda: packed_state({"optimizer": shard})
+            files[SHARD.format(rank=self.ctx.rank)] = lambda: packed_state({"optimizer": shard})
         return writer(files, self.copy.wait)
 
     def load(self, folder: Path) -> None:
-        state = load_state(folder / STATE, self.machine.device)
+        state = load_state(folder / STATE, self.ctx.device)
         self._check_saved(state, folder)
         with self.whole_weights(source=0):
             load_weights(self.ema.module if self.ema else self.module, folder)
@@ -134,8 +134,8 @@ class DeepSpeedEngine:
                 self.module.load_state_dict(state["module"])
         if self.stage > 0:
             self._zero.refresh_fp32_params()
-        shard = SHARD.format(rank=self.machine.rank if self.stage > 0 else 0)
-        saved = load_state(folder / shard, self.machine.device)["optimizer"]
+        shard = SHARD.format(rank=self.ctx.rank if self.stage > 0 else 0)
+        saved = load_state(folder / shard, self.ctx.device)["optimizer"]
         for weights, moments in zip(self._shards, saved, strict=True):
             self.optimizer.state[weights] = moments
         if self.autocast.precision == "fp16" and state["scale"] != 1:  # 1: the run has been in another precision
@@ -223,10 +223,10 @@ class DeepSpeedEngine:
                 f"engine.zero_stage: {folder} was saved at stage {state['zero_stage']}, not {self.stage}; "
                 "set it back, or give another --run.dir"
             )
-        if self.stage > 0 and state["world"] != self.machine.world:
+        if self.stage > 0 and state["world"] != self.ctx.world:
             raise UserError(
                 f"--nproc_per_node: {folder} was saved by {state['world']} processes, each with its part of the "
-                f"optimiser's state, and now there are {self.machine.world}; start as many as before"
+                f"optimiser's state, and now there are {self.ctx.world}; start as many as before"
             )
 
 
@@ -245,19 +245,19 @@ class _Cast(nn.Module):
             return self.network(images).float()
 
 
-def _import_deepspeed(machine: Machine) -> Any:
+def _import_deepspeed(ctx: DistContext) -> Any:
     """DeepSpeed, ready for `initialize`, without its messages; a single process gets a group of its own."""
-    os.environ.setdefault("DS_ACCELERATOR", machine.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(machine.device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(ctx.device.index or 0))
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if machine.device.type == "cpu":
+    if ctx.device.type == "cpu":
         # Or else it compiles, for half a minute, an all-reduce that only its inference uses.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     if not dist.is_initialized():
-        backend = "nccl" if machine.device.type == "cuda" else "gloo"
+        backend = "nccl" if ctx.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)  # and not before: DeepSpeed keeps it for the process
     return deepspeed

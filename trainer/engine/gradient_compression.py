@@ -9,7 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import Compression, load_state
 
 POWERSGD_RANK = 2
@@ -25,7 +25,7 @@ def bucket_mb(how: Compression, device: torch.device) -> int | None:
     return 1 << 20 if how == "powersgd" and device.type == "cpu" else None
 
 
-def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDState | None:
+def compress(ddp_model: DistributedDataParallel, how: Compression) -> PowerSGDState | None:
     """Have `replica` send its gradients so from now on; what PowerSGD remembers between updates, if it is that.
 
     PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends two thin factors of each weight's gradient and adds what they
@@ -33,12 +33,12 @@ def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDStat
     """
     match how:
         case "bf16":
-            replica.register_comm_hook(None, bf16_compress_hook)
+            ddp_model.register_comm_hook(None, bf16_compress_hook)
         case "fp16":
-            replica.register_comm_hook(None, fp16_compress_hook)
+            ddp_model.register_comm_hook(None, fp16_compress_hook)
         case "powersgd":
             state = PowerSGDState(None, POWERSGD_RANK, POWERSGD_START)
-            replica.register_comm_hook(state, powerSGD_hook)
+            ddp_model.register_comm_hook(state, powerSGD_hook)
             return state
     return None
 
@@ -46,23 +46,23 @@ def compress(replica: DistributedDataParallel, how: Compression) -> PowerSGDStat
 _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by number of the bucket
 
 
-def packed(state: PowerSGDState, machine: Machine, copy: HostCopy) -> dict[str, Callable[[], Content]]:
+def packed(state: PowerSGDState, ctx: DistContext, copy: HostCopy) -> dict[str, Callable[[], Content]]:
     """This rank's memory of PowerSGD, copied, as a file by name; each rank has its own."""
     tensors = {name: dict(getattr(state, name)) for name in _TENSORS}
-    copied = copy.of({"world": machine.world, "iter": state.iter, **tensors}, "powersgd")
-    return {_name(machine): lambda: packed_state(copied)}
+    copied = copy.of({"world": ctx.world, "iter": state.iter, **tensors}, "powersgd")
+    return {_name(ctx): lambda: packed_state(copied)}
 
 
-def load(state: PowerSGDState, folder: Path, machine: Machine) -> None:
+def load(state: PowerSGDState, folder: Path, ctx: DistContext) -> None:
     """Continue where `packed` was called; afresh where the run had another number of ranks or no PowerSGD."""
-    file = folder / _name(machine)
-    saved = load_state(file, machine.device) if file.exists() else {}
-    if saved.get("world") != machine.world:
+    file = folder / _name(ctx)
+    saved = load_state(file, ctx.device) if file.exists() else {}
+    if saved.get("world") != ctx.world:
         return
     state.iter = saved["iter"]
     for name in _TENSORS:
         getattr(state, name).update(saved[name])
 
 
-def _name(machine: Machine) -> str:
-    return f"powersgd-{machine.rank}.pt"
+def _name(ctx: DistContext) -> str:
+    return f"powersgd-{ctx.rank}.pt"

@@ -35,12 +35,12 @@ from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.quarantine import printable
 from trainer.config import Config, load_run, run_folder
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import Normalise
 from trainer.evaluate import open_trained
 from trainer.model.resnet import unknown_to_torchvision
 
-HERE = Machine(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
+HERE = DistContext(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
 """A GPU is not needed, and its sums differ from those of a CPU."""
 IMAGES = 32
 """Images of the check."""

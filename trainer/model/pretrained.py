@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 from trainer.checkpoint.store import Store
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS, read_metadata, unpickled
 from trainer.model.config import ModelConfig, ModelName, is_torchvision
 from trainer.model.resnet import ARCHITECTURES, HEAD, ResNet, build_resnet
@@ -34,15 +34,15 @@ _LISTED = 3  # names in a message
 State = dict[str, Tensor]
 
 
-def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], machine: Machine) -> str:
+def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], ctx: DistContext) -> str:
     """Give the network, on the machine's device, the weights `cfg.weights`; the first rank reads them. Collective.
 
     The head stays as it is where the weights have none, or one for other classes. Returns a line that says what was
     loaded; raises `UserError`, on every rank.
     """
-    told = machine.agree(lambda: _load(network, cfg, classes) if machine.primary else "")
-    network.to(machine.device)
-    machine.broadcast(list(network.state_dict().values()))
+    told = ctx.raise_together(lambda: _load(network, cfg, classes) if ctx.primary else "")
+    network.to(ctx.device)
+    ctx.broadcast(list(network.state_dict().values()))
     return told
 
 

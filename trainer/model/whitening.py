@@ -10,7 +10,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Loader
 from data_pipeline.sources.catalog import Catalog
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import Normalise
 from trainer.model.resnet import ResNet
 
@@ -19,13 +19,13 @@ FLOOR = 5e-4
 """Least variance of a direction that is scaled to one, as a share of the largest: what varies less is noise."""
 
 
-def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int, machine: Machine) -> None:
+def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int, ctx: DistContext) -> None:
     """Start the stem of `network` from images of `catalog`, evenly spread over it, in squares of `size_px`.
 
     Equal on every rank, without a word between them. Raises `UserError` where none of the images can be read.
     """
     rows = catalog.spread(IMAGES)
-    here = replace(machine, device=torch.device("cpu"), rank=0, world=1)
+    here = replace(ctx, device=torch.device("cpu"), rank=0, world=1)
     options = replace(cfg, batch=len(rows), decode="cpu", eval_size_px=size_px)
     (batch,) = Loader(catalog.part(rows), options, here, training=False)
     images = batch.images[batch.labels != IGNORE_LABEL]

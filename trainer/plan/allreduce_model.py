@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 _FLOAT = 4  # bytes
 _SIZES = [4 << 10, 32 << 10, 256 << 10, 2 << 20, 16 << 20]  # bytes: of a bias to of a bucket of gradients
@@ -44,7 +44,7 @@ def tree_seconds(bytes_per_s: float, depth_s: float, size_bytes: float) -> float
     return 2 * (math.sqrt(size_bytes / bytes_per_s) + math.sqrt(depth_s)) ** 2
 
 
-def measure_link(machine: Machine) -> Link:
+def measure_link(ctx: DistContext) -> Link:
     """The link that explains how long all-reduces between the ranks take, of a few sizes and as rings. Collective.
 
     Takes about a second, up to about ten on a link of 1 Mbit/s. There must be two ranks at least.
@@ -52,35 +52,35 @@ def measure_link(machine: Machine) -> Link:
     sizes, once_s = [], []
     for size in _SIZES:
         sizes.append(size)
-        once_s.append(min(all_reduce_seconds(machine, size, 2)))
+        once_s.append(min(all_reduce_seconds(ctx, size, 2)))
         if once_s[-1] > _ENOUGH_S:
             break
     rounds = min(_ROUNDS, max(_LEAST_ROUNDS, int(_BUDGET_S / sum(once_s))))
-    taken = [[all_reduce_seconds(machine, size, 1)[0] for size in sizes] for _ in range(rounds)]
-    return fit_ring(sizes, [median(column) for column in zip(*taken, strict=True)], machine.world)
+    taken = [[all_reduce_seconds(ctx, size, 1)[0] for size in sizes] for _ in range(rounds)]
+    return fit_ring(sizes, [median(column) for column in zip(*taken, strict=True)], ctx.world)
 
 
-def all_reduce_seconds(machine: Machine, size_bytes: int, rounds: int) -> list[float]:
+def all_reduce_seconds(ctx: DistContext, size_bytes: int, rounds: int) -> list[float]:
     """Seconds of each of `rounds` all-reduces of `size_bytes` as float32, the same on all ranks. Collective."""
-    values = torch.zeros(max(1, size_bytes // _FLOAT), device=machine.device)
+    values = torch.zeros(max(1, size_bytes // _FLOAT), device=ctx.device)
     taken_s = []
     for _ in range(rounds):
-        machine.barrier()
+        ctx.barrier()
         start = time.perf_counter()
-        machine.sum(values)[0].item()  # which waits for a GPU
+        ctx.sum(values)[0].item()  # which waits for a GPU
         taken_s.append(time.perf_counter() - start)
     # The ranks leave the barrier one after another: the last has waited for nobody.
-    by_rank = machine.gather(torch.tensor(taken_s, dtype=torch.float64, device=machine.device))
+    by_rank = ctx.gather(torch.tensor(taken_s, dtype=torch.float64, device=ctx.device))
     seconds: list[float] = by_rank.amin(dim=0).tolist()
     return seconds
 
 
-def host_seconds_per_byte(machine: Machine) -> float:
+def host_seconds_per_byte(ctx: DistContext) -> float:
     """Seconds that all threads of this process compute for each byte of an all-reduce: 0 on a GPU. Collective."""
-    if machine.device.type == "cuda":
+    if ctx.device.type == "cuda":
         return 0.0
     start = time.process_time()
-    all_reduce_seconds(machine, _SIZES[-2], _ROUNDS)
+    all_reduce_seconds(ctx, _SIZES[-2], _ROUNDS)
     return (time.process_time() - start) / (_ROUNDS * _SIZES[-2])
 
 

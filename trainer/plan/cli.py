@@ -27,7 +27,7 @@ from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 from trainer.config import Config, load
-from trainer.distributed import open_machine
+from trainer.distributed import open_dist_context
 from trainer.plan import measurements as parts_of
 from trainer.plan.allreduce_model import Link, ring_seconds, tree_seconds
 from trainer.plan.measurements import Parts, Step, measure, recipe_of
@@ -320,10 +320,10 @@ def main() -> None:
     out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
     require(not out or out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
     files = [out / name for name in ("plan.csv", "plan.json")] if out else []
-    with open_machine() as machine:
-        machine.on_primary(lambda: _refuse_present(*files, kept))
-        parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, machine, images, gpus_per_node)
-    if not machine.primary:
+    with open_dist_context() as ctx:
+        ctx.run_on_rank0(lambda: _refuse_present(*files, kept))
+        parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, ctx, images, gpus_per_node)
+    if not ctx.primary:
         return
     if kept:
         parts_of.save(parts, kept)

@@ -20,7 +20,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.config import Config
-from trainer.distributed import Machine, resolve_precision
+from trainer.distributed import DistContext, resolve_precision
 from trainer.engine.base import Compression
 from trainer.engine.gradient_compression import POWERSGD_RANK
 from trainer.loop import build_engine
@@ -81,33 +81,33 @@ class Parts:
     """The link between nodes, where it was measured."""
 
 
-def measure(cfg: Config, machine: Machine, gpu_images: list[int], gpus_per_node: int) -> Parts:
+def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node: int) -> Parts:
     """The parts, at each of `gpu_images` and the recipe's last resolution: those of the slowest rank. Collective.
 
     The ranks measure at once, so that they take from each other what they share, but wait for nobody in between. If there
     are several, they also measure the link that joins them.
     """
-    catalog = machine.agree(lambda: open_catalog(cfg.data, "train"))
-    hosts = len(machine.gather(torch.tensor(zlib.crc32(socket.gethostname().encode()))).unique())
-    link = measure_link(machine) if machine.world > 1 else None
-    host_s_per_byte = host_seconds_per_byte(machine) if machine.world > 1 else 0.0
-    alone = replace(machine, rank=0, world=1)
+    catalog = ctx.raise_together(lambda: open_catalog(cfg.data, "train"))
+    hosts = len(ctx.gather(torch.tensor(zlib.crc32(socket.gethostname().encode()))).unique())
+    link = measure_link(ctx) if ctx.world > 1 else None
+    host_s_per_byte = host_seconds_per_byte(ctx) if ctx.world > 1 else 0.0
+    alone = replace(ctx, rank=0, world=1)
     taken = [measure_step(cfg, len(catalog.classes), alone, images) for images in sorted(set(gpu_images))]
-    on_cpu = machine.device.type == "cpu"
+    on_cpu = ctx.device.type == "cpu"
     if not on_cpu:  # the loaders of a whole node share its cores
-        cores = machine.cores * machine.world // hosts
+        cores = ctx.cores * ctx.world // hosts
         alone = replace(alone, cores=max(1, cores // gpus_per_node))
     loader_s = _measure_loader(cfg, catalog, alone, max(gpu_images))
-    precision = resolve_precision(cfg.engine.precision, machine.device)
+    precision = resolve_precision(cfg.engine.precision, ctx.device)
     return Parts(
-        measured_on=f"{socket.gethostname()}, {_processor(machine)}, {precision}",
+        measured_on=f"{socket.gethostname()}, {_processor(ctx)}, {precision}",
         recipe=recipe_of(cfg),
         epoch_images=len(catalog),
-        steps=tuple(Step(step.images, *_slowest(machine, list(step[1:]))) for step, _ in taken),
+        steps=tuple(Step(step.images, *_slowest(ctx, list(step[1:]))) for step, _ in taken),
         buckets=taken[-1][1],
-        loader_s=_slowest(machine, [loader_s])[0],
+        loader_s=_slowest(ctx, [loader_s])[0],
         shared_cores=on_cpu,
-        host_s_per_byte=_slowest(machine, [host_s_per_byte])[0],
+        host_s_per_byte=_slowest(ctx, [host_s_per_byte])[0],
         inside=link if hosts == 1 else None,
         between=link if hosts > 1 else None,
     )
@@ -119,7 +119,7 @@ def recipe_of(cfg: Config) -> str:
     return f"{cfg.model.name} at {_size_px(cfg)} px{compressed}"
 
 
-def measure_step(cfg: Config, classes: int, alone: Machine, images: int) -> tuple[Step, tuple[Bucket, ...]]:
+def measure_step(cfg: Config, classes: int, alone: DistContext, images: int) -> tuple[Step, tuple[Bucket, ...]]:
     """An update of `images` synthetic images by a single process, and the buckets that DDP would make of its gradients.
 
     Where it is split, and when a gradient is ready, is seen in updates that are not compiled, as DDP cuts a compiled
@@ -226,7 +226,7 @@ class _Watch:
         return [self.clock.seconds(self.begin, mark) / whole_s for mark in self._ready.values()]
 
 
-def synthetic(cfg: Config, classes: int, alone: Machine, images: int) -> list[Batch]:
+def synthetic(cfg: Config, classes: int, alone: DistContext, images: int) -> list[Batch]:
     rows, size_px = images // cfg.optim.accumulate, _size_px(cfg)
     pixels = torch.randint(256, (rows, size_px, size_px, 3), dtype=torch.uint8, device=alone.device)
     labels = torch.randint(classes, (rows,), device=alone.device)
@@ -234,7 +234,7 @@ def synthetic(cfg: Config, classes: int, alone: Machine, images: int) -> list[Ba
     return [batch] * cfg.optim.accumulate
 
 
-def _measure_loader(cfg: Config, catalog: Catalog, alone: Machine, images: int) -> float:
+def _measure_loader(cfg: Config, catalog: Catalog, alone: DistContext, images: int) -> float:
     """Seconds an image, as one process reads for itself."""
     loader = Loader(
         catalog,
@@ -262,9 +262,9 @@ def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
         yield from loader
 
 
-def _slowest(machine: Machine, seconds: list[float]) -> list[float]:
+def _slowest(ctx: DistContext, seconds: list[float]) -> list[float]:
     """The largest of each of `seconds` over the ranks. Collective."""
-    largest: list[float] = machine.gather(torch.tensor(seconds)).amax(dim=0).tolist()
+    largest: list[float] = ctx.gather(torch.tensor(seconds)).amax(dim=0).tolist()
     return largest
 
 
@@ -272,10 +272,10 @@ def _size_px(cfg: Config) -> int:
     return cfg.data.size_at(cfg.run.epochs - 1, cfg.run.epochs)
 
 
-def _processor(machine: Machine) -> str:
-    if machine.device.type == "cuda":
-        return torch.cuda.get_device_name(machine.device)
-    return f"{machine.cores} cores of {platform.machine()}"
+def _processor(ctx: DistContext) -> str:
+    if ctx.device.type == "cuda":
+        return torch.cuda.get_device_name(ctx.device)
+    return f"{ctx.cores} cores of {platform.machine()}"
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from data_pipeline.sources.catalog import Catalog, open_images
 from data_pipeline.sources.quarantine import printable
 from data_pipeline.sources.tables import TABLES, table_names
 from trainer.config import load_run, run_folder
-from trainer.distributed import Machine, open_machine
+from trainer.distributed import DistContext, open_dist_context
 from trainer.evaluate import Trained, open_trained
 from trainer.predict import kaggle_submission as sample
 
@@ -47,7 +47,7 @@ class Predictions(NamedTuple):
 
 
 def predict_all(
-    predict: Callable[[Tensor], Tensor], classes: int, catalog: Catalog, cfg: DataConfig, machine: Machine, view: "View"
+    predict: Callable[[Tensor], Tensor], classes: int, catalog: Catalog, cfg: DataConfig, ctx: DistContext, view: "View"
 ) -> Predictions:
     """Probabilities of each of `catalog`'s images, the same on all ranks and at any number of them. Collective.
 
@@ -56,13 +56,13 @@ def predict_all(
     torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, and so now one, then another
     count, batch = len(catalog), min(BATCH, len(catalog))
     batches = [list(range(first, min(first + batch, count))) for first in range(0, count, batch)]
-    own = batches[machine.rank :: machine.world]
-    probabilities = torch.zeros(count, classes, device=machine.device)
-    read, unreadable = torch.zeros(2, count, device=machine.device)
+    own = batches[ctx.rank :: ctx.world]
+    probabilities = torch.zeros(count, classes, device=ctx.device)
+    read, unreadable = torch.zeros(2, count, device=ctx.device)
     if own:
         rows = [row for rows in own for row in rows]
         # A loader of its own for each rank: ranks that shared a batch would change the places of its images.
-        alone = replace(machine, rank=0, world=1)
+        alone = replace(ctx, rank=0, world=1)
         loader = Loader(catalog.part(rows), replace(view.source(cfg), batch=batch), alone, training=False)
         for loaded, rows in zip(loader, own, strict=True):
             shown = view.of(loaded.images, cfg.validation_px)
@@ -71,7 +71,7 @@ def predict_all(
             read[rows] += 1
         unreadable[_name_unreadable(loader, catalog)] = 1
     for sums in (probabilities, read, unreadable):
-        machine.sum(sums)
+        ctx.sum(sums)
     assert (read == 1).all(), "every image is of one rank"
     found, readable = probabilities.cpu().numpy(), unreadable.cpu().numpy() == 0
     require(not np.isnan(found).any(), "RUN: its weights give NaN; train it anew with a lower optim.lr")
@@ -232,24 +232,24 @@ def main() -> None:
     theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
     cfg = load_run(Path(args.run), [*theirs, *overrides])
     view = _view(args, cfg.data)
-    with open_machine() as machine:
-        trained = machine.agree(lambda: open_trained(Path(args.run), cfg, machine))
+    with open_dist_context() as ctx:
+        trained = ctx.raise_together(lambda: open_trained(Path(args.run), cfg, ctx))
         classes = trained.classes
         require(
             args.fallback is None or args.fallback in classes,
             f"--fallback: {args.fallback} is no class of {args.run}; give one of {sample.few(classes)}",
         )
         require(args.topk <= len(classes), f"--topk: {args.topk} is more than the {len(classes)} classes; lower it")
-        catalog = machine.agree(lambda: open_images(cfg.data))
-        names = machine.agree(lambda: _names(catalog, cfg.data))
-        form = machine.agree(
+        catalog = ctx.raise_together(lambda: open_images(cfg.data))
+        names = ctx.raise_together(lambda: _names(catalog, cfg.data))
+        form = ctx.raise_together(
             lambda: sample.read(args.sample, catalog.paths, classes, args.topk) if args.sample else None
         )
-        found = predict_all(trained.predict, len(classes), catalog, cfg.data, machine, view)
+        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, view)
         if args.fallback is None:
             _refuse_unreadable(found, catalog)
-        machine.on_primary(lambda: _write(_table(args, form, names, found, trained), args.out))
-    if machine.primary:
+        ctx.run_on_rank0(lambda: _write(_table(args, form, names, found, trained), args.out))
+    if ctx.primary:
         unread = int((~found.readable).sum())
         rest = f"; {unread} cannot be read and are given {args.fallback}" if unread else ""
         print(printable(f"{args.out}: {len(catalog)} images of {args.images} by {trained.checkpoint}{rest}"))

@@ -27,7 +27,7 @@ from data_pipeline.config import require
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.quarantine import printable
 from trainer.config import load_run, run_folder
-from trainer.distributed import open_machine
+from trainer.distributed import open_dist_context
 from trainer.evaluate import open_scored, open_trained, scored_on
 from trainer.predict.cli import View, csv, predict_all
 from trainer.report import plots
@@ -224,21 +224,21 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
 def main() -> None:
     folder, overrides, out = _parse(sys.argv[1:])
     cfg = load_run(folder, overrides)
-    with open_machine() as machine:
-        trained = machine.agree(lambda: open_trained(folder, cfg, machine))
+    with open_dist_context() as ctx:
+        trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         classes = trained.classes
-        catalog = machine.agree(lambda: open_scored(folder, cfg.data, trained))
-        if machine.primary:
+        catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
+        if ctx.primary:
             for path, why in catalog.bad.items():
                 print(f"left out {printable(str(catalog.root / path))}: {why}", file=sys.stderr)
-        found = predict_all(trained.predict, len(classes), catalog, cfg.data, machine, View())
+        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, View())
         rows = np.flatnonzero(found.readable)
         require(len(rows) > 0, "data.path: none of the validation images could be read")
         images = [catalog.paths[row] for row in rows]
         report = Report(images, catalog.labels[rows], found.probabilities[rows], classes)
         title = printable(f"{trained.checkpoint} on {scored_on(catalog, len(rows))}")
-        machine.on_primary(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
-    if machine.primary:
+        ctx.run_on_rank0(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
+    if ctx.primary:
         print_report(report, title, out)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Loader
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 STEPS_BACK = 3
 """At most, with `run.on_nonfinite` back, until a checkpoint has further updates; else it is no single one that fails."""
@@ -21,7 +21,7 @@ class NonFinite(Exception):
         self.step = step
 
 
-def find_nonfinite(module: nn.Module, machine: Machine) -> str | None:
+def find_nonfinite(module: nn.Module, ctx: DistContext) -> str | None:
     """The first weight or statistic of `module` that is infinite or NaN on any rank; None where all are finite.
 
     Collective. Raises `UserError` where what ought to be equal on all ranks is not: weights, where each rank has all of
@@ -34,7 +34,7 @@ def find_nonfinite(module: nn.Module, machine: Machine) -> str | None:
     equal = [name for name in tensors if not name.endswith(_OWN)]
     finite = torch.stack([tensor.sum().float() for tensor in tensors.values()]).isfinite()
     mine = torch.cat([torch.stack([_checksum(tensors[name]) for name in equal]), finite.long()])
-    everyone = machine.gather(mine)
+    everyone = ctx.gather(mine)
     names, wrong = differing(everyone[:, : len(equal)], equal)
     if names:
         raise UserError(

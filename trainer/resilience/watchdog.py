@@ -24,7 +24,7 @@ from typing import NamedTuple, Self
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 STALLED = 75
 """Exit code of a process that leaves a job which hangs: EX_TEMPFAIL of sysexits.h, which invites to try again."""
@@ -53,7 +53,7 @@ class Position(NamedTuple):
 _position = Position()
 
 
-def note(phase: str, step: int | None = None, *, fresh: bool | None = None) -> None:
+def heartbeat(phase: str, step: int | None = None, *, fresh: bool | None = None) -> None:
     """The main thread enters `phase`; after `step` updates, and with `fresh` patience, or as before where not given.
 
     Every rank comes here in the same order, with the same phases.
@@ -69,7 +69,7 @@ class Phase(record_function):
     """`with Phase("forward"):` notes the phase, and is a range of that name in a profile."""
 
     def __enter__(self) -> Self:
-        note(self.name)
+        heartbeat(self.name)
         return super().__enter__()
 
 
@@ -84,8 +84,8 @@ class Watchdog:
     the launcher to end it. Time in which the whole process was suspended does not count.
     """
 
-    def __init__(self, stall_s: float, folder: Path, machine: Machine, tell: Callable[[str], None]) -> None:
-        self.stall_s, self.folder, self.machine, self.tell = stall_s, folder, machine, tell
+    def __init__(self, stall_s: float, folder: Path, ctx: DistContext, tell: Callable[[str], None]) -> None:
+        self.stall_s, self.folder, self.ctx, self.tell = stall_s, folder, ctx, tell
         self._period_s = min(_PERIOD_S, stall_s / 10)
         self._news: dict[int, tuple[int, Position]] = {}  # of each other rank: its latest beat
         self._exchanges = 0
@@ -110,11 +110,11 @@ class Watchdog:
 
     @property
     def _meets(self) -> bool:
-        return self.machine.world > 1 and "MASTER_ADDR" in os.environ
+        return self.ctx.world > 1 and "MASTER_ADDR" in os.environ
 
     def _exchange(self) -> None:
         """Tell the others where this rank is, and hear of them, until the end or until the store is gone."""
-        others = [rank for rank in range(self.machine.world) if rank != self.machine.rank]
+        others = [rank for rank in range(self.ctx.world) if rank != self.ctx.rank]
         try:
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -123,7 +123,7 @@ class Watchdog:
                 wait_for_workers=False,
             )
             for beat in count():
-                store.set(f"{self._prefix}/{self.machine.rank}", json.dumps([beat, *_position]))
+                store.set(f"{self._prefix}/{self.ctx.rank}", json.dumps([beat, *_position]))
                 there = [rank for rank in others if rank in self._news or store.check([f"{self._prefix}/{rank}"])]
                 told = store.multi_get([f"{self._prefix}/{rank}" for rank in there]) if there else []
                 for rank, text in zip(there, told, strict=True):
@@ -138,15 +138,15 @@ class Watchdog:
     def _watch(self) -> None:
         clock_s = moved_s = 0.0
         last: dict[int, tuple[int, Position]] = {}
-        heard_s = dict.fromkeys(range(self.machine.world), 0.0)
+        heard_s = dict.fromkeys(range(self.ctx.world), 0.0)
         exchanges, exchanged_s = 0, 0.0
         look_s = time.monotonic()
         while not self._ended.wait(self._period_s):
             before_s, look_s = look_s, time.monotonic()
             clock_s += min(look_s - before_s, 2 * self._period_s)  # more than that, and it was suspended itself
-            now = {**self._news, self.machine.rank: (0, _position)}
+            now = {**self._news, self.ctx.rank: (0, _position)}
             for rank, news in now.items():
-                if rank == self.machine.rank or news != last.get(rank):
+                if rank == self.ctx.rank or news != last.get(rank):
                     heard_s[rank] = clock_s
                 if rank not in last or news[1] != last[rank][1]:
                     moved_s = clock_s
@@ -165,7 +165,7 @@ class Watchdog:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if not met and not agent:
             silent = {0}  # their meeting place is in its process, so nothing is known of the others
-        first = min(set(range(self.machine.world)) - silent)
+        first = min(set(range(self.ctx.world)) - silent)
         if not met and agent:
             why = f"torchrun at {os.environ['MASTER_ADDR']} does not answer, and this rank waits at {_position}"
         else:
@@ -173,7 +173,7 @@ class Watchdog:
         line = f"nothing has moved for run.stall_s {self.stall_s:g}: {why}; stacks in {self.folder}"
 
         def report() -> None:
-            if self.machine.rank == first or not met:
+            if self.ctx.rank == first or not met:
                 print(f"error: {line}", file=sys.stderr, flush=True)
             self._write_stacks(line)
             self.tell(line)
@@ -186,8 +186,8 @@ class Watchdog:
 
     def _write_stacks(self, line: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank-{self.machine.rank}.txt").open("a") as file:
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.machine.rank} at {_position}: {line}", file=file)
+        with (self.folder / f"rank-{self.ctx.rank}.txt").open("a") as file:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.ctx.rank} at {_position}: {line}", file=file)
             file.flush()
             faulthandler.dump_traceback(file)
             print(file=file)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self, TypeVar
 
 import torch
 
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import SUMS
 from trainer.resilience.watchdog import Phase
 
@@ -67,9 +67,9 @@ class Meter:
     """
 
     def __init__(
-        self, machine: Machine, epoch_sums: list[float], classes: int, train_s: float = 0.0, *, scaled: bool = False
+        self, ctx: DistContext, epoch_sums: list[float], classes: int, train_s: float = 0.0, *, scaled: bool = False
     ) -> None:
-        self.machine, self.classes = machine, classes
+        self.ctx, self.classes = ctx, classes
         self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
         self.nonfinite: BadUpdate | None = None
         """As the last `reduce` has found."""
@@ -107,14 +107,14 @@ class Meter:
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
         values = torch.cat([table.sum(dim=0), table.new_tensor([self._wait_s, *counts]), lost.any()[None]])
-        totals = self.machine.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        totals = self.ctx.sum(values).tolist()  # on a GPU this waits for the steps of the interval
         self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
         sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
         elapsed_s = time.perf_counter() - self._start
         self.train_s += elapsed_s
         self._epoch_s += elapsed_s
         self._epoch_images += sums[3]
-        sums[4] /= self.machine.world  # every rank has the same gradient
+        sums[4] /= self.ctx.world  # every rank has the same gradient
         self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, sums, strict=True)]
         scalars = {}
         if steps:
@@ -123,7 +123,7 @@ class Meter:
                 **(Scores.of(sums).named("train", self.classes) if sums[3] else {}),
                 "train/grad_norm": sums[4] / steps,
                 "perf/images_per_s": sums[3] / elapsed_s,
-                "perf/data_wait_pct": 100 * wait_s / self.machine.world / elapsed_s,
+                "perf/data_wait_pct": 100 * wait_s / self.ctx.world / elapsed_s,
                 "perf/step_ms_p50": times_ms[steps // 2],
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
                 "perf/train_min": self.train_s / 60,
@@ -146,12 +146,12 @@ class Meter:
 
     def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
         """From what is `lost` on this rank: [1 + updates, 1 or 2] whether the loss is, and the gradient's norm. Collective."""
-        anywhere = self.machine.gather(lost.long()).sum(dim=0)
+        anywhere = self.ctx.gather(lost.long()).sum(dim=0)
         update = int(anywhere.any(dim=1).long().argmax())
         return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
 
     def _restart(self) -> None:
-        nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.machine.device)
+        nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
         self._updates = [nothing]  # and behind it what each update returned
         self._wait_s = 0.0
         self._step_s: list[float] = []

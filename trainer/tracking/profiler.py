@@ -11,7 +11,7 @@ from typing import Self
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 
 # Or the profiler's library tells of each start, and of a GPU that is not there, on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -30,9 +30,9 @@ class Trace:
     the chosen updates, leaves a file of those that it came to.
     """
 
-    def __init__(self, steps: range, folder: Path, machine: Machine, done: int = 0) -> None:
+    def __init__(self, steps: range, folder: Path, ctx: DistContext, done: int = 0) -> None:
         self._steps = steps
-        self._folder, self._machine, self._done = folder, machine, done
+        self._folder, self._machine, self._done = folder, ctx, done
         self._profile: profile | None = None
         if self._steps and self._path(self._steps).exists():
             self._steps = range(0)

@@ -21,8 +21,8 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Cursor
 from tests.support.runs import ROOT, SOLO, environment
 from trainer.checkpoint.async_writer import Saver, check_room, checkpoint_bytes
-from trainer.checkpoint.store import Progress, Stamp, Store, Write, fault, write_stamped
-from trainer.distributed import Machine
+from trainer.checkpoint.store import Progress, Stamp, StateWriter, Store, fault, write_stamped
+from trainer.distributed import DistContext
 from trainer.engine.base import Compression, EngineConfig, Normalise
 from trainer.engine.ddp import DdpEngine
 from trainer.model.resnet import ModelConfig, build_resnet
@@ -33,15 +33,15 @@ def ignore(line: str) -> None:
     """Where nobody listens."""
 
 
-def saver(run: Path, machine: Machine = SOLO, tell: Callable[[str], None] = ignore) -> Saver:
-    return Saver(Store(run, keep=1), machine, Progress(), tell)
+def saver(run: Path, ctx: DistContext = SOLO, tell: Callable[[str], None] = ignore) -> Saver:
+    return Saver(Store(run, keep=1), ctx, Progress(), tell)
 
 
 def progress(step: int) -> Progress:
     return Progress(step, Cursor(0, step), [0.5], best_top1_pct=step / 3)
 
 
-def writer(step: int, rank: int = 0, size: int = 1000) -> Write:
+def writer(step: int, rank: int = 0, size: int = 1000) -> StateWriter:
     content = bytes([step]) * size
     return lambda folder: {f"part-{rank}": write_stamped(folder / f"part-{rank}", content)}
 
@@ -126,16 +126,16 @@ def test_what_is_written_is_the_moment_of_the_snapshot(tmp_path: Path) -> None:
     disturb(engine)
     for name in ("first", "second"):  # into memory that is new, and that was used before
         (tmp_path / name).mkdir()
-        write = engine.snapshot({})
+        write = engine.capture_state({})
         wanted = {key: value.clone() for key, value in engine.module.state_dict().items()}
-        averages = {key: value.clone() for key, value in engine.judged.state_dict().items()}
+        averages = {key: value.clone() for key, value in engine.eval_model.state_dict().items()}
         moments = [value.clone() for state in engine.optimizer.state.values() for value in state.values()]
         disturb(engine)
         write(tmp_path / name)
         resumed = build()
         resumed.load(tmp_path / name)
         torch.testing.assert_close(resumed.module.state_dict(), wanted, rtol=0, atol=0)
-        torch.testing.assert_close(resumed.judged.state_dict(), averages, rtol=0, atol=0)
+        torch.testing.assert_close(resumed.eval_model.state_dict(), averages, rtol=0, atol=0)
         again = [value for state in resumed.optimizer.state.values() for value in state.values()]
         torch.testing.assert_close(again, moments, rtol=0, atol=0)
 
@@ -222,9 +222,9 @@ def test_killed_in_the_middle_of_saving(tmp_path: Path) -> None:
 def three_ranks(rank: int, folder: Path) -> None:
     """Rank 1 is the last to write, then finds no room, then dies of a mistake of ours."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=3)
-    machine = Machine(torch.device("cpu"), rank, world=3, cores=1)
+    ctx = DistContext(torch.device("cpu"), rank, world=3, cores=1)
     told: list[str] = []
-    one = saver(folder / "run", machine, told.append)
+    one = saver(folder / "run", ctx, told.append)
 
     def late(place: Path) -> dict[str, Stamp]:
         time.sleep(0.5 * (rank == 1))
@@ -232,7 +232,7 @@ def three_ranks(rank: int, folder: Path) -> None:
         return writer(1, rank)(place)
 
     one.start(progress(1), late, best=True)
-    torch.testing.assert_close(machine.sum(torch.ones(2)), torch.full((2,), 3.0))  # training goes on meanwhile
+    torch.testing.assert_close(ctx.sum(torch.ones(2)), torch.full((2,), 3.0))  # training goes on meanwhile
     assert one.wait() is None and one.saved == progress(1)
     with no_room() if rank == 1 else contextmanager(lambda: iter([None]))():
         one.start(progress(2), writer(2, rank), best=True)
@@ -277,7 +277,7 @@ def test_size_is_known_before(optim: OptimConfig, compression: Compression, tmp_
     for parameter in engine.module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     engine._update()
-    size = sum(stamp.bytes for stamp in engine.snapshot({})(tmp_path).values())
+    size = sum(stamp.bytes for stamp in engine.capture_state({})(tmp_path).values())
     with torch.device("meta"):
         module = build_resnet(ModelConfig("resnet18"), 4)
     assert checkpoint_bytes(module, optim, compression, world=1) == pytest.approx(size, rel=0.01)

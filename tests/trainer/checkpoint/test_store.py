@@ -22,8 +22,8 @@ from trainer.checkpoint.store import (
     PARTIAL,
     Progress,
     Stamp,
+    StateWriter,
     Store,
-    Write,
     check_run,
     claim_run,
     fault,
@@ -39,7 +39,7 @@ def progress(step: int) -> Progress:
     return Progress(step, Cursor(1, 12 * step), [1.5 * step, 0.1, 2.0, 3.0, 1e300], best_top1_pct=100 / 3)
 
 
-def writer(step: int) -> Write:
+def writer(step: int) -> StateWriter:
     """Two files, as an engine writes them."""
     names = ("model.safetensors", "training.pt")
     return lambda folder: {name: write_stamped(folder / name, content(step, name)) for name in names}
@@ -53,7 +53,7 @@ def save(store: Store, step: int, best: bool = False) -> None:
     put(store, progress(step), writer(step), best)
 
 
-def put(store: Store, progress: Progress, write: Write, best: bool = False) -> None:
+def put(store: Store, progress: Progress, write: StateWriter, best: bool = False) -> None:
     store.begin(progress.step)
     store.complete(progress, store.put(progress.step, write), best=best)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS, Engine, EngineConfig, Normalise
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.deepspeed import DeepSpeedEngine
@@ -47,9 +47,9 @@ def net(seed: int = 3) -> Net:
     return Net()
 
 
-def build(cfg: EngineConfig, optim: OptimConfig, machine: Machine, module: nn.Module) -> Engine:
+def build(cfg: EngineConfig, optim: OptimConfig, ctx: DistContext, module: nn.Module) -> Engine:
     engine = DeepSpeedEngine if cfg.name == "deepspeed" else DdpEngine
-    return engine(module, Normalise(DataConfig().mean, DataConfig().std, machine.device), cfg, optim, machine)
+    return engine(module, Normalise(DataConfig().mean, DataConfig().std, ctx.device), cfg, optim, ctx)
 
 
 def possible(optim: OptimConfig) -> list[EngineConfig]:
@@ -76,81 +76,81 @@ def part_of(whole: Batch, rows: slice) -> Batch:
     return part(whole, rows)._replace(targets=None if whole.targets is None else whole.targets[rows])
 
 
-def train(engine: Engine, machine: Machine, micro_batches: int = 1) -> Tensor:
+def train(engine: Engine, ctx: DistContext, micro_batches: int = 1) -> Tensor:
     """[4, 5] sums over all ranks of each update."""
     sums = []
     for number, whole in enumerate(updates(micro_batches)):
-        mine = [part_of(one, slice(machine.rank, None, machine.world)) for one in whole]
+        mine = [part_of(one, slice(ctx.rank, None, ctx.world)) for one in whole]
         sums.append(engine.step(mine, 0.02 / (1 + number)))
-    return machine.sum(torch.stack(sums))
+    return ctx.sum(torch.stack(sums))
 
 
-def saved(engine: Engine, machine: Machine, folder: Path) -> dict[str, Tensor]:
+def saved(engine: Engine, ctx: DistContext, folder: Path) -> dict[str, Tensor]:
     """Weights and statistics as anybody would read them, from a new `folder`."""
-    machine.on_primary(folder.mkdir)
-    engine.snapshot({})(folder)
-    machine.barrier()
+    ctx.run_on_rank0(folder.mkdir)
+    engine.capture_state({})(folder)
+    ctx.barrier()
     return load_file(folder / WEIGHTS)
 
 
-def check_weights(machine: Machine, folder: Path) -> None:
+def check_weights(ctx: DistContext, folder: Path) -> None:
     """DeepSpeed's weights are DDP's bit for bit where nothing is divided, and else up to the rounding of fp32: torch's
     fused kernels round a flat tensor otherwise than the ends of many, and norms and micro-batches are summed otherwise.
     """
     for optim, name in ((SGD, "sgd"), (ADAMW, "adamw"), (CLIPPED, "clipped"), (AVERAGED, "averaged")):
-        reference = build(DDP, optim, machine, net())
-        wanted_sums = train(reference, machine, optim.accumulate)
-        wanted = saved(reference, machine, folder / f"{name} ddp")
-        assert not optim.clip_norm or (wanted_sums[:, 4] / machine.world > optim.clip_norm).all()
+        reference = build(DDP, optim, ctx, net())
+        wanted_sums = train(reference, ctx, optim.accumulate)
+        wanted = saved(reference, ctx, folder / f"{name} ddp")
+        assert not optim.clip_norm or (wanted_sums[:, 4] / ctx.world > optim.clip_norm).all()
         assert wanted_sums[:, 3].tolist() == [8 * optim.accumulate - gone for gone in (0, 0, 1, 5)]
         for cfg in possible(optim):
-            engine = build(cfg, optim, machine, net())
-            sums = train(engine, machine, optim.accumulate)
+            engine = build(cfg, optim, ctx, net())
+            sums = train(engine, ctx, optim.accumulate)
             torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-6)
-            weights = saved(engine, machine, folder / f"{name} {cfg.zero_stage}")
+            weights = saved(engine, ctx, folder / f"{name} {cfg.zero_stage}")
             for key in wanted:
                 rtol, atol = (1e-5, 1e-7) if cfg.zero_stage else (0, 0)
                 at = f"{name}, ZeRO-{cfg.zero_stage}, {key}"
                 torch.testing.assert_close(weights[key], wanted[key], rtol=rtol, atol=atol, msg=f"{at} differs")
 
 
-def check_predictions(machine: Machine, folder: Path) -> None:
+def check_predictions(ctx: DistContext, folder: Path) -> None:
     """By the weights that are saved, or their average, with the statistics that all ranks agree on."""
     images = batch(6, seed=5).images
     for optim in (SGD, AVERAGED):
         for cfg in (DDP, *possible(optim)):
-            engine = build(cfg, optim, machine, net())
-            train(engine, machine)
-            engine.agree()
+            engine = build(cfg, optim, ctx, net())
+            train(engine, ctx)
+            engine.sync_buffers()
             logits = engine.predict(images)
             theirs = net(seed=8).eval()
-            theirs.load_state_dict(saved(engine, machine, folder / f"{optim.ema_decay} {cfg.name} {cfg.zero_stage}"))
+            theirs.load_state_dict(saved(engine, ctx, folder / f"{optim.ema_decay} {cfg.name} {cfg.zero_stage}"))
             with torch.no_grad():
                 torch.testing.assert_close(logits, theirs(normalised(images)), rtol=1e-4, atol=1e-5)
-            everyone = machine.gather(logits)
+            everyone = ctx.gather(logits)
             assert all(torch.equal(one, everyone[0]) for one in everyone)
             assert all(layer.training for layer in engine.module.modules())
-            train(engine, machine)
+            train(engine, ctx)
 
 
-def check_resuming(machine: Machine, folder: Path) -> None:
+def check_resuming(ctx: DistContext, folder: Path) -> None:
     """A fresh engine that loads what another one saved goes on bit by bit, and saves the same bytes."""
     cases = [(DDP, AVERAGED), (ZERO[0], SGD), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
     for number, (cfg, optim) in enumerate(cases):
         place = folder / f"resuming {number}"
-        machine.on_primary(place.mkdir)
-        straight = build(cfg, optim, machine, net())
-        train(straight, machine)
-        saved(straight, machine, place / "middle")
-        resumed = build(cfg, optim, machine, net(seed=8))
+        ctx.run_on_rank0(place.mkdir)
+        straight = build(cfg, optim, ctx, net())
+        train(straight, ctx)
+        saved(straight, ctx, place / "middle")
+        resumed = build(cfg, optim, ctx, net(seed=8))
         resumed.load(place / "middle")
-        told = [train(engine, machine) for engine in (straight, resumed)]
-        ends = [saved(engine, machine, place / name) for engine, name in ((straight, "straight"), (resumed, "resumed"))]
+        told = [train(engine, ctx) for engine in (straight, resumed)]
+        ends = [saved(engine, ctx, place / name) for engine, name in ((straight, "straight"), (resumed, "resumed"))]
         assert_equal(ends[1], ends[0])
         assert torch.equal(*told)
         names = sorted(file.name for file in (place / "straight").iterdir())
         assert names == sorted(file.name for file in (place / "resumed").iterdir())
-        shards = [f"optimizer-{rank}.pt" for rank in range(machine.world if cfg.zero_stage else 1)]
+        shards = [f"optimizer-{rank}.pt" for rank in range(ctx.world if cfg.zero_stage else 1)]
         assert names == ["model.safetensors", *(shards if cfg.name == "deepspeed" else ()), "training.pt"]
         for name in names:
             assert (place / "resumed" / name).read_bytes() == (place / "straight" / name).read_bytes(), name
@@ -158,13 +158,13 @@ def check_resuming(machine: Machine, folder: Path) -> None:
 
 def prove(rank: int, world: int, folder: Path) -> None:
     if world > 1:
-        machine = join(rank, world, folder)
+        ctx = join(rank, world, folder)
     else:
         torch.set_num_threads(1)
-        machine = Machine(torch.device("cpu"), 0, 1, 1)
+        ctx = DistContext(torch.device("cpu"), 0, 1, 1)
     for check in (check_weights, check_predictions, check_resuming):
-        machine.on_primary((folder / check.__name__).mkdir)
-        check(machine, folder / check.__name__)
+        ctx.run_on_rank0((folder / check.__name__).mkdir)
+        check(ctx, folder / check.__name__)
 
 
 @pytest.mark.parametrize("world", [1, 2])

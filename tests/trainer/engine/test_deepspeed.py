@@ -106,7 +106,7 @@ def check_overflow(folder: Path) -> None:
         engine.scale = 4.0
         place = folder / str(stage)
         place.mkdir()
-        engine.snapshot({})(place)
+        engine.capture_state({})(place)
         scales: list[tuple[Precision, float]] = [("fp16", 4.0), ("fp32", 1.0)]
         for precision, wanted in scales:
             resumed = zero(stage, SGD, small_net(), precision)
@@ -144,7 +144,7 @@ def check_what_is_loaded(folder: Path) -> None:
     for name, engine in engines.items():
         train(engine, SOLO)
         (folder / name).mkdir()
-        engine.snapshot({})(folder / name)
+        engine.capture_state({})(folder / name)
     for stage in range(4):
         reader = zero(stage, SGD, net())
         with pytest.raises(UserError, match=r"engine.name: .* was not saved by deepspeed; set it back to ddp"):

@@ -26,7 +26,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.support.runs import SOLO, environment, free_port
-from trainer.distributed import Machine, Precision, keep_group, open_machine
+from trainer.distributed import DistContext, Precision, keep_group, open_dist_context
 from trainer.engine import gradient_compression
 from trainer.engine.base import (
     STATE,
@@ -87,11 +87,11 @@ def build(
     module: nn.Module,
     optim: OptimConfig = PLAIN,
     precision: Precision = "fp32",
-    machine: Machine = SOLO,
+    ctx: DistContext = SOLO,
     **options: Any,
 ) -> DdpEngine:
     cfg = EngineConfig(precision=precision, **options)
-    return DdpEngine(module, Normalise(MEAN, STD, machine.device), cfg, optim, machine)
+    return DdpEngine(module, Normalise(MEAN, STD, ctx.device), cfg, optim, ctx)
 
 
 def batch(rows: int, seed: int = 0, total: int | None = None) -> Batch:
@@ -236,27 +236,27 @@ def test_binary_loss_is_timms() -> None:
         assert sums[0].item() == pytest.approx(4 * expected.item(), rel=1e-5)
 
 
-def join(rank: int, world: int, folder: Path) -> Machine:
+def join(rank: int, world: int, folder: Path) -> DistContext:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     keep_group()
     torch.set_num_threads(1)
-    return Machine(torch.device("cpu"), rank, world, 1)
+    return DistContext(torch.device("cpu"), rank, world, 1)
 
 
 def as_one_of_two(rank: int, folder: Path) -> None:
     """Three updates of two micro-batches, whose rows are dealt out to the ranks; the last one has padding."""
-    machine = join(rank, 2, folder)
-    engine = build(small_net(), OptimConfig(lr=0.1, clip_norm=0.5), machine=machine)
+    ctx = join(rank, 2, folder)
+    engine = build(small_net(), OptimConfig(lr=0.1, clip_norm=0.5), ctx=ctx)
     sums = torch.zeros(5, dtype=torch.float64)
     for micro_batches in updates():
-        sums += machine.sum(engine.step([part(one, slice(rank, None, 2)) for one in micro_batches], 0.1))
+        sums += ctx.sum(engine.step([part(one, slice(rank, None, 2)) for one in micro_batches], 0.1))
     sums[4] /= 2
     torch.save({"sums": sums, "parameters": parameters(engine)}, folder / f"rank {rank}")
     # A network with batch norm: weights agree among the ranks, running statistics only after `agree`.
-    engine = build(resnet(), machine=machine)
+    engine = build(resnet(), ctx=ctx)
     engine.step([part(batch(8), slice(rank, None, 2))], 0.1)
     before = {name: value.clone() for name, value in engine.module.state_dict().items()}
-    engine.agree()
+    engine.sync_buffers()
     torch.save({"before": before, "after": engine.module.state_dict()}, folder / f"resnet {rank}")
     dist.destroy_process_group()
 
@@ -294,20 +294,20 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
 
 def compressed(rank: int, folder: Path) -> None:
     """Four updates with each kind of compression; those with PowerSGD also interrupted after three."""
-    machine = join(rank, 2, folder)
+    ctx = join(rank, 2, folder)
     gradient_compression.POWERSGD_START = 2
     optim, batches = OptimConfig(lr=0.1), [part(batch(16, seed), slice(rank, None, 2)) for seed in range(4)]
     ends = {}
     for how in get_args(Compression):
-        engine = build(small_net(), optim, machine=machine, compression=how)
+        engine = build(small_net(), optim, ctx=ctx, compression=how)
         for number, one in enumerate(batches):
             if number == 3:
-                machine.on_primary((folder / how).mkdir)
-                engine.snapshot({})(folder / how)
-                machine.barrier()
+                ctx.run_on_rank0((folder / how).mkdir)
+                engine.capture_state({})(folder / how)
+                ctx.barrier()
             engine.step([one], 0.1)
         ends[how] = parameters(engine)
-    resumed = build(small_net(), optim, machine=machine, compression="powersgd")
+    resumed = build(small_net(), optim, ctx=ctx, compression="powersgd")
     resumed.load(folder / "powersgd")
     resumed.step([batches[3]], 0.1)
     ends["resumed"] = parameters(resumed)
@@ -331,9 +331,9 @@ def test_compressed_gradients_are_near_whole_ones(tmp_path: Path) -> None:
 
 def with_powersgd(rank: int, folder: Path) -> None:
     """Updates of a network whose gradients would fill two of DDP's own buckets."""
-    machine = join(rank, 2, folder)
+    ctx = join(rank, 2, folder)
     gradient_compression.POWERSGD_START = 2
-    engine = build(resnet(), OptimConfig(lr=0.01), machine=machine, compression="powersgd")
+    engine = build(resnet(), OptimConfig(lr=0.01), ctx=ctx, compression="powersgd")
     for seed in range(6):
         engine.step([part(batch(8, seed), slice(rank, None, 2))], 0.01)
     torch.save(parameters(engine), folder / f"rank {rank}")
@@ -358,7 +358,7 @@ class SlowToGo:
 
 def leave_before_a_callback(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    with open_machine():
+    with open_dist_context():
         if rank == 1:
             time.sleep(0.3)  # so that one of gloo's threads ends the sum of rank 0, and calls back
         ended = dist.all_reduce(torch.ones(1), async_op=True).get_future()
@@ -427,7 +427,7 @@ def test_pieces_that_fit_are_one_batch(room: int, pieces: int) -> None:
     whole, cut = build(small_net()), build(small_net())
     out_of_memory_above(room, cut.module)
     cut.fit_memory(8, 32)
-    assert cut.pieces == pieces
+    assert cut.chunks_per_micro_batch == pieces
     for seed in range(2):
         torch.testing.assert_close(
             cut.step([batch(8, seed)], 0.1), whole.step([batch(8, seed)], 0.1), rtol=1e-5, atol=1e-7
@@ -440,7 +440,7 @@ def test_a_trial_of_memory_changes_nothing() -> None:
     before = {name: value.clone() for name, value in engine.module.state_dict().items()}
     out_of_memory_above(4, engine.module)
     engine.fit_memory(8, 32)
-    assert engine.pieces == 2
+    assert engine.chunks_per_micro_batch == 2
     assert_equal(engine.module.state_dict(), before)
     assert all(parameter.grad is None for parameter in engine.module.parameters())
 
@@ -517,11 +517,11 @@ def test_low_precision_is_near_fp32(precision: Precision) -> None:
 def test_channels_last_stays(tmp_path: Path) -> None:
     engine = build(resnet(), OptimConfig(lr=0.1, ema_decay=0.9))
     engine.step([batch(4)], 0.1)
-    engine.snapshot({})(tmp_path)
+    engine.capture_state({})(tmp_path)
     engine.load(tmp_path)
     engine.step([batch(4)], 0.1)
     moments = [state["momentum_buffer"] for state in engine.optimizer.state.values()]
-    tensors = [*engine.module.parameters(), *engine.judged.parameters(), *moments]
+    tensors = [*engine.module.parameters(), *engine.eval_model.parameters(), *moments]
     maps = [tensor for tensor in tensors if tensor.ndim == 4]
     assert len(maps) == 3 * 20
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in maps)
@@ -542,7 +542,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
     for seed, lr in enumerate(lrs):
         if seed == 3:
             (tmp_path / "middle").mkdir()
-            straight.snapshot({})(tmp_path / "middle")
+            straight.capture_state({})(tmp_path / "middle")
         straight.step([batch(4, seed)], lr)
     resumed = build(resnet(seed=8), optim, precision)
     resumed.load(tmp_path / "middle")
@@ -550,7 +550,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
         resumed.step([batch(4, seed)], lr)
     for name, engine in (("straight", straight), ("resumed", resumed)):
         (tmp_path / name).mkdir()
-        engine.snapshot({"model": "resnet18", "classes": "[]", "data": "x"})(tmp_path / name)
+        engine.capture_state({"model": "resnet18", "classes": "[]", "data": "x"})(tmp_path / name)
     assert_equal(resumed.module.state_dict(), straight.module.state_dict())
     for file in (WEIGHTS, STATE):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes(), file
@@ -560,7 +560,7 @@ def test_loading_continues_bit_by_bit(optim: OptimConfig, precision: Precision, 
 def test_precision_may_change_on_resume(before: Precision, after: Precision, tmp_path: Path) -> None:
     engine = build(small_net(), precision=before)
     engine.step([batch(8)], 0.1)
-    engine.snapshot({})(tmp_path)
+    engine.capture_state({})(tmp_path)
     resumed = build(small_net(), precision=after)
     resumed.load(tmp_path)
     assert_equal(parameters(resumed), parameters(engine))
@@ -571,7 +571,7 @@ def test_saved_weights_are_torchvisions(tmp_path: Path) -> None:
     engine = build(resnet(), OptimConfig(lr=0.05, ema_decay=0.9))
     for seed in range(2):
         engine.step([batch(4, seed)], 0.05)
-    engine.snapshot({"model": "resnet18", "classes": '["ü"]'})(tmp_path)
+    engine.capture_state({"model": "resnet18", "classes": '["ü"]'})(tmp_path)
     assert read_metadata(tmp_path) == {"model": "resnet18", "classes": '["ü"]'}
     theirs = torchvision.models.resnet18(num_classes=CLASSES)
     theirs.load_state_dict(load_file(tmp_path / WEIGHTS), strict=True)

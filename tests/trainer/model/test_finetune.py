@@ -22,7 +22,7 @@ from tests.support.runs import SOLO, TINTS, Job, dotted, images, settings_of
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
 from trainer.checkpoint.store import Store
 from trainer.config import Config, RunConfig, load
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import STATE, WEIGHTS, EngineConfig, Normalise
 from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
@@ -55,13 +55,13 @@ def pretrained() -> nn.Module:
 
 
 def engine_of(
-    network: nn.Module, model: ModelConfig, optim: OptimConfig = PLAIN, machine: Machine = SOLO, **options: Any
+    network: nn.Module, model: ModelConfig, optim: OptimConfig = PLAIN, ctx: DistContext = SOLO, **options: Any
 ) -> DdpEngine:
     ours = build_resnet(model, CLASSES)
     ours.load_state_dict(network.state_dict())
     freeze(ours, model, epoch=100)
     cfg = EngineConfig(**{"precision": "fp32", **options})
-    return DdpEngine(ours, Normalise(DataConfig().mean, DataConfig().std, machine.device), cfg, optim, machine)
+    return DdpEngine(ours, Normalise(DataConfig().mean, DataConfig().std, ctx.device), cfg, optim, ctx)
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def assert_told_the_same(told: list[list[float]], wanted: Tensor) -> None:
     torch.testing.assert_close(ours[:, 1], wanted[:, 1], rtol=2e-3, atol=0)
 
 
-def in_epochs(engine: DdpEngine, model: ModelConfig, machine: Machine = SOLO, epochs: int = 4) -> list[list[float]]:
+def in_epochs(engine: DdpEngine, model: ModelConfig, ctx: DistContext = SOLO, epochs: int = 4) -> list[list[float]]:
     """Two updates an epoch, the second of them of two micro-batches; [loss, gradient norm] of each over all ranks."""
     told = []
     for epoch in range(epochs):
@@ -157,9 +157,9 @@ def in_epochs(engine: DdpEngine, model: ModelConfig, machine: Machine = SOLO, ep
         for number in range(2):
             whole = batch(16, seed=10 * epoch + number)
             rows = [slice(0, 16)] if number == 0 else [slice(0, 8), slice(8, 16)]
-            mine = [part(part(whole, some), slice(machine.rank, None, machine.world)) for some in rows]
-            sums = machine.sum(engine.step(mine, RATE))
-            told.append([sums[0].item() / 16, sums[4].item() / machine.world])
+            mine = [part(part(whole, some), slice(ctx.rank, None, ctx.world)) for some in rows]
+            sums = ctx.sum(engine.step(mine, RATE))
+            told.append([sums[0].item() / 16, sums[4].item() / ctx.world])
     return told
 
 
@@ -213,12 +213,12 @@ def test_thawing_is_what_torch_does(layer_decay: float, tmp_path: Path) -> None:
 
 
 def as_one_of_two(rank: int, folder: Path, layer_decay: float) -> None:
-    machine = join(rank, 2, folder)
+    ctx = join(rank, 2, folder)
     network = pretrained()
     model, optim = replace(FIRST, freeze_bn=True), replace(PLAIN, layer_decay=layer_decay)
-    engine, again = (engine_of(network, model, optim, machine) for _ in range(2))
-    told = in_epochs(engine, model, machine)
-    in_epochs(again, model, machine)
+    engine, again = (engine_of(network, model, optim, ctx) for _ in range(2))
+    told = in_epochs(engine, model, ctx)
+    in_epochs(again, model, ctx)
     saved = {"told": told, "state": state_of(engine.module), "again": state_of(again.module)}
     torch.save(saved, folder / f"rank {rank}")
 
@@ -240,11 +240,11 @@ def options(base: Path, run: Path, **more: str) -> dict[str, str]:
     return {**settings_of(base, run, epochs=2), **OPTIONS, "model.weights": str(weights), **more}
 
 
-def stopped_again_and_again(cfg: Config, machine: Machine) -> None:
+def stopped_again_and_again(cfg: Config, ctx: DistContext) -> None:
     for stop in STOPS:
-        fit(replace(cfg, run=replace(cfg.run, max_steps=stop)), machine, StopFlag())
+        fit(replace(cfg, run=replace(cfg.run, max_steps=stop)), ctx, StopFlag())
         assert Store(cfg.folder).progress().step == stop
-    assert fit(cfg, machine, StopFlag()).finished
+    assert fit(cfg, ctx, StopFlag()).finished
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
@@ -293,10 +293,10 @@ def test_stopped_run_of_one_process(base: Path, tmp_path: Path, capsys: pytest.C
 
 
 def prove_two_ranks(rank: int, base: Path, folder: Path) -> None:
-    machine = join(rank, 2, folder)
+    ctx = join(rank, 2, folder)
     whole, run = (load(dotted(options(base, folder / name))) for name in ("whole", "stopped"))
-    fit(whole, machine, StopFlag())
-    stopped_again_and_again(run, machine)
+    fit(whole, ctx, StopFlag())
+    stopped_again_and_again(run, ctx)
 
 
 def test_stopped_run_of_two_ranks(base: Path, tmp_path: Path) -> None:

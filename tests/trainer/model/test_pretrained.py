@@ -26,7 +26,7 @@ from tests.support.runs import SOLO
 from tests.trainer.engine.test_engine import join
 from trainer.checkpoint.host_copy import METADATA
 from trainer.config import load, load_run, to_yaml
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS
 from trainer.model.pretrained import load_weights_to_start, preprocessing
 from trainer.model.resnet import ModelConfig, ModelName, ResNet, build_resnet
@@ -391,16 +391,16 @@ def test_a_runs_preprocessing_is_a_default(tmp_path: Path) -> None:
 
 def prove_ranks(rank: int, folder: Path) -> None:
     """Only the first rank can read the file, and its mistake is everybody's."""
-    machine: Machine = join(rank, 2, folder)
+    ctx: DistContext = join(rank, 2, folder)
     torch.manual_seed(rank)
     network = build_resnet(ModelConfig(), len(CLASSES))
     weights = folder / ("weights.pth" if rank == 0 else "absent.pth")
-    told = load_weights_to_start(network, ModelConfig(weights=str(weights)), CLASSES, machine)
+    told = load_weights_to_start(network, ModelConfig(weights=str(weights)), CLASSES, ctx)
     assert told == (f"starting from {weights}, head included" if rank == 0 else "")
     for name, value in torchvisions().state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
     with pytest.raises(UserError, match="does not exist"):
-        load_weights_to_start(network, ModelConfig(weights=str(folder / "no.pth")), CLASSES, machine)
+        load_weights_to_start(network, ModelConfig(weights=str(folder / "no.pth")), CLASSES, ctx)
 
 
 def test_one_rank_reads_for_all(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.support.runs import BATCH, EPOCHS, SOLO, STEPS, TRAIN, Job, checkpoin
 from trainer import __main__ as training
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import load
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.engine.base import SUMS
 from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
@@ -94,17 +94,17 @@ def flip_bit(weight: Tensor) -> None:
 
 def check_on_two_ranks(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    machine, module = Machine(torch.device("cpu"), rank, 2, 1), network()
+    ctx, module = DistContext(torch.device("cpu"), rank, 2, 1), network()
     mean = module.get_buffer("bn1.running_mean")
     mean += rank
-    found = [find_nonfinite(module, machine)]
+    found = [find_nonfinite(module, ctx)]
     if rank == 1:
         mean[3] = torch.nan
-    found.append(find_nonfinite(module, machine))
+    found.append(find_nonfinite(module, ctx))
     if rank == 1:
         flip_bit(module.fc.bias)
     try:
-        find_nonfinite(module, machine)
+        find_nonfinite(module, ctx)
     except UserError as error:
         found.append(str(error))
     torch.save(found, folder / f"rank {rank}")
@@ -150,7 +150,7 @@ class Flipping(DdpEngine):
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         sums = super().step(micro_batches, lr)
-        if self.machine.rank == 1 and self.updates == 4:
+        if self.ctx.rank == 1 and self.updates == 4:
             flip_bit(self.module.get_parameter("fc.bias"))
         return sums
 

@@ -29,8 +29,8 @@ from tests.support.runs import (
 )
 from trainer.checkpoint.store import Store
 from trainer.config import RunConfig
-from trainer.distributed import Machine
-from trainer.resilience.watchdog import FRESH, STALLED, Phase, Position, Watchdog, note, verdict
+from trainer.distributed import DistContext
+from trainer.resilience.watchdog import FRESH, STALLED, Phase, Position, Watchdog, heartbeat, verdict
 
 STALL_S = 4.0
 
@@ -67,15 +67,15 @@ def rank_of_two(plan: str) -> None:
     store = torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank == 0, wait_for_workers=False
     )
-    machine = Machine(torch.device("cpu"), rank, world, cores=1)
-    with Watchdog(STALL_S, Path("stacks"), machine, lambda line: print("told:", line, flush=True)):
+    ctx = DistContext(torch.device("cpu"), rank, world, cores=1)
+    with Watchdog(STALL_S, Path("stacks"), ctx, lambda line: print("told:", line, flush=True)):
         for step in range(200 if plan == "patient" else 10**6):
-            note("data", step, fresh=plan == "fresh")
+            heartbeat("data", step, fresh=plan == "fresh")
             if step == 10 and rank == world - 1 and plan in ("behind", "fresh"):
                 hold_up()
             with Phase("forward"):
                 time.sleep(0.01)
-            note("all-reduce")
+            heartbeat("all-reduce")
             store.set(f"{step}/{rank}", "")
             for other in range(world):
                 store.get(f"{step}/{other}")  # wait for it, as a collective does

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.runs import SOLO
-from trainer.distributed import Machine
+from trainer.distributed import DistContext
 from trainer.tracking import meter as meter_module
 from trainer.tracking.meter import Meter, Scores
 
@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-class TwoRanks(Machine):
+class TwoRanks(DistContext):
     """Rank 0 of two, the other of which has the same sums, waits for its data twice as long and is asked to stop."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
