@@ -4,20 +4,24 @@ Exit codes: 0 at the end, 2 for what a user can mend, 75 where it hangs (see `wa
 """
 
 import sys
+from contextlib import ExitStack
 
 from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.worker_pool import progress
 from trainer.config import load
 
 
 def main() -> None:
     cfg = load(sys.argv[1:])
-    # Only now what takes seconds to import: a mistake in the options is told at once.
-    from trainer.distributed import open_dist_context
-    from trainer.loop import fit
-    from trainer.resilience.signals import StopFlag
+    with ExitStack() as starting:
+        starting.enter_context(progress("starting"))
+        # Only now what takes seconds to import: a mistake in the options is told at once.
+        from trainer.distributed import open_dist_context
+        from trainer.loop import fit
+        from trainer.resilience.signals import StopFlag
 
-    with StopFlag() as stop, open_dist_context() as ctx:
-        fit(cfg, ctx, stop)
+        with StopFlag() as stop, open_dist_context() as ctx:
+            fit(cfg, ctx, stop, started=starting.close)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn import functional
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -123,11 +124,18 @@ def main() -> None:
     args, options = parse_known(parser, sys.argv[1:])
     folder, _ = run_folder(sys.argv[1:], parser.prog)
     cfg = load_run(folder, options)
-    with open_dist_context() as ctx:
+    with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
         loader = Loader(catalog, cfg.data, ctx, training=False)
-        scores = evaluate(with_mirror(trained.predict) if args.flip else trained.predict, loader, ctx)
+        predict = with_mirror(trained.predict) if args.flip else trained.predict
+        with progress("evaluating", len(catalog)) as advance:
+
+            def predict_and_tell(images: torch.Tensor) -> torch.Tensor:
+                advance(ctx.world * len(images))  # the others are about as far
+                return predict(images)
+
+            scores = evaluate(predict_and_tell, loader, ctx)
     if ctx.primary:
         views = ", with mirror images," if args.flip else ""
         print(

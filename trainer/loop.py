@@ -1,7 +1,7 @@
 """fit(): the training loop, and what it needs to be opened."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,8 +24,10 @@ from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session, engine_for, fresh_model
 
 
-def fit(cfg: Config, ctx: DistContext, stop: StopFlag) -> Progress:
+def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], None] = lambda: None) -> Progress:
     """Train until all epochs are done, `run.max_steps` is reached or `stop` is raised; resume the run that is there.
+
+    `started` is called when all is open, before the run's own console speaks.
 
     Collective. Raises `UserError`, on every rank, for what a user can mend.
     """
@@ -54,6 +56,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag) -> Progress:
         keep_compiled(cfg.engine, cfg.folder)
         ctx.run_on_rank0(store.prepare)
         session = Session(cfg, ctx, train, val, store, newest, progress)
+        started()
         with session.opened():
             return _train(cfg, session, stop)
 

@@ -3,13 +3,15 @@
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Generic, Self, TypeVar
 
 from data_pipeline.common.errors import UserError
@@ -57,16 +59,98 @@ class Workers(Generic[Piece, Result]):
             ) from None
 
 
-@contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr over `total` images, where that is a terminal; call what it gives with each number finished."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+SILENT_S = 10.0
+"""Longest time that a command at work says nothing."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+
+class Part:
+    """A part of a command that takes its time: how far it is, in words."""
+
+    def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self._before = self.done = done
+        self._start_s = time.monotonic()
+
+    def __str__(self) -> str:
+        """`label: 20 of 100 images, eta 0:01:20`; without a total, or before anything is done, the time that it has taken."""
+        took_s = time.monotonic() - self._start_s
+        if self.total is None:
+            return f"{self.label}: {took_s:.0f} s so far"
+        line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
+        if self.done <= self._before:
+            return f"{line} after {took_s:.0f} s"
+        left_s = max(self.total - self.done, 0) * took_s / (self.done - self._before)
+        return f"{line}, eta {timedelta(seconds=round(left_s))}"
+
+
+@contextmanager
+def progress(
+    label: str, total: int | None = None, done: int = 0, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
+    """Say on stderr how far a part of a command is; call what it gives with each number of units finished.
+
+    A bar on a terminal, elsewhere a line every SILENT_S. One opened within another speaks in its place. Only rank 0 speaks.
+    """
+    part = Part(label, total, done, unit)
+
+    def advance(count: int) -> None:
+        part.done = min(part.done + count, total) if total is not None else part.done + count
+
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield advance
+        return
+    _open_parts.append(part)
+    try:
+        with nullcontext() if len(_open_parts) > 1 else _bar() if _on_terminal() else _lines():
+            yield advance
+    finally:
+        _open_parts.remove(part)
+
+
+_open_parts: list[Part] = []  # the innermost last
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def _lines() -> Iterator[None]:
+    """A thread that says every SILENT_S where the innermost part is."""
+    closed, stream = Event(), sys.stderr
+
+    def speak() -> None:
+        with suppress(OSError, ValueError):  # nobody listens any more
+            while not closed.wait(SILENT_S):
+                print(_open_parts[-1], file=stream, flush=True)
+
+    thread = Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join()
+
+
+@contextmanager
+def _bar() -> Iterator[None]:
+    """A bar of the innermost part, which leaves what is printed meanwhile above itself, and nothing behind."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    def drawn() -> Table:
+        part = _open_parts[-1]
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(part.total, part.done, width=30, pulse=part.total is None), Text(str(part)))
+        return row
+
+    console = Console(stderr=True)
+    with Live(get_renderable=drawn, console=console, transient=True, redirect_stdout=sys.stdout.isatty()):
+        yield
 
 
 def _begin(work: Callable[[Any], Any]) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 
 VERSION = "builtin-v1"  # the folder's name in the cache: raise it whenever a rendered pixel changes
 PER_CLASS = {"train": 400, "val": 100}
@@ -152,16 +153,13 @@ def _render_once(root: Path, per_class: Mapping[str, int]) -> Path:
     return make_once(folder, render_all)
 
 
-def _with_progress(samples: list[Sample], folder: Path) -> Iterable[Sample]:
-    """The samples, with a progress bar on stderr if that is a terminal, else after one line there."""
-    if not sys.stderr.isatty():
-        count = f"{len(samples):,} images, once"
-        print(f"Rendering the built-in dataset ({count}) into {folder}", file=sys.stderr, flush=True)
-        return samples
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(samples, "Rendering the built-in dataset, once", console=Console(stderr=True))
+def _with_progress(samples: list[Sample], folder: Path) -> Iterator[Sample]:
+    """The samples, with a line on stderr that says how many, and then how far they are."""
+    print(f"Rendering the built-in dataset ({len(samples):,} images, once) into {folder}", file=sys.stderr, flush=True)
+    with progress("rendering", len(samples)) as advance:
+        for sample in samples:
+            yield sample
+            advance(1)
 
 
 # ---- one image ------------------------------------------------------------------------------------------------------

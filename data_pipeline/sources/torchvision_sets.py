@@ -28,6 +28,7 @@ from urllib.error import URLError
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.sources.builtin import builtin_dataset, cache_path, make_once
 
@@ -150,7 +151,7 @@ def _waiting_for(name: str) -> Iterator[None]:
             yield
         else:
             print(f"Fetching {name}, once, into {cache_path() / 'datasets' / name}", file=sys.stderr, flush=True)
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            with progress(f"fetching {name}"), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
                 yield
     finally:
         socket.setdefaulttimeout(before)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -253,4 +254,5 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     args, overrides = _parse(sys.argv[1:])
     folder = Path(args.run)
-    export(folder, load_run(folder, overrides), args.format, args.out)
+    with progress(f"exporting to {args.format}"):
+        export(folder, load_run(folder, overrides), args.format, args.out)

@@ -25,6 +25,7 @@ import pandas as pd
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import require
 from trainer.config import Config, load
 from trainer.distributed import open_dist_context
@@ -320,7 +321,7 @@ def main() -> None:
     out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
     require(not out or out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
     files = [out / name for name in ("plan.csv", "plan.json")] if out else []
-    with open_dist_context() as ctx:
+    with progress("opening the data"), open_dist_context() as ctx:
         ctx.run_on_rank0(lambda: _refuse_present(*files, kept))
         parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, ctx, images, gpus_per_node)
     if not ctx.primary:

@@ -5,7 +5,7 @@ import platform
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from torch import nn
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.config import Config
@@ -92,12 +93,13 @@ def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node:
     link = measure_link(ctx) if ctx.world > 1 else None
     host_s_per_byte = host_seconds_per_byte(ctx) if ctx.world > 1 else 0.0
     alone = replace(ctx, rank=0, world=1)
-    taken = [measure_step(cfg, len(catalog.classes), alone, images) for images in sorted(set(gpu_images))]
-    on_cpu = ctx.device.type == "cpu"
-    if not on_cpu:  # the loaders of a whole node share its cores
-        cores = ctx.cores * ctx.world // hosts
-        alone = replace(alone, cores=max(1, cores // gpus_per_node))
-    loader_s = _measure_loader(cfg, catalog, alone, max(gpu_images))
+    sizes, on_cpu = sorted(set(gpu_images)), ctx.device.type == "cpu"
+    with progress("measuring", (len(sizes) + 1) * (ROUNDS + 1), unit="rounds") as advance:
+        taken = [measure_step(cfg, len(catalog.classes), alone, images, advance) for images in sizes]
+        if not on_cpu:  # the loaders of a whole node share its cores
+            cores = ctx.cores * ctx.world // hosts
+            alone = replace(alone, cores=max(1, cores // gpus_per_node))
+        loader_s = _measure_loader(cfg, catalog, alone, sizes[-1], advance)
     precision = resolve_precision(cfg.engine.precision, ctx.device)
     return Parts(
         measured_on=f"{socket.gethostname()}, {_processor(ctx)}, {precision}",
@@ -119,7 +121,9 @@ def recipe_of(cfg: Config) -> str:
     return f"{cfg.model.name} at {_size_px(cfg)} px{compressed}"
 
 
-def measure_step(cfg: Config, classes: int, alone: DistContext, images: int) -> tuple[Step, tuple[Bucket, ...]]:
+def measure_step(
+    cfg: Config, classes: int, alone: DistContext, images: int, advance: Callable[[int], None] = lambda rounds: None
+) -> tuple[Step, tuple[Bucket, ...]]:
     """An update of `images` synthetic images by a single process, and the buckets that DDP would make of its gradients.
 
     Where it is split, and when a gradient is ready, is seen in updates that are not compiled, as DDP cuts a compiled
@@ -143,6 +147,7 @@ def measure_step(cfg: Config, classes: int, alone: DistContext, images: int) -> 
             taken_s.append(step_s)
             splits.append([marks[0] / marks[2], (marks[1] - marks[0]) / marks[2], (marks[2] - marks[1]) / marks[2]])
             ready.append(watch.gradients())
+        advance(1)
     shares = np.median(splits, axis=0)
     step = Step(images, *(median(taken_s) * shares / shares.sum()).tolist())
     return step, bucket_up(watch.parameters, np.median(ready, axis=0).tolist(), cfg.engine.compression)
@@ -234,7 +239,9 @@ def synthetic(cfg: Config, classes: int, alone: DistContext, images: int) -> lis
     return [batch] * cfg.optim.accumulate
 
 
-def _measure_loader(cfg: Config, catalog: Catalog, alone: DistContext, images: int) -> float:
+def _measure_loader(
+    cfg: Config, catalog: Catalog, alone: DistContext, images: int, advance: Callable[[int], None]
+) -> float:
     """Seconds an image, as one process reads for itself."""
     loader = Loader(
         catalog,
@@ -253,6 +260,7 @@ def _measure_loader(cfg: Config, catalog: Catalog, alone: DistContext, images: i
             seen += len(next(batches).labels)
         if number:  # the first round empties what was read ahead
             taken_s.append((time.perf_counter() - start) / seen)
+        advance(1)
     return median(taken_s)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_images
@@ -64,11 +65,13 @@ def predict_all(
         # A loader of its own for each rank: ranks that shared a batch would change the places of its images.
         alone = replace(ctx, rank=0, world=1)
         loader = Loader(catalog.part(rows), replace(view.source(cfg), batch=batch), alone, training=False)
-        for loaded, rows in zip(loader, own, strict=True):
-            shown = view.of(loaded.images, cfg.validation_px)
-            mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
-            probabilities[rows] = mean[: loaded.num_real]
-            read[rows] += 1
+        with progress("predicting", count) as advance:
+            for loaded, places in zip(loader, own, strict=True):
+                shown = view.of(loaded.images, cfg.validation_px)
+                mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
+                probabilities[places] = mean[: loaded.num_real]
+                read[places] += 1
+                advance(ctx.world * len(places))  # the others are about as far
         unreadable[_name_unreadable(loader, catalog)] = 1
     for sums in (probabilities, read, unreadable):
         ctx.sum(sums)
@@ -232,7 +235,7 @@ def main() -> None:
     theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
     cfg = load_run(Path(args.run), [*theirs, *overrides])
     view = _view(args, cfg.data)
-    with open_dist_context() as ctx:
+    with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(Path(args.run), cfg, ctx))
         classes = trained.classes
         require(

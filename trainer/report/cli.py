@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import require
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.quarantine import printable
@@ -224,7 +225,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
 def main() -> None:
     folder, overrides, out = _parse(sys.argv[1:])
     cfg = load_run(folder, overrides)
-    with open_dist_context() as ctx:
+    with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         classes = trained.classes
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
@@ -237,7 +238,8 @@ def main() -> None:
         images = [catalog.paths[row] for row in rows]
         report = Report(images, catalog.labels[rows], found.probabilities[rows], classes)
         title = printable(f"{trained.checkpoint} on {scored_on(catalog, len(rows))}")
-        ctx.run_on_rank0(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
+        with progress("drawing the report"):
+            ctx.run_on_rank0(lambda: write(report, catalog, rows, _short_title(folder, len(rows)), out))
     if ctx.primary:
         print_report(report, title, out)
 

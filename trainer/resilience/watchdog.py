@@ -65,6 +65,11 @@ def heartbeat(phase: str, step: int | None = None, *, fresh: bool | None = None)
     )
 
 
+def position() -> Position:
+    """Where the main thread of this process is."""
+    return _position
+
+
 class Phase(record_function):
     """`with Phase("forward"):` notes the phase, and is a range of that name in a profile."""
 

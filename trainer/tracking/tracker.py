@@ -23,15 +23,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import SILENT_S
 from trainer.tracking.alerts import Alarms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.tracking.model_summary import Distribution, Layer
-
-PLAIN_INTERVAL_S = 10.0
-"""Least time between two progress lines where the console is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -298,18 +296,33 @@ class Console:
     def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
         self._total_steps, self._epochs = total_steps, epochs
         self._start_step, self._start_s = resume_step, time.monotonic()
-        self._last_s = -math.inf
+        self._last_s, self._spoke_s = -math.inf, self._start_s
+        self._closed = threading.Event()
 
-    def open(self) -> None: ...
+    def open(self) -> None:
+        self._spoke_s = time.monotonic()
+        threading.Thread(target=self._break_silence, daemon=True).start()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._closed.set()
 
     def line(self, text: str) -> None:
+        self._spoke_s = time.monotonic()
         print(text, flush=True)
+
+    def _break_silence(self) -> None:
+        """Say where the training is whenever nothing was said for SILENT_S: a compilation, a long update or validation."""
+        from trainer.resilience.watchdog import position
+
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe or file
+            while not self._closed.wait(max(self._spoke_s + SILENT_S - time.monotonic(), 0.1)):
+                if time.monotonic() - self._spoke_s >= SILENT_S:
+                    here = position()
+                    self.line(f"step {here.step}/{self._total_steps}  still busy: {here.phase}")
 
     def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         figures, now = _figures(scalars, _PROGRESS), time.monotonic()
-        if not figures or now - self._last_s < PLAIN_INTERVAL_S:
+        if not figures or now - self._last_s < SILENT_S:
             return
         self._last_s = now
         left_s = (self._total_steps - step) * (now - self._start_s) / max(step - self._start_step, 1)

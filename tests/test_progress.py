@@ -1,0 +1,101 @@
+"""What a command says of its progress, on a terminal and where there is none, and that it stays silent for no longer."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_pipeline.common import worker_pool
+from data_pipeline.common.worker_pool import Part, progress
+from tests.support.runs import ROOT, environment
+from trainer.resilience import watchdog
+from trainer.tracking import tracker
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "SILENT_S", 0.1)
+    monkeypatch.setattr(tracker, "SILENT_S", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("total", "before", "done", "line"),
+    [
+        (None, 0, 0, "packing: 20 s so far"),
+        (6400, 0, 0, "packing: 0 of 6,400 images after 20 s"),
+        (6400, 0, 1600, "packing: 1,600 of 6,400 images, eta 0:01:00"),
+        (6400, 3200, 4800, "packing: 4,800 of 6,400 images, eta 0:00:20"),
+        (6400, 3200, 3200, "packing: 3,200 of 6,400 images after 20 s"),
+    ],
+)
+def test_a_part_says_how_far_it_is(
+    total: int | None, before: int, done: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Part("packing", total, before, "images")
+    part.done = done
+    start_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: start_s + 20)
+    assert str(part) == line
+
+
+def test_lines_come_by_themselves_and_the_innermost_part_speaks(
+    impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("opening the run"):
+        time.sleep(0.25)
+        with progress("predicting", 100) as advance:
+            advance(140)  # more than there are, as where the other ranks are not as far
+            time.sleep(0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split(":")[0] for line in lines[:2]} == {"opening the run"}
+    assert lines[-1] == "predicting: 100 of 100 images, eta 0:00:00"
+    with progress("quick", 3):
+        pass
+    assert capsys.readouterr().err == "", "what is quick says nothing"
+
+
+def test_only_rank_0_speaks(
+    impatient: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with progress("predicting", 100) as advance:
+        advance(1)
+        time.sleep(0.25)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_a_bar_and_keeps_stdout_apart() -> None:
+    """stderr is a terminal and stdout a pipe: what is printed meanwhile goes into the pipe, the bar onto the terminal."""
+    program = (
+        "import time\nfrom data_pipeline.common.worker_pool import progress\n"
+        "with progress('scanning', 8) as advance:\n    advance(2)\n    print('a result')\n    time.sleep(.5)\n"
+    )
+    ours, theirs = pty.openpty()
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=environment() | {"TERM": "xterm"},
+        cwd=ROOT,
+        check=True,
+        text=True,
+    )
+    os.close(theirs)
+    assert told.stdout == "a result\n"
+    assert "scanning: 2 of 8 images, eta 0:00:0" in os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+
+def test_a_training_that_takes_its_time_says_where_it_is(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
+    console = tracker.Console(total_steps=120, epochs=4, resume_step=0)
+    watchdog.note("evaluate", 12)
+    console.open()
+    time.sleep(0.35)
+    console.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2 and set(lines) == {"step 12/120  still busy: evaluate"}
+    time.sleep(0.25)
+    assert capsys.readouterr().out == ""
