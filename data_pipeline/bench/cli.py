@@ -3,7 +3,8 @@
 All read the same sample of the data, copied to a temporary folder, with the same crop and flip to uint8 images, by as
 many threads or processes as there are processors. Each lives in a process of its own. They take turns, round after
 round, and whoever is not at its turn is stopped, with its children: no loader works ahead on another's time, and a
-machine that slows down slows them all. What a loader burns is the CPU time of its process and its children.
+machine that slows down slows them all. What a loader burns is the CPU time of its process and its children. Rounds are
+as many as fit into --minutes; what was measured when it is broken off is reported and kept.
 """
 
 import importlib.util
@@ -23,10 +24,11 @@ from typing import Any, NamedTuple, Self
 import pandas as pd
 import torch
 
-from data_pipeline.bench.peers import CONTESTANTS, OURS, Task, copy_sample
+from data_pipeline.bench.peers import CONTESTANTS, MINUTES, OURS, Task, copy_sample, reported, rounds_within
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import CHOOSING, command_line, parse
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig, require
 
 SIZES_PX = "224,128,64"
@@ -141,24 +143,46 @@ def _cpu_s(pid: int) -> float:
 # ---- the measurement ------------------------------------------------------------------------------------------------
 
 
+Row = tuple[object, ...]
+"""size_px, loader, round and the fields of `Turn`."""
+
+
 def measure(
-    cfg: DataConfig, sizes_px: list[int], *, rounds: int = ROUNDS, images: int = TURN, sample: int = SAMPLE
-) -> pd.DataFrame:
-    """One row a turn: size_px, loader, round, images, wall_s, cpu_s, images_per_s, cpu_ms an image. Raises `UserError`."""
-    rows: list[tuple[object, ...]] = []
-    with TemporaryDirectory(prefix="sluice-bench-") as folder:
+    cfg: DataConfig,
+    sizes_px: list[int],
+    into: list[Row],
+    *,
+    rounds: int = ROUNDS,
+    minutes: float = MINUTES,
+    images: int = TURN,
+    sample: int = SAMPLE,
+) -> None:
+    """Append a row for each turn. Raises `UserError`."""
+    deadline_s = time.monotonic() + 60 * minutes
+    with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder:
         copy_sample(cfg, Path(folder), sample)
         names = _installed()
-        for size_px in sizes_px:
+        for place, size_px in enumerate(sizes_px):
+            now_s = time.monotonic()
+            end_s = now_s + (deadline_s - now_s) / (len(sizes_px) - place)  # what one size leaves is for the others
             task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
             with ExitStack() as stack:
                 runners = _start(names, task, stack)
-                for number in range(-1, rounds):  # the first does not count: it lives on what was made before
-                    rows += [(size_px, runner.name, number, *runner.turn(images)) for runner in runners]
+                for runner in runners:
+                    runner.turn(images)  # which does not count: it lives on what was made before
+                advance = stack.enter_context(progress(f"{size_px} px", rounds * len(runners), unit="turns"))
+                for number in rounds_within(rounds, end_s):
+                    for runner in runners:
+                        into.append((size_px, runner.name, number, *runner.turn(images)))
+                        advance(1)
+
+
+def turns_of(rows: list[Row]) -> pd.DataFrame:
+    """The rows as a table, with images_per_s and cpu_ms an image."""
     turns = pd.DataFrame(rows, columns=["size_px", "loader", "round", *Turn._fields])
     turns["images_per_s"] = turns.images / turns.wall_s
     turns["cpu_ms"] = 1e3 * turns.cpu_s / turns.images
-    return turns[turns["round"] >= 0]
+    return turns
 
 
 def _installed() -> list[str]:
@@ -263,6 +287,9 @@ def sizes_of(text: str) -> list[int]:
 def main() -> None:
     parser = command_line("python -m data_pipeline.bench", "Compare data loaders on this machine.", ("path", *CHOOSING))
     parser.add_argument("--sizes", default=SIZES_PX, help="Sides of the images in pixels, with commas between.")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="Longest time: rounds become fewer to end in it."
+    )
     parser.add_argument("--out", help="A folder for bench.csv and bench.png; nothing is written if not given.")
     args = parse(parser, sys.argv[1:])
     sizes_px, out = sizes_of(args.sizes), Path(args.out) if args.out else None
@@ -270,8 +297,23 @@ def main() -> None:
         require(out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
         for name in ("bench.csv", "bench.png"):
             require(not (out / name).exists(), f"--out: {out / name} exists; give another folder")
-    turns = measure(DataConfig(**args.data), sizes_px)
-    print(table(summary(turns)))
-    print(f"medians and ranges of {ROUNDS} rounds of {TURN} images, {len(os.sched_getaffinity(0))} processors")
-    if out:
+    require(args.minutes > 0, f"--minutes: {args.minutes:g} is not positive; give a time such as {MINUTES:g}")
+    rows: list[Row] = []
+    with reported(lambda why: report(rows, out, why)):
+        measure(DataConfig(**args.data), sizes_px, rows, minutes=args.minutes)
+
+
+def report(rows: list[Row], out: Path | None, why: str) -> None:
+    """Write and print what was measured, and `why` it was broken off."""
+    if not rows:
+        return
+    turns = turns_of(rows)
+    if out:  # first, for nobody may be reading what is printed
         write(turns, out)
+    counts = turns.groupby(["size_px", "loader"])["round"].count()
+    most, processors = counts.max(), len(os.sched_getaffinity(0))
+    spread = f"{counts.min()} to {most}" if counts.min() < most else f"{most}"
+    short = f"; {ROUNDS} did not fit: give more --minutes" if counts.min() < ROUNDS and not why else ""
+    print(table(summary(turns)))
+    print(f"medians and ranges of {spread} rounds of {TURN} images, {processors} processors{short}")
+    print(why, end="\n" * bool(why), flush=True)

@@ -2,12 +2,15 @@
 
 import importlib.util
 import io
+import signal
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +24,52 @@ from data_pipeline.dali import graph
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sources.catalog import open_catalog
 
+MINUTES = 5.0
+"""That a benchmark takes at most, but for what it needs to begin and for one round."""
 BATCH = 64
 OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
 _SHARDS = 16
 _AUGMENT = AugmentConfig()
 _AREA = (_AUGMENT.min_area, _AUGMENT.max_area)
 _RATIO = (1 / _AUGMENT.max_ratio, _AUGMENT.max_ratio)
+
+
+T = TypeVar("T")
+
+
+def rounds_within(
+    rounds: int, deadline_s: float, agree: Callable[[Callable[[], bool]], bool] = lambda fits: fits()
+) -> Iterator[int]:
+    """Numbers of at most `rounds` rounds, as long as one more, as long as the longest, ends before `deadline_s`.
+
+    That is a value of `time.monotonic`; the first round comes in any case. `agree` has several processes decide alike.
+    """
+    longest_s = 0.0
+    for number in range(rounds):
+        begin_s = time.monotonic()
+        if number and not agree(lambda: time.monotonic() + longest_s <= deadline_s):  # noqa: B023 - called at once
+            return
+        yield number
+        longest_s = max(longest_s, time.monotonic() - begin_s)
+
+
+@contextmanager
+def reported(report: Callable[[str], None]) -> Iterator[None]:
+    """Call `report` when the measurement within ends: with "", or with why it was broken off by a signal or a crash."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception
+    why = ""
+    try:
+        yield
+    except BaseException as error:
+        for number in before:  # a launcher sends one more than once
+            signal.signal(number, signal.SIG_IGN)
+        why = f"broken off by {type(error).__name__}; what was measured until then is kept"
+        raise
+    finally:
+        report(why)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Task(NamedTuple):

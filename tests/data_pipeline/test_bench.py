@@ -35,7 +35,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def turns(images: Path) -> pd.DataFrame:
-    return bench.measure(DataConfig(path=str(images)), [24], rounds=2, images=2 * peers.BATCH)
+    rows: list[bench.Row] = []
+    bench.measure(DataConfig(path=str(images)), [24], rows, rounds=2, images=2 * peers.BATCH)
+    return bench.turns_of(rows)
 
 
 def test_every_loader_delivers_what_is_asked_of_it(turns: pd.DataFrame) -> None:

@@ -6,38 +6,39 @@
 The loader alone, the computation alone (synthetic images) without and with communication, all of it end to end, the
 machine's ceilings and other trainers are measured in turn, round after round, in the same processes: a machine that
 slows down slows them all. The first steps of a turn do not count, as they live on what was fetched before. Several
-numbers of processes take turns too: each is started a few times.
+numbers of processes take turns too: each is started a few times. It all takes no longer than --minutes: turns become
+shorter and rounds fewer, down to one round of one step. What was measured when it is broken off is reported and kept.
 """
 
 import argparse
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch.profiler import record_function
 
-from data_pipeline.bench.peers import copy_sample
+from data_pipeline.bench.peers import MINUTES, copy_sample, reported, rounds_within
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import require
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.bench import results, roofline
 from trainer.bench.peers import Peer, Race, open_peers
-from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE, report, summary
+from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE, report
 from trainer.config import Config, load
 from trainer.distributed import DistContext, open_dist_context, resolve_precision
 from trainer.engine.base import Engine
@@ -47,30 +48,62 @@ from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.tracking.profiler import Trace
 
 ROUNDS, STEPS, SKIPPED = 9, 8, 4  # turns of each part; updates a turn that count; updates before those
+FEW = 3  # rounds for which turns are made shorter where time is short; beyond that there are fewer rounds
 BRIEF = 8  # times as many calls a turn of what takes little time
 REPEATS = 3  # times that each number of processes is started
 SAMPLE = 1024  # images that bare decoding and other trainers read
 LR = 1e-3
 
 
-Turn = Callable[[], float]
-"""A turn of one part: what all ranks together did per second."""
+class Timed(NamedTuple):
+    """What a turn of one part has come to."""
+
+    rate: float
+    """What all ranks together did per second."""
+    call_s: float
+
+
+class Turn(NamedTuple):
+    """How one part is measured."""
+
+    run: Callable[[int, int], Timed]
+    """Takes the number of calls that count, and of those before them that do not. Collective."""
+    per_step: int = 1
+    """Calls that count, for each step of a turn."""
+    skipped: int = 1
+
+    def of(self, steps: int) -> Timed:
+        return self.run(self.per_step * steps, self.skipped)
+
+
+@dataclass
+class Measured:
+    """What a measurement has come to so far, to be there also where it is broken off."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One a turn: world, repeat, round, part, rate per second."""
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By the number of processes, what the rates belong to, as JSON can hold it."""
 
 
 def measure(
     cfg: Config,
     ctx: DistContext,
+    into: Measured,
     *,
     rounds: int = ROUNDS,
     steps: int = STEPS,
+    minutes: float = MINUTES,
     peers: bool = False,
     profile: Path | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row a turn (world, round, part, rate per second), and the facts behind them. Collective. Raises `UserError`.
+) -> None:
+    """Measure at the recipe's last resolution. Collective. Raises `UserError`.
 
-    At the recipe's last resolution. `profile` is a folder for a trace of three updates after the measurement.
+    `profile` is a folder for a trace of three updates after the measurement.
     """
+    deadline_s = time.monotonic() + 60 * minutes
     with ExitStack() as stack:
+        stack.enter_context(progress("preparing"))
         catalog = ctx.raise_together(lambda: open_catalog(cfg.data, "train"))
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="sluice-bench-")))
         left_out = _sample(cfg, folder, ctx)
@@ -82,27 +115,44 @@ def measure(
         ours = Ours(cfg, catalog, ctx)
         facts = _facts(cfg, ours, len(catalog.classes), ctx) | {"left_out": left_out}
         turns: dict[str, Turn] = {
-            **ours.turns(steps),
-            **{name: partial(_peer_turn, ctx, peer, steps) for name, peer in others.items()},
-            MATMUL: partial(timed, ctx, roofline.matmul(facts["precision"], ctx), steps),
+            **ours.turns(),
+            **{name: _peer_turn(ctx, peer) for name, peer in others.items()},
+            MATMUL: Turn(partial(timed, ctx, roofline.matmul(facts["precision"], ctx))),
         }
         if any((folder / "train").glob("*/*.jpg")):
             decode = roofline.decode(folder, facts["size_px"], ctx)
-            turns[DECODE] = partial(timed, ctx, decode, BRIEF * steps)
+            turns[DECODE] = Turn(partial(timed, ctx, decode), BRIEF)
         if ctx.world > 1:
-            size = facts["gradient_bytes"]
-            turns[REDUCE] = lambda: size / median(all_reduce_seconds(ctx, size, steps))
-        rows = [
-            {"world": ctx.world, "round": number, "part": name, "rate": turn()}
-            for number in range(rounds)
-            for name, turn in turns.items()
-        ]
+            turns[REDUCE] = Turn(partial(_reduce, ctx, facts["gradient_bytes"]))
+
+        # A first round of one step, which does not count, tells how long the others may be.
+        call_s = {name: turn.of(1).call_s for name, turn in turns.items()}
+        fitting = fit_into(deadline_s - time.monotonic(), turns, call_s, rounds, steps)
+        few_rounds, few_steps = ctx.broadcast_from_rank0(lambda: fitting)
+        into.facts[ctx.world] = facts | {"steps": few_steps, "asked": [rounds, steps, minutes]}
+        with progress("measuring", few_rounds * len(turns), unit="turns") as advance:
+            for number in rounds_within(few_rounds, deadline_s, ctx.broadcast_from_rank0):
+                for name, turn in turns.items():
+                    row = {"world": ctx.world, "repeat": 0, "round": number, "part": name}
+                    into.rows.append(row | {"rate": turn.of(few_steps).rate})
+                    advance(1)
         if profile:
             with Trace(range(1, 4), profile, ctx) as trace:
                 for number in (1, 2, 3):
                     ours.update()
                     trace.step(number)
-        return rows, facts
+
+
+def fit_into(
+    left_s: float, turns: dict[str, Turn], call_s: dict[str, float], rounds: int, steps: int
+) -> tuple[int, int]:
+    """Rounds and steps of a turn that end in `left_s` seconds: turns grow shorter where three rounds would else not fit."""
+    before_s = sum(turn.skipped * call_s[name] for name, turn in turns.items())
+    step_s = sum(turn.per_step * call_s[name] for name, turn in turns.items())
+    few_steps = int((left_s / min(rounds, FEW) - before_s) / step_s)
+    few_steps = min(max(few_steps, 1), steps)
+    few_rounds = int(left_s / (before_s + few_steps * step_s))
+    return min(max(few_rounds, 1), rounds), few_steps
 
 
 class Ours:
@@ -126,14 +176,14 @@ class Ours:
             for _ in range(POWERSGD_START):  # as it sends whole gradients up to there
                 self._compute(self.engine)
 
-    def turns(self, steps: int) -> dict[str, Turn]:
-        turns: dict[str, Turn] = {
-            LOADER: partial(timed, self.ctx, self._load, BRIEF * steps, SKIPPED),
-            COMPUTE: partial(timed, self.ctx, partial(self._compute, self.lone_engine), steps),
+    def turns(self) -> dict[str, Turn]:
+        turns = {
+            LOADER: Turn(partial(timed, self.ctx, self._load), BRIEF, SKIPPED),
+            COMPUTE: Turn(partial(timed, self.ctx, partial(self._compute, self.lone_engine))),
         }
         if self.ctx.world > 1:
-            turns[JOINED] = partial(timed, self.ctx, partial(self._compute, self.engine), steps)
-        return turns | {BOTH: partial(timed, self.ctx, self.update, steps, SKIPPED)}
+            turns[JOINED] = Turn(partial(timed, self.ctx, partial(self._compute, self.engine)))
+        return turns | {BOTH: Turn(partial(timed, self.ctx, self.update), skipped=SKIPPED)}
 
     def update(self) -> float:
         """One whole update; returns the number of this rank's images in it."""
@@ -153,21 +203,30 @@ class Ours:
             return [next(self._batches) for _ in range(self.micro_batches)]
 
 
-def timed(ctx: DistContext, act: Callable[[], float], steps: int, skipped: int = 1) -> float:
-    """What all ranks together do per second, where `act` returns what it did; after `skipped` calls. Collective."""
+def timed(ctx: DistContext, act: Callable[[], float], calls: int, skipped: int) -> Timed:
+    """What all ranks together do in `calls` of `act`, which returns what it did; after `skipped` calls. Collective."""
     for _ in range(skipped):
         act()
     ctx.barrier()
     start = time.perf_counter()
-    done = sum(act() for _ in range(steps))
+    done = sum(act() for _ in range(calls))
     ctx.barrier()
     elapsed_s = time.perf_counter() - start
-    return ctx.sum(torch.tensor(done, dtype=torch.float64, device=ctx.device)).item() / elapsed_s
+    total = ctx.sum(torch.tensor(done, dtype=torch.float64, device=ctx.device)).item()
+    return Timed(total / elapsed_s, elapsed_s / calls)
 
 
-def _peer_turn(ctx: DistContext, peer: Peer, steps: int) -> float:
-    with peer.turn() as update:
-        return timed(ctx, update, steps, max(SKIPPED, peer.ahead))
+def _peer_turn(ctx: DistContext, peer: Peer) -> Turn:
+    def run(calls: int, skipped: int) -> Timed:
+        with peer.turn() as update:
+            return timed(ctx, update, calls, skipped)
+
+    return Turn(run, skipped=max(SKIPPED, peer.ahead))
+
+
+def _reduce(ctx: DistContext, size_bytes: int, calls: int, _: int) -> Timed:
+    call_s = median(all_reduce_seconds(ctx, size_bytes, calls))
+    return Timed(size_bytes / call_s, call_s)
 
 
 def _sample(cfg: Config, folder: Path, ctx: DistContext) -> list[str]:
@@ -202,23 +261,35 @@ def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str,
     }
 
 
-def measure_worlds(worlds: list[int], options: list[str]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-    """`measure` by each number of processes in turn, REPEATS times, by this command under torchrun.
+def measure_worlds(worlds: list[int], options: list[str], minutes: float, into: Measured) -> None:
+    """`measure` by each number of processes in turn, REPEATS times or less, by this command under torchrun.
 
     Raises `UserError`, a process's own where it met one.
     """
-    rows: list[dict[str, Any]] = []
-    facts: dict[int, dict[str, Any]] = {}
-    with TemporaryDirectory(prefix="sluice-bench-") as folder:
-        for repeat in range(REPEATS):
+    deadline_s = time.monotonic() + 60 * minutes
+    starts = REPEATS * len(worlds)
+    with progress("measuring", starts, unit="starts") as advance:
+        for repeat in rounds_within(REPEATS, deadline_s):
             for world in worlds:
-                print(f"{world} processes, {repeat + 1} of {REPEATS}", file=sys.stderr)
-                out = Path(folder) / f"{repeat}-{world}"
-                _torchrun(world, [*options, "--out", str(out)])
-                measured = json.loads((out / "bench.json").read_text())
-                rows += [row | {"repeat": repeat} for row in measured["rounds"]]
-                facts[world] = measured["facts"][0]
-    return rows, facts
+                left_s = max(deadline_s - time.monotonic(), 1.0)
+                _measure_world(world, repeat, [*options, "--minutes", f"{left_s / starts / 60:.2f}"], into)
+                starts -= 1
+                advance(1)
+    if starts:
+        short = f"each was started {repeat + 1} of {REPEATS} times, as more did not fit into {minutes:g} minutes"
+        print(f"{short}: give more --minutes", file=sys.stderr)
+
+
+def _measure_world(world: int, repeat: int, options: list[str], into: Measured) -> None:
+    with TemporaryDirectory(prefix="sluice-bench-") as folder:
+        try:
+            _torchrun(world, [*options, "--out", folder])
+        finally:  # what it measured until it was broken off is there as well
+            file = Path(folder) / "bench.json"
+            if file.exists():
+                measured = json.loads(file.read_text())
+                into.rows += [row | {"repeat": repeat} for row in measured["rounds"]]
+                into.facts[world] = measured["facts"][0]
 
 
 def _torchrun(world: int, options: list[str]) -> None:
@@ -229,13 +300,15 @@ def _torchrun(world: int, options: list[str]) -> None:
             _, said = process.communicate()
         except BaseException:
             process.terminate()  # and it ends its own, which a kill would not
+            process.communicate()
             raise
     if process.returncode:
         for line in said.splitlines():
             if line.startswith("error: "):
                 raise UserError(line.removeprefix("error: "))
         print(said, file=sys.stderr)
-        raise UserError(f"--worlds: {world} processes ended with exit code {process.returncode}, as said above")
+        processes = f"{world} process" + "es" * (world > 1)
+        raise UserError(f"--worlds: {processes} ended with exit code {process.returncode}, as said above")
 
 
 def worlds_of(text: str) -> list[int]:
@@ -261,6 +334,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--peers", action="store_true", help="let other trainers compete, where they are installed")
     parser.add_argument("--worlds", metavar="1,2", help="numbers of processes to start in turn, without torchrun")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each part (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="longest time: turns are shortened to it (default: %(default)s)"
+    )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three updates")
     parser.add_argument("--wandb", action="store_true", help="log the medians to Weights & Biases; needs --out")
     quiet = int(os.environ.get("RANK", 0)) > 0
@@ -275,6 +351,7 @@ def _check(args: argparse.Namespace, cfg: Config) -> None:
     """Find mistakes before the measuring begins. Raises `UserError`."""
     require(not args.out or args.out.is_dir() or not args.out.exists(), f"--out: {args.out} is a file; give a folder")
     require(args.rounds > 0, f"--rounds: {args.rounds} is not positive; give a number of turns such as {ROUNDS}")
+    require(args.minutes > 0, f"--minutes: {args.minutes:g} is not positive; give a time such as {MINUTES}")
     for name in ("bench.csv", "bench.json", "scaling.png") if args.out else ():
         require(not (args.out / name).exists(), f"--out: {args.out / name} exists; give another folder")
     if args.wandb:
@@ -288,23 +365,37 @@ def _check(args: argparse.Namespace, cfg: Config) -> None:
 def main() -> None:
     args, options = _parse(sys.argv[1:])
     cfg = load(options)
+    measured = Measured()
+    kept = reported(lambda why: _report(measured, cfg, args, why))
     if args.worlds:
         _check(args, cfg)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or it would leave behind those that it started
         rounds = -(-args.rounds // REPEATS)
         own = [*options, "--rounds", str(rounds), *["--peers"] * args.peers]
-        rows, facts = measure_worlds(worlds_of(args.worlds), own)
-        primary = True
-    else:
-        with open_dist_context() as ctx:
-            ctx.run_on_rank0(lambda: _check(args, cfg))
-            own_rows, fact = measure(cfg, ctx, rounds=args.rounds, peers=args.peers, profile=args.profile)
-            primary, rows, facts = ctx.primary, [row | {"repeat": 0} for row in own_rows], {ctx.world: fact}
-    if primary:
-        turns = pd.DataFrame(rows)
-        print(report(turns, facts, cfg))
-        print(f"medians and ranges of {len(turns) // len(summary(turns))} interleaved rounds of {STEPS} steps")
-        if args.out:
-            results.write(turns, facts, cfg, args.out)
-        if args.wandb:
-            results.log_to_wandb(turns, cfg, args.out)
+        with kept:
+            measure_worlds(worlds_of(args.worlds), own, args.minutes, measured)
+        return
+    with open_dist_context() as ctx:
+        ctx.run_on_rank0(lambda: _check(args, cfg))
+        with kept if ctx.primary else nullcontext():
+            measure(
+                cfg,
+                ctx,
+                measured,
+                rounds=args.rounds,
+                minutes=args.minutes,
+                peers=args.peers,
+                profile=args.profile,
+            )
+
+
+def _report(measured: Measured, cfg: Config, args: argparse.Namespace, why: str) -> None:
+    """Write and print what was measured, and `why` it was broken off."""
+    if not measured.rows:
+        return
+    turns = pd.DataFrame(measured.rows)
+    if args.out:  # first, for nobody may be reading what is printed
+        results.write(turns, measured.facts, cfg, args.out)
+    print(report(turns, measured.facts, cfg))
+    print(why, end="\n" * bool(why), flush=True)
+    if args.wandb and not why:
+        results.log_to_wandb(turns, cfg, args.out)

@@ -42,32 +42,67 @@ def ratios(turns: pd.DataFrame, world: int, part: str, other: str) -> pd.Series:
 def scaling(turns: pd.DataFrame) -> pd.DataFrame:
     """End to end for each world over the first of them: median, min and max over the repeats of the rounds' medians."""
     middle = turns[turns.part == BOTH].groupby(["repeat", "world"], sort=False).rate.median().unstack("world")
-    return middle.div(middle.iloc[:, 0], axis=0).agg(["median", "min", "max"])
+    return middle.div(middle.iloc[:, 0], axis=0).agg(["median", "min", "max"]) if len(middle) else middle
+
+
+def ideal_scaling(facts: dict[int, dict[str, Any]], worlds: list[int]) -> dict[int, float]:
+    """The hardware that each of `worlds` uses over that of the first: GPUs, or where there are none processor cores."""
+    used = {world: world * (1 if facts[world]["gpu"] else facts[world]["cores"]) for world in worlds}
+    return {world: used[world] / used[worlds[0]] for world in worlds}
 
 
 def report(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> str:
     """Tables and sentences for people, one set for each world."""
     summed, parts = summary(turns), []
-    for world, fact in facts.items():
-        rows = summed[summed.world == world].set_index("part")
+    for world in summed.world.unique():
+        fact, rows = facts[world], summed[summed.world == world].set_index("part")
         parts += [
-            f"{cfg.model.name}, {fact['size_px']} px, batch {fact['batch']}, {fact['precision']}; {_processes(fact)}",
+            f"{_setting(fact, cfg)}; {_processes(fact)}",
             _table(rows, fact),
+            _effort(turns[turns.world == world], fact),
             *_ratio_lines(turns, fact),
             *(f"left out: {line}" for line in fact["left_out"]),
-            *_unrest(rows),
-            verdict(rows["median"], fact, cfg),
+            _conclusion(rows, fact, cfg),
             "",
         ]
-    first, *others = facts
+    scaled = scaling(turns)
+    first, *others = [int(world) for world in scaled.columns] or [0]
+    ideal = ideal_scaling(facts, [first, *others]) if others else {}
     for world in others:
-        row = scaling(turns)[world]
-        parts.append(f"{_processes(facts[world])} / {_processes(facts[first])}, end to end: {_spread(row, 3)}")
+        row, pair = scaled[world], f"{_processes(facts[world])} / {_processes(facts[first])}"
+        parts.append(f"{pair}, end to end: {_spread(row, 3)}, efficiency {row['median'] / ideal[world]:.0%}")
     return "\n".join(parts).rstrip()
 
 
+def _setting(fact: dict[str, Any], cfg: Config) -> str:
+    return f"{cfg.model.name}, {fact['size_px']} px, batch {fact['batch']}, {fact['precision']}"
+
+
+def _effort(turns: pd.DataFrame, fact: dict[str, Any]) -> str:
+    """How much was measured, and why not more."""
+    asked, steps, minutes = fact["asked"]
+    repeats = turns.groupby("repeat")["round"].nunique()
+    line = f"medians and ranges of {_many(int(repeats.sum()), 'interleaved round')} of {_many(fact['steps'], 'step')}"
+    if repeats.max() == asked and fact["steps"] == steps:
+        return line
+    return f"{line}; {asked} of {steps} did not fit into {minutes:.3g} minutes: give more --minutes"
+
+
+def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:
+    """What holds the run back, where the measurement lets one say so."""
+    needed = {LOADER, COMPUTE, BOTH, MATMUL, *([JOINED] if fact["world"] > 1 else [])}
+    missing = sorted(needed - {*rows.index})
+    if missing:
+        return f"what holds this run back is not known without {', '.join(missing)}"
+    factor = rows["max"][COMPUTE] / rows["min"][COMPUTE]
+    if factor > RESTLESS:
+        busy = f"other work kept the machine busy: compute alone varied by a factor of {factor:.1f}"
+        return f"{busy}, too much to say what holds this run back; measure again"
+    return verdict(rows["median"], fact, cfg)
+
+
 def verdict(rates: pd.Series, fact: dict[str, Any], cfg: Config) -> str:
-    """`ceilings.verdict` of one world's medians."""
+    """`roofline.verdict` of one world's medians."""
     measured = roofline.Rates(
         loader=rates[LOADER],
         compute=rates[COMPUTE],
@@ -92,9 +127,10 @@ def verdict(rates: pd.Series, fact: dict[str, Any], cfg: Config) -> str:
 
 def _table(rows: pd.DataFrame, fact: dict[str, Any]) -> str:
     """What each part does per second, and which share of its ceiling that is."""
+    medians = rows["median"]
     ceiling = {
-        LOADER: (rows["median"].get(DECODE), DECODE),
-        **dict.fromkeys((COMPUTE, JOINED, BOTH), (rows["median"][MATMUL] / fact["flops_per_image"], MATMUL)),
+        LOADER: (medians.get(DECODE), DECODE),
+        **dict.fromkeys((COMPUTE, JOINED, BOTH), (medians.get(MATMUL, 0) / fact["flops_per_image"], MATMUL)),
     }
     lines = []
     for part, row in rows.iterrows():
@@ -108,8 +144,10 @@ def _table(rows: pd.DataFrame, fact: dict[str, Any]) -> str:
 def _ratio_lines(turns: pd.DataFrame, fact: dict[str, Any]) -> Iterator[str]:
     world, joined = fact["world"], JOINED if fact["world"] > 1 else COMPUTE
     there = turns[turns.world == world]
-    yield f"end to end / compute: {_spread(_span(ratios(turns, world, BOTH, joined)), 3)}"
-    if world > 1:
+    parts = {*there.part}
+    if {BOTH, joined} <= parts:
+        yield f"end to end / compute: {_spread(_span(ratios(turns, world, BOTH, joined)), 3)}"
+    if {JOINED, COMPUTE, REDUCE} <= parts:
         yield f"with / without communication: {_spread(_span(ratios(turns, world, JOINED, COMPUTE)), 3)}"
         rates, batch = summary(there).set_index("part")["median"], fact["batch"]
         exposed_ms = 1e3 * batch * (1 / rates[JOINED] - 1 / rates[COMPUTE])
@@ -119,16 +157,9 @@ def _ratio_lines(turns: pd.DataFrame, fact: dict[str, Any]) -> Iterator[str]:
             f"alone, {fact['gradient_bytes'] / 1e6:.1f} MB take {alone_ms:.1f} ms"
         )
     for part in there.part.unique():
-        if part in CONTESTANTS:
-            mine = COMPUTE if part == PLAIN_STEP else BOTH
+        mine = COMPUTE if part == PLAIN_STEP else BOTH
+        if part in CONTESTANTS and mine in parts:
             yield f"ours / {part}: {_spread(_span(ratios(turns, world, mine, part)), 2)}"
-
-
-def _unrest(rows: pd.DataFrame) -> Iterator[str]:
-    """A warning, where the same computation was much faster in one round than in another."""
-    factor = rows["max"][COMPUTE] / rows["min"][COMPUTE]
-    if factor > RESTLESS:
-        yield f"other work kept the machine busy: compute alone varied by a factor of {factor:.1f}; measure again"
 
 
 def _span(values: pd.Series) -> pd.Series:
@@ -140,29 +171,67 @@ def _spread(row: pd.Series, digits: int) -> str:
 
 
 def _processes(fact: dict[str, Any]) -> str:
-    several, cores = "es" * (fact["world"] > 1), fact["cores"]
-    return f"{fact['world']} process{several} x {fact['gpu'] or f'{cores} core' + 's' * (cores > 1)}"
+    world = fact["world"]
+    return f"{world} process{'es' * (world > 1)} x {fact['gpu'] or _many(fact['cores'], 'core')}"
 
 
-def plot(turns: pd.DataFrame) -> bytes:
-    """Images per second over the number of processes as a PNG, beside what the smallest number would scale to."""
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
+
+
+def plot(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> bytes:
+    """Images per second, speed-up and efficiency over the number of processes, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    summed = summary(turns)
-    worlds = sorted(summed.world.unique())
-    for part in (LOADER, COMPUTE, JOINED, BOTH):
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    speed, gain = figure.subplots(1, 2)
+    summed, scaled = summary(turns), scaling(turns)
+    worlds = [int(world) for world in scaled.columns]
+    for part, marker in ((LOADER, "s"), (COMPUTE, "^"), (JOINED, "D"), (BOTH, "o")):
         rows = summed[summed.part == part].sort_values("world")
         whiskers = [rows["median"] - rows["min"], rows["max"] - rows["median"]]
-        axes.errorbar(rows.world, rows["median"], whiskers, marker="o", capsize=3, label=part)
-    first = summed[(summed.part == BOTH) & (summed.world == worlds[0])]["median"].item() / worlds[0]
-    axes.plot(worlds, [first * world for world in worlds], "k:", label="linear")
-    axes.set(xlabel="processes", ylabel="images/s", xticks=worlds, yscale="log")
-    axes.legend()
+        speed.errorbar(rows.world, rows["median"], whiskers, marker=marker, capsize=3, label=part)
+    speed.set(xlabel="processes", ylabel="images/s", xticks=worlds, yscale="log")
+    _whole_numbers(speed.yaxis)
+    speed.legend()
+
+    first, ideal = worlds[0], ideal_scaling(facts, worlds)
+    medians, least, most = scaled.to_numpy()
+    gain.plot(worlds, [*ideal.values()], "k:", label="ideal on the hardware used")
+    gain.errorbar(worlds, medians, [medians - least, most - medians], color="C3", marker="o", capsize=3, label=BOTH)
+    for world, median in zip(worlds, medians, strict=True):
+        gain.annotate(
+            f"{median:.2f}x, {median / ideal[world]:.0%}",
+            (world, median),
+            (0, -20),
+            textcoords="offset points",
+            ha="center",
+            bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "pad": 0.2},
+        )
+    gain.set(xlabel="processes", ylabel=f"speed-up over {first} process" + "es" * (first > 1), xticks=worlds)
+    gain.set_ylim(0, 1.1 * max(*ideal.values(), *most))
+    gain.margins(x=0.2)
+    gain.legend(title="speed-up, efficiency", loc="upper left" if ideal[worlds[-1]] > 1 else "lower left")
+    figure.suptitle(f"{_setting(facts[first], cfg)}\n{_hardware(facts, worlds)}")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()
+
+
+def _whole_numbers(axis: Any) -> None:
+    """Let a logarithmic axis show 100 and 200 where it would show powers, as its range is often less than one of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _hardware(facts: dict[int, dict[str, Any]], worlds: list[int]) -> str:
+    gpu = facts[worlds[0]]["gpu"]
+    if gpu:
+        return f"{gpu}, one for each process"
+    return f"{_processor()}: {', '.join(_processes(facts[world]) for world in worlds)}"
 
 
 def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, out: Path) -> None:
@@ -182,8 +251,8 @@ def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, ou
     }
     replace_file(out / "bench.csv", turns.to_csv(index=False).encode())
     replace_file(out / "bench.json", json.dumps(content, indent=1).encode())
-    if len(facts) > 1:
-        replace_file(out / "scaling.png", plot(turns))
+    if len(scaling(turns).columns) > 1:
+        replace_file(out / "scaling.png", plot(turns, facts, cfg))
 
 
 _PACKAGES = ("sluice-train", "torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "timm", "lightning")

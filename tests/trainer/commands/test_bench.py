@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.bench.peers import rounds_within
 from data_pipeline.common.errors import UserError
 from tests.conftest import picture
 from tests.support.runs import SOLO, Job, descendants, dotted, state_of
@@ -66,6 +66,8 @@ def fact(**changes: Any) -> dict[str, Any]:
         "flops_per_image": 1e9,
         "gradient_bytes": 4_000_000,
         "left_out": [],
+        "steps": 8,
+        "asked": [1, 8, 5],
     }
     return plain | changes
 
@@ -75,7 +77,9 @@ def fact(**changes: Any) -> dict[str, Any]:
 
 def test_one_process_measures_its_parts_in_turn(options: list[str], tmp_path: Path) -> None:
     cfg = load([*options, "--optim.accumulate", "2"])
-    rows, facts = bench.measure(cfg, SOLO, rounds=2, steps=1, profile=tmp_path / "traces")
+    taken = bench.Measured()
+    bench.measure(cfg, SOLO, taken, rounds=2, steps=1, profile=tmp_path / "traces")
+    rows, facts = taken.rows, taken.facts[1]
     parts = [LOADER, COMPUTE, BOTH, MATMUL, DECODE]
     assert [(row["round"], row["part"]) for row in rows] == [(number, part) for number in (0, 1) for part in parts]
     assert all(row["world"] == 1 and row["rate"] > 0 for row in rows)
@@ -95,7 +99,7 @@ def test_steps_that_do_not_count_are_taken_before_the_clock(monkeypatch: pytest.
         return 3.0
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    assert bench.timed(SOLO, act, steps=5, skipped=4) == 1.5
+    assert bench.timed(SOLO, act, calls=5, skipped=4) == (1.5, 2)
     assert now[0] == 18
 
 
@@ -116,10 +120,12 @@ def test_images_that_are_no_jpegs_are_measured_without_bare_decoding(tmp_path: P
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(20, 20, seed=number).save(path)
     cfg = load(dotted({"data.path": str(tmp_path), "data.batch": "8", "data.size_px": "32"}))
-    rows, facts = bench.measure(cfg, SOLO, rounds=1, steps=1, peers=True)
+    taken = bench.Measured()
+    bench.measure(cfg, SOLO, taken, rounds=1, steps=1, peers=True)
+    rows, facts = taken.rows, taken.facts[1]
     assert [row["part"] for row in rows] == [LOADER, COMPUTE, BOTH, MATMUL]
     assert re.match(rf"{DECODE}, peers: data\.path: .* has 0 JPEGs", facts["left_out"][0])
-    turns = pd.DataFrame(rows).assign(repeat=0)
+    turns = pd.DataFrame(rows)
     assert f"left out: {DECODE}, peers" in results.report(turns, {1: facts}, cfg)
 
 
@@ -180,14 +186,71 @@ def test_the_report_by_hand() -> None:
     assert f"ours / {PLAIN_LOOP}: 1.50 (1.50 to 1.50)" in second  # all of it, 60 / 40
     assert f"left out: {left_out[0]}" in second
     assert "A share of the machine holds this run back: alone the loader delivers 500 images/s" in second
-    assert last == "2 processes x 1 core / 1 process x 2 cores, end to end: 1.000 (1.000 to 1.000)"
+    assert last == "2 processes x 1 core / 1 process x 2 cores, end to end: 1.000 (1.000 to 1.000), efficiency 100%"
 
 
-def test_a_busy_machine_is_named() -> None:
+def test_a_busy_machine_is_named_and_no_advice_given() -> None:
     calm = {LOADER: [500.0] * 3, COMPUTE: [100.0, 110.0, 149.0], BOTH: [90.0] * 3, MATMUL: [1e12] * 3}
-    assert "busy" not in results.report(frame(calm), {1: fact()}, Config())
-    restless = frame({**calm, COMPUTE: [100.0, 110.0, 160.0]})
-    assert "compute alone varied by a factor of 1.6; measure again" in results.report(restless, {1: fact()}, Config())
+    told = results.report(frame(calm), {1: fact()}, Config())
+    assert "busy" not in told and "holds this run back" in told
+    restless = results.report(frame({**calm, COMPUTE: [100.0, 110.0, 160.0]}), {1: fact()}, Config())
+    assert restless.endswith(
+        "other work kept the machine busy: compute alone varied by a factor of 1.6, too much to say what holds this run "
+        "back; measure again"
+    )
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_whatever_was_measured_has_a_report(count: int, tmp_path: Path) -> None:
+    """Broken off within its first round, after any of its parts."""
+    parts = [LOADER, COMPUTE, JOINED, BOTH, PLAIN_STEP, MATMUL][:count]
+    turns = frame({part: [100.0] for part in parts}, world=2)
+    text = results.report(turns, {2: fact(world=2)}, Config())
+    assert all(re.search(rf"^ *{re.escape(part)} +[\d.]+ \(", text, re.MULTILINE) for part in parts)
+    assert ("is not known without" in text) == (count < 6)
+    results.write(turns, {2: fact(world=2)}, Config(), tmp_path)
+    assert len(pd.read_csv(tmp_path / "bench.csv")) == count
+
+
+def test_what_was_shortened_is_said() -> None:
+    turns = frame({LOADER: [1.0, 1.0], COMPUTE: [1.0, 1.0], BOTH: [1.0, 1.0], MATMUL: [1.0, 1.0]})
+    whole = results.report(turns, {1: fact(asked=[2, 8, 5])}, Config())
+    assert "medians and ranges of 2 interleaved rounds of 8 steps\n" in whole
+    short = results.report(turns, {1: fact(asked=[9, 8, 0.5], steps=1)}, Config())
+    assert "2 interleaved rounds of 1 step; 9 of 8 did not fit into 0.5 minutes: give more --minutes\n" in short
+
+
+@pytest.mark.parametrize(
+    ("left_s", "rounds", "steps"),
+    [
+        (1000, 9, 8),  # a round of 8 steps takes 2 * (4 + 8) + 1 + 8 = 33 s
+        (300, 9, 8),
+        (270, 8, 8),
+        (60, 3, 3),  # three rounds of 2 * (4 + 3) + 1 + 3 = 18 s
+        (30, 2, 1),
+        (1, 1, 1),
+        (-5, 1, 1),
+    ],
+)
+def test_rounds_and_steps_fit_into_the_time(left_s: float, rounds: int, steps: int) -> None:
+    turns = {
+        BOTH: bench.Turn(lambda *_: bench.Timed(1, 2), skipped=4),
+        COMPUTE: bench.Turn(lambda *_: bench.Timed(1, 1)),
+    }
+    assert bench.fit_into(left_s, turns, {BOTH: 2.0, COMPUTE: 1.0}, 9, 8) == (rounds, steps)
+
+
+def test_rounds_end_before_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock: rounds of 10, 20 and 10 s; in 55 s a fourth could take as long as the second."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    seen = []
+    for number in rounds_within(9, 55):
+        now[0] += (10, 20, 10, 10)[number]
+        seen.append(number)
+    assert seen == [0, 1, 2]
+    assert list(rounds_within(9, 0)) == [0], "one in any case"
+    assert list(rounds_within(3, 99)) == [0, 1, 2]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -195,11 +258,7 @@ def test_a_busy_machine_is_named() -> None:
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        bench.main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    bench.main()
 
 
 @pytest.mark.slow
@@ -222,6 +281,55 @@ def test_two_processes_with_peers(
     assert len(CONTESTANTS.keys() & set(turns.part)) + len(one["left_out"]) == len(CONTESTANTS)
     said = capsys.readouterr().out
     assert said.count("holds this run back") == 1 and f"ours / {PLAIN_LOOP}: " in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("worn out"), KeyboardInterrupt(), SystemExit(143)])
+def test_what_was_measured_is_kept_when_it_is_broken_off(
+    error: BaseException,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the second of three rounds, in a later part than the first."""
+    calls = iter(range(99))  # two in the round that does not count, nine in each that does
+
+    def act() -> float:
+        if next(calls) == 2 + 9:
+            raise error
+        return 1e9
+
+    monkeypatch.setattr(bench.roofline, "matmul", lambda *_: act)
+    with pytest.raises(type(error)):
+        call(monkeypatch, *options, "--rounds", "3", "--out", str(tmp_path / "out"))
+    turns = pd.read_csv(tmp_path / "out/bench.csv")
+    assert turns.groupby("round").part.agg(list).to_list() == [
+        [LOADER, COMPUTE, BOTH, MATMUL, DECODE],
+        [LOADER, COMPUTE, BOTH],
+    ]
+    said = capsys.readouterr().out
+    assert f"{BOTH} " in said and f"broken off by {type(error).__name__}; what was measured" in said
+
+
+def test_of_several_numbers_of_processes_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second of the processes is broken off after it wrote what it had."""
+    calls = []
+
+    def start(world: int, options: list[str]) -> None:
+        calls.append(options)
+        turns = frame({LOADER: [1.0] * len(calls)}, world)
+        results.write(turns, {world: fact(world=world)}, Config(), Path(options[-1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "_torchrun", start)
+    taken = bench.Measured()
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure_worlds([1, 2], ["--rounds", "1"], 6, taken)
+    assert [(row["world"], row["round"]) for row in taken.rows] == [(1, 0), (2, 0), (2, 1)]
+    assert [option[:4] for option in calls] == [
+        ["--rounds", "1", "--minutes", minutes] for minutes in ("1.00", "1.20")
+    ], "a sixth of the time, and a fifth of what is left"
 
 
 def test_several_numbers_of_processes_are_drawn(tmp_path: Path) -> None:
@@ -252,6 +360,7 @@ def test_medians_are_logged_to_wandb(options: list[str], tmp_path: Path, monkeyp
         (["--worlds", "1", "--profile", "x"], "--worlds: no trace is made"),
         (["--rounds", "0"], "--rounds: 0 is not positive"),
         (["--rounds", "many"], "--rounds: invalid int value: 'many'"),
+        (["--minutes", "0"], "--minutes: 0 is not positive"),
         (["--wandb"], "--wandb: W&B keeps files"),
         (["--wandb", "--out", "x"], "--wandb: tracking.wandb is off"),
         (["--outt", "x"], "--outt: no such option"),

@@ -91,7 +91,7 @@ def test_a_terminal_shows_a_bar_and_keeps_stdout_apart() -> None:
 
 def test_a_training_that_takes_its_time_says_where_it_is(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
     console = tracker.Console(total_steps=120, epochs=4, resume_step=0)
-    watchdog.note("evaluate", 12)
+    watchdog.heartbeat("evaluate", 12)
     console.open()
     time.sleep(0.35)
     console.close()
