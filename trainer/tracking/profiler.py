@@ -20,7 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 class Trace:
     """Writes `rankR-FIRST-LAST.pt.trace.json.gz` into `folder`, holding only the chosen updates.
 
-        with Trace(cfg.run.profiled, cfg.folder / "profile", machine, done=progress.step) as trace:
+        with Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step) as trace:
             for ...:
                 ...  # an update, from fetching its data on
                 trace.step(number)

@@ -393,10 +393,10 @@ def last():
         if time.monotonic() > end_s:
             os._exit(3)
 
-from trainer.distributed import open_machine
+from trainer.distributed import open_dist_context
 
-with open_machine() as machine:
-    machine.barrier()
+with open_dist_context() as ctx:
+    ctx.barrier()
     if not of_gloo():
         os._exit(4)
 """
