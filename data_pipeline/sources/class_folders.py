@@ -1,38 +1,59 @@
-"""Class folders: ROOT/{train,val}/CLASS/**/IMAGE, or ROOT/CLASS/**/IMAGE divided by a hash."""
+"""Class folders: BASE/CLASS/**/IMAGE."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.config import require
-from data_pipeline.sources.listing import KINDS, Listing, is_image
+from data_pipeline.folder_walk import holds, holds_below, look_into, walk
+from data_pipeline.sources.listing import KINDS, Listing, Taken, is_image
 
 
 def class_folders(base: Path, classes: list[str]) -> Listing:
-    for name in folder_names(base):
+    """The images of BASE's class folders. Raises `UserError` where one is no class of `classes`."""
+    entries = look_into(base)
+    for name in sorted(set(entries.folders) - set(classes)):
         require(
-            name in classes, f"data.path: {base / name} is a class that training lacks; remove it or add it to train/"
+            not holds_below(base / name, is_image),
+            f"data.path: {base / name} is a class that training lacks; remove it or add it to train/",
         )
-    watched, found = [base], []
-    for label, name in enumerate(classes):
-        inside, folders = images_below(base / name, base)
-        watched += folders
-        found += [(path, label) for path in inside]
-    require(len(found) > 0, f"data.path: no images in {base}; put {KINDS} files into its class folders")
-    return Listing(base, [path for path, _ in found], [label for _, label in found], classes, watched)
+    there = [name for name in classes if name in set(entries.folders)]
+    found = walk(base, [base / name for name in there])
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows = [(path, numbers[name]) for name, paths in zip(there, found.images, strict=True) for path in paths]
+    require(len(rows) > 0, f"data.path: no images in {base}; put {KINDS} files into its class folders")
+    stray = [name for name in entries.files if is_image(name)]
+    notes = found.notes()
+    if stray:
+        notes.append(f"{len(stray)} images in {base} lie in no class folder and are left out, as {stray[0]}")
+    return Listing(
+        base,
+        [path for path, _ in rows],
+        [label for _, label in rows],
+        classes,
+        [base, *found.folders],
+        taken=Taken("class folders", notes=notes),
+    )
 
 
-def images_below(top: Path, base: Path) -> tuple[list[str], list[Path]]:
-    """The images anywhere below `top`, as sorted paths below `base`, and the folders that were looked into."""
-    found, watched = [], []
-    for folder, folders, files in os.walk(top, followlinks=True):
-        watched.append(Path(folder))
-        # A folder named like an image is listed too, and so told to be bad: it was hardly meant.
-        images = [entry for entry in (*files, *folders) if is_image(entry)]
-        found += [os.path.relpath(os.path.join(folder, entry), base) for entry in images]
-    return sorted(found), watched
-
-
-def folder_names(base: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
-    require(len(names) > 0, f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/")
-    return names
+def class_names(base: Path, tables: Sequence[Path] = ()) -> list[str]:
+    """The class folders of BASE. Raises `UserError` where they are no classes; `tables` might be what was meant."""
+    entries = look_into(base)
+    or_table = f", or give the table {tables[0]} as data.path" if tables else ""
+    require(
+        len(entries.folders) > 0,
+        f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/{or_table}",
+    )
+    for link in (base / name for name in entries.files if "." not in name):
+        require(
+            link.exists() or not link.is_symlink(),
+            f"data.path: {link} is a link that leads nowhere; mend it or remove it",
+        )
+    for folder in (base / name for name in entries.folders):
+        parts = [] if holds(folder, is_image) else look_into(folder).folders
+        parts = [part for part in parts if holds_below(folder / part, is_image)]
+        require(
+            len(parts) < 2,
+            f"data.path: {folder} holds folders in place of images ({', '.join(parts[:3])}{', …' * (len(parts) > 3)}); if "
+            f"these are the classes, give {folder}, else put their images into {folder} itself",
+        )
+    return entries.folders

@@ -8,7 +8,7 @@ compressed data is not seen here; DALI reports that as an error of the batch.
 import struct
 from typing import NamedTuple
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"})
 MAX_PIXELS = 1 << 27  # 400 MB decoded: beyond it a damaged header is likelier than a photograph
 
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what decoders support

@@ -1,19 +1,41 @@
 """How datasets lie on disk. Each layout lists the samples of a split: their names, their labels, where their bytes are.
 
-class_folders   ROOT/{train,val}/CLASS/**/IMAGE, or ROOT/CLASS/**/IMAGE divided by a hash
+class_folders   CLASS/**/IMAGE in train/ and val/, or in one folder, of which a share is then held out
 tables          a CSV or Parquet table of image names and labels, as Kaggle publishes them
-webdataset      ROOT/{train,val}/*.tar in WebDataset layout: KEY.jpg beside KEY.cls
+webdataset      *.tar in WebDataset layout, KEY.jpg beside KEY.cls, in train/ and val/ or in one folder
 
-Images without labels are those anywhere below a folder, or those that a table names.
+The splits' folders may have any of their usual names (see `splits`), and all of it may lie deeper, where nothing is beside
+it. Images without labels are those anywhere below a folder, or those that a table names.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, require
-from data_pipeline.sources.class_folders import class_folders, folder_names, images_below
-from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, share
-from data_pipeline.sources.tables import completed, manifest, table_names
-from data_pipeline.sources.webdataset import shard_classes, tar_shards
+from data_pipeline.folder_walk import holds, holds_below, look_into, walk
+from data_pipeline.sources.class_folders import class_folders, class_names
+from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
+from data_pipeline.sources.splits import Splits, find_splits
+from data_pipeline.sources.tables import TABLES, completed, manifest, table_names
+from data_pipeline.sources.webdataset import is_shard, refuse_packed, shard_names, split_shards, tar_shards
+
+_DEEPEST = 4  # folders that may lie around a dataset
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """Where the splits of a dataset lie."""
+
+    train: Path
+    """Folder of class folders or shards."""
+    val: Path | None
+    """None where a part of `train` is for validation."""
+    watched: list[Path]
+    """Folders that were looked into to find this out."""
+    notes: list[str]
+    """What was left aside."""
 
 
 def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
@@ -23,18 +45,21 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     """
     if root.is_file():
         return manifest(root, cfg, split, classes)
-    divided = (root / "train").is_dir() or (root / "val").is_dir()
-    for half in ("train", split) if classes is None else (split,):
-        require(
-            not divided or (root / half).is_dir(),
-            f"data.path: {root} has no {half}/ beside its other half; add it, or give a folder of CLASS/ folders only",
-        )
-    base, train = (root / split, root / "train") if divided else (root, root)
-    if any(base.glob("*.tar")):
-        listing = tar_shards(base, classes or shard_classes(train))
-    else:
-        listing = class_folders(base, classes or folder_names(train))
-    return listing if divided else share(listing, cfg.val_share, split)
+    halves = _find_halves(root, only_val=split == "val" and classes is not None)
+    base = halves.val if split == "val" and halves.val else halves.train
+    in_shards = bool(shard_names(base))
+    listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes)
+    require(
+        classes is not None or split == "val" or len(set(listing.labels)) > 1,
+        f"data.path: {base} has images of one class only, {listing.classes[listing.labels[0]]}, and nothing to tell it "
+        "from; give the folder above it, or add another class",
+    )
+    taken = listing.taken
+    where = "" if base == root else f" in {base.relative_to(root)}/"
+    val_from = f"{halves.val.relative_to(root)}/" if halves.val else taken.val_from
+    taken = replace(taken, layout=taken.layout + where, val_from=val_from, notes=[*halves.notes, *taken.notes])
+    listing = replace(listing, watched=[*halves.watched, *listing.watched], taken=taken)
+    return listing if val_from else share(listing, cfg.val_share, split)
 
 
 def list_images(root: Path, cfg: DataConfig) -> Listing:
@@ -46,7 +71,107 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
         base, watched = Path(cfg.images) if cfg.images else root.parent, [root]
         paths = completed(base, table_names(root, cfg), root)
     else:
-        base = root
-        paths, watched = images_below(root, root)
+        found = walk(root, [root])
+        base, paths, watched = root, found.images[0], found.folders
     require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it")
     return Listing(base, paths, [UNLABELLED] * len(paths), [], watched)
+
+
+def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listing:
+    if not look_into(base).folders:
+        refuse_packed(base)
+    tables = [folder / name for folder in halves.watched for name in look_into(folder).files if name.endswith(TABLES)]
+    return class_folders(base, classes or class_names(halves.train, tables))
+
+
+def _of_shards(halves: _Halves, base: Path, split: str, classes: list[str] | None) -> Listing:
+    refuse_packed(base)
+    full = _full_folders(base)
+    require(
+        not full,
+        f"data.path: {base} holds both shards and folders of images ({', '.join(full)}); give a folder with either",
+    )
+    if halves.val:
+        if classes is None and split == "val":
+            classes = tar_shards(halves.train, shard_names(halves.train), None).classes
+        return tar_shards(base, shard_names(base), classes)
+    names = split_shards(base)
+    if classes is None and split == "val":
+        classes = tar_shards(base, names.train, None).classes
+    listing = tar_shards(base, names.val if names.val and split == "val" else names.train, classes)
+    val_from = f"{len(names.val)} shards by their names, as {names.val[0]}" if names.val else ""
+    return replace(listing, taken=replace(listing.taken, val_from=val_from, notes=[*names.notes, *listing.taken.notes]))
+
+
+def _find_halves(root: Path, only_val: bool) -> _Halves:
+    """Look for the splits in `root`, or in the only folder that it holds, and so on.
+
+    Where `only_val` is wanted, images for training need not be there.
+    """
+    watched: list[Path] = []
+    for folder in _inwards(root):
+        watched.append(folder)
+        splits = find_splits(look_into(folder).folders, folder)
+        if any(splits) and not _is_class(folder, splits):
+            return _divided(folder, splits, watched, only_val)
+    return _Halves(watched[-1], None, watched, [])
+
+
+def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) -> _Halves:
+    others = [name for name in _full_folders(folder) if name not in splits]
+    notes = [f"left alone beside the splits: {_few(others)}"] if others else []
+    if splits.train is None:
+        there = splits.val or splits.test
+        require(
+            only_val and splits.val is not None,
+            f"data.path: {folder} has no train/ beside {there}/; add it, or give a folder of CLASS/ folders only",
+        )
+        return _Halves(folder / str(splits.val), folder / str(splits.val), watched, notes)
+    train = _unwrapped(folder / splits.train)
+    val = _unwrapped(folder / splits.val) if splits.val else None
+    watched = [*watched, *(folder / name for name in splits if name)]
+    if splits.test and val:
+        notes.append(f"{splits.test}/ is left alone, as {splits.val}/ is there")
+    elif splits.test:
+        test = _unwrapped(folder / splits.test)
+        if shard_names(test) or set(look_into(test).folders) & set(look_into(train).folders):
+            val = test
+        else:
+            notes.append(f"{splits.test}/ is left alone, as it has none of the class folders of {splits.train}/")
+    return _Halves(train, val, watched, notes)
+
+
+def _is_class(folder: Path, splits: Splits) -> bool:
+    """Whether the folder "train" is one with pictures of trains: beside two other classes at least, and no other split."""
+    if splits.train is None or splits.val or splits.test or not holds(folder / splits.train, is_image):
+        return False
+    beside = (name for name in look_into(folder).folders if name != splits.train)
+    return len(list(islice((name for name in beside if holds(folder / name, is_image)), 2))) == 2
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The folder that holds everything in `folder`."""
+    return list(_inwards(folder))[-1]
+
+
+def _inwards(folder: Path) -> Iterator[Path]:
+    """The folder, then the only one in it that holds images or shards, and so on; a folder of images ends it."""
+    for _ in range(_DEEPEST):
+        yield folder
+        full = _full_folders(folder, 2)
+        if len(full) != 1 or holds(folder, _is_data) or holds(folder / full[0], is_image):
+            return
+        folder = folder / full[0]
+
+
+def _full_folders(folder: Path, most: int | None = None) -> list[str]:
+    """The folders in `folder` with images or shards anywhere in them, the first `most` of them."""
+    return list(islice((name for name in look_into(folder).folders if holds_below(folder / name, _is_data)), most))
+
+
+def _is_data(name: str) -> bool:
+    return is_image(name) or is_shard(name)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(f"{name}/" for name in names[:5]) + ", …" * (len(names) > 5)

@@ -14,6 +14,10 @@ from data_pipeline.sources.image_headers import SUFFIXES
 UNLABELLED = -1
 """Label of images of no known class; loaders give them as `loader.IGNORE_LABEL`, which is the same."""
 KINDS = ", ".join(sorted(SUFFIXES))
+_UNREAD = frozenset(
+    {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".psd", ".dcm"}
+)
+_FOREIGN = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,42 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+def is_unread(name: str) -> bool:
+    """Whether a file is an image of a kind that is not read."""
+    return os.path.splitext(name)[1].lower() in _UNREAD
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder belongs to another program: hidden, a Mac's twin of a file, a server's thumbnails."""
+    return name.startswith(".") or name in _FOREIGN
+
+
 def share(listing: Listing, val_share: float, split: str) -> Listing:
-    """The part of an undivided set that is `split`: decided by a hash of each name, so that others never matter."""
-    rows = [row for row, path in enumerate(listing.paths) if (_hash(path) < val_share * 2**64) == (split == "val")]
+    """The part of an undivided set that is `split`: of each class those whose names have the smallest hashes are held out.
+
+    That is `val_share` of its images, rounded, but at least one where it has two, and not all of them unless all are asked
+    for. A file that is added moves few others: it may take the place of the held-out one with the largest hash.
+    """
+    classes: dict[int, list[int]] = {}
+    for row, label in enumerate(listing.labels):
+        classes.setdefault(label, []).append(row)
+    held: set[int] = set()
+    for members in classes.values():
+        most = len(members) - (val_share < 1)
+        count = min(max(round(val_share * len(members)), 1), most)
+        held.update(sorted(members, key=lambda row: (_hash(listing.paths[row]), listing.paths[row]))[:count])
+    rows = [row for row in range(len(listing.paths)) if (row in held) == (split == "val")]
     require(
         len(rows) > 0,
         f"data.val_share: {val_share} leaves no image in {listing.root} for {split}; give another share or more images",
     )
+    how = f"{100 * val_share:g} % of each class, by a hash of the names"
     return replace(
         listing,
         paths=[listing.paths[row] for row in rows],
         labels=[listing.labels[row] for row in rows],
         spans=listing.spans[rows] if len(listing.spans) else listing.spans,
-        taken=replace(listing.taken, divided_from=len(listing.paths)),
+        taken=replace(listing.taken, val_from=how, divided_from=len(listing.paths)),
     )
 
 

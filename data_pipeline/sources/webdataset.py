@@ -1,68 +1,177 @@
-"""Tar shards: ROOT/{train,val}/*.tar in WebDataset layout, KEY.jpg beside KEY.cls."""
+"""Tar shards in WebDataset layout: KEY.jpg beside KEY.cls."""
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.common.atomic_io import stays_below
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
-from data_pipeline.sources.listing import Listing, is_image
+from data_pipeline.folder_walk import look_into
+from data_pipeline.sources.listing import Listing, Taken, is_foreign, is_image
+from data_pipeline.sources.splits import role_of
+
+_PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+"""First bytes of a compressed file, and what undoes it."""
+_LONGEST = 1 << 20  # bytes of a header or a label: more is damage, or meant to fill the memory
 
 
-def tar_shards(base: Path, classes: list[str]) -> Listing:
-    shards = sorted(file.name for file in base.glob("*.tar"))
-    numbers = {name: number for number, name in enumerate(classes)}
-    paths, labels, spans = [], [], []
-    for number, shard in enumerate(shards):
-        for member, offset, length, label in _samples(base / shard):
-            require(label in numbers, f"data.path: {base / shard} has class {label}, which training lacks; remove it")
-            paths.append(f"{shard}/{member}")
-            labels.append(numbers[label])
-            spans.append((number, offset, length))
-    require(len(paths) > 0, f"data.path: no images in the shards of {base}; they need KEY.jpg beside KEY.cls members")
-    watched = [base, *(base / shard for shard in shards)]
-    return Listing(base, paths, labels, classes, watched, shards, np.array(spans, np.int64))
+class ShardNames(NamedTuple):
+    """The shards of a folder by their splits."""
+
+    train: list[str]
+    val: list[str]
+    """Empty where no name speaks of a split that is for validation."""
+    notes: list[str]
 
 
-def shard_classes(base: Path) -> list[str]:
-    """All labels in the shards of `base`: numbers in their order, or names."""
-    found = {label for shard in sorted(base.glob("*.tar")) for _, _, _, label in _samples(shard)}
-    numeric = all(label.isdecimal() for label in found)
-    return sorted(found, key=int) if numeric else sorted(found)
+class _Sample(NamedTuple):
+    """An image in a shard: its name, its place in bytes, its label if it has one."""
+
+    name: str
+    offset: int
+    length: int
+    label: str | None
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, int, int, str]]:
-    """Name, offset, length and label of each image. The members of one sample stand together, in any order."""
+def is_shard(name: str) -> bool:
+    return name.endswith(".tar")
+
+
+def is_packed_shard(name: str) -> bool:
+    """Whether the file is a compressed archive by its name."""
+    return name.lower().endswith((".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+
+
+def shard_names(base: Path) -> list[str]:
+    return [name for name in look_into(base).files if is_shard(name)]
+
+
+def split_shards(base: Path) -> ShardNames:
+    """The shards of a folder, divided by the splits that their names speak of.
+
+    Raises `UserError` where only some speak of one.
+    """
+    names = shard_names(base)
+    roles = {role: [name for name in names if role_of(name) == role] for role in ("train", "val", "test", None)}
+    if len(roles[None]) == len(names):
+        return ShardNames(names, [], [])
+    require(
+        not roles[None] and bool(roles["train"]),
+        f"data.path: the shards of {base} name splits, but "
+        f"{f'{roles[None][0]} names none' if roles[None] else 'none names train'}; move them into train/ and val/",
+    )
+    val, left = (roles["val"], roles["test"]) if roles["val"] else (roles["test"], [])
+    return ShardNames(roles["train"], val, [f"{len(left)} shards are left alone, as {left[0]}"] if left else [])
+
+
+def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listing:
+    """The samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given."""
+    samples = [(number, sample) for number, name in enumerate(names) for sample in _samples(base / name)]
+    labelled = [(number, sample, sample.label) for number, sample in samples if sample.label is not None]
+    require(
+        len(labelled) > 0, f"data.path: no images in the shards of {base}; they need KEY.jpg beside KEY.cls members"
+    )
+    classes = classes or _in_order({label for _, _, label in labelled})
+    rows = {name: row for row, name in enumerate(classes)}
+    for number, _, label in labelled:
+        require(
+            label in rows,
+            f"data.path: {base / names[number]} has class {label[:80]}, which training lacks; remove it",
+        )
+    bare = next((f"{names[number]}/{sample.name}" for number, sample in samples if sample.label is None), None)
+    note = f"{len(samples) - len(labelled)} images have no .cls beside them and are left out, as {bare}"
+    return Listing(
+        base,
+        [f"{names[number]}/{sample.name}" for number, sample, _ in labelled],
+        [rows[label] for _, _, label in labelled],
+        classes,
+        [base, *(base / name for name in names)],
+        names,
+        np.array([(number, sample.offset, sample.length) for number, sample, _ in labelled], np.int64),
+        Taken(f"{len(names)} tar shards", notes=[note] if bare else []),
+    )
+
+
+def refuse_packed(base: Path) -> None:
+    """Raise `UserError` where a folder holds compressed shards."""
+    packed = next((name for name in look_into(base).files if is_packed_shard(name)), None)
+    require(
+        packed is None,
+        f"data.path: {base / str(packed)} is compressed, so no image in it can be reached alone; decompress it to a .tar "
+        "(images are compressed already), or unpack it",
+    )
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Numbers in their order, or names."""
+    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+
+
+def _samples(shard: Path) -> Iterator[_Sample]:
+    """The images of a shard. The members of one sample stand together, in any order."""
     try:
-        with open(shard, "rb") as file:
-            file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-            require(not any(file.read()), f"data.path: the shard {shard} is cut off; copy it again or remove it")
-        with tarfile.open(shard, "r:") as tar:
-            group, image, label = "", None, None
-            for member in tar:
-                key = member.name.split(".")[0] if "/" not in member.name else _key(member.name)
-                if key != group:
-                    group, image, label = key, None, None
-                require(
-                    stays_below(member.name) and (member.isreg() or member.isdir()),
-                    f"data.path: the shard {shard} has a member {member.name!r} that leads elsewhere; remove it",
-                )
-                if is_image(member.name):
-                    image = member
-                elif member.name.endswith(".cls"):
-                    extracted = tar.extractfile(member)
-                    label = extracted.read().decode().strip() if extracted else None
-                if image is not None and label is not None:
-                    yield image.name, image.offset_data, image.size, label
-                    image, label = None, None
+        _check_whole(shard)
+        with _SmallReads(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for _, members in groupby(_members(tar, shard), lambda member: _key(member.name)):
+                sample = list(members)
+                images = [member for member in sample if is_image(member.name)]
+                # KEY.jpg goes before KEY.mask.png.
+                images.sort(key=lambda member: PurePosixPath(member.name).name.count("."))
+                if images:
+                    image = images[0]
+                    yield _Sample(image.name, image.offset_data, image.size, _label(tar, sample))
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.path: the shard {shard} cannot be read ({error}); copy it again or remove it") from None
+
+
+def _check_whole(shard: Path) -> None:
+    with open(shard, "rb") as file:
+        start = file.read(8)
+        undo = next((undo for magic, undo in _PACKED.items() if start.startswith(magic)), None)
+        require(
+            undo is None,
+            f"data.path: the shard {shard} is compressed, so no image in it can be reached alone; decompress it "
+            f"(`{undo} < OLD.tar > NEW.tar`), as images are compressed already",
+        )
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        require(not any(file.read()), f"data.path: the shard {shard} is cut off; copy it again or remove it")
+
+
+def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The members, but for those of other programs. Raises `UserError` for one that is no plain file within."""
+    for member in tar:
+        require(
+            stays_below(member.name) and (member.isreg() or member.isdir()) and not member.issparse(),
+            f"data.path: the shard {shard} has a member {member.name!r} that leads elsewhere; remove it",
+        )
+        if member.isreg() and not any(is_foreign(part) for part in PurePosixPath(member.name).parts):
+            yield member
+
+
+def _label(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str | None:
+    for member in members:
+        file = tar.extractfile(member) if member.name.endswith(".cls") else None
+        if file:
+            return file.read().decode().strip() or None
+    return None
 
 
 def _key(name: str) -> str:
     folder, _, file = name.rpartition("/")
     return f"{folder}/{file.split('.')[0]}"
+
+
+class _SmallReads(io.FileIO):
+    """A file of which no more is read at once than a header or a label may be, whatever it claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST:
+            raise tarfile.ReadError(f"a header or label of {size} bytes")
+        return super().read(size) or b""

@@ -1,0 +1,73 @@
+"""Which folders, or which shards, are a dataset's splits: by the names that people give them."""
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from data_pipeline.config import require
+
+Role = Literal["train", "val", "test"]
+
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_BESIDE = r"(?:seg|data|sets?|images?|imgs?|splits?|the|shards?)?"
+_WORD = re.compile(rf"{_BESIDE}({'|'.join(_ROLES)}){_BESIDE}")
+"""A word that names a split, written together with one that says no more, as in "trainset"."""
+
+
+class Splits(NamedTuple):
+    """The name of the folder of each split that is there."""
+
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+
+
+def find_splits(names: Iterable[str], where: object) -> Splits:
+    """The splits among the folders `names` of a folder `where`. Raises `UserError` where two could be the same one.
+
+    Beside their split, names may hold words that all of them share, as in `asl_alphabet_train` and `asl_alphabet_test`.
+    """
+    sets: dict[str, dict[Role, list[str]]] = {}
+    for name in names:
+        role, rest = _parsed(name)
+        if role:
+            sets.setdefault(rest, {}).setdefault(role, []).append(name)
+    whole = [found for rest, found in sets.items() if rest == "" or ("train" in found and len(found) > 1)]
+    require(
+        len(whole) < 2,
+        f"data.path: {where} holds several datasets ({', '.join(found['train'][0] for found in whole if 'train' in found)}"
+        ", …); give a folder with one of them",
+    )
+    return Splits(**{role: _only(same, role, where) for role, same in _needed(whole[0]).items()}) if whole else Splits()
+
+
+def _needed(found: dict[Role, list[str]]) -> dict[Role, list[str]]:
+    """Beside a validation split, one for tests plays no part, nor does it matter how many there are."""
+    return {role: same[:1] if role == "test" and "val" in found else same for role, same in found.items()}
+
+
+def _only(names: list[str], role: Role, where: object) -> str:
+    """The one folder of a role; the plain word goes before those that have another beside it."""
+    plain = [name for name in names if name.lower() in _ROLES] or names
+    require(
+        len(plain) == 1,
+        f"data.path: {where} has {' and '.join(plain)}, which both look like {role}/; rename one of them",
+    )
+    return plain[0]
+
+
+def role_of(name: str) -> Role | None:
+    """The split that a file's name speaks of, whatever other words are in it; None where it is none, or several."""
+    return _parsed(name)[0]
+
+
+def _parsed(name: str) -> tuple[Role | None, str]:
+    """The split that a name speaks of, and its other words."""
+    words = re.findall(r"[a-z]+", name.lower())
+    roles = [match[1] for word in words if (match := _WORD.fullmatch(word))]
+    rest = [word for word in words if not _WORD.fullmatch(word) and not re.fullmatch(_BESIDE, word)]
+    return (_ROLES[roles[0]] if len(roles) == 1 else None), " ".join(rest)

@@ -1,0 +1,37 @@
+"""What a command says at its start of the data that it took."""
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.quarantine import printable
+
+_SMALL = 100  # validation images below which their number is worth a line
+_SHOWN = 5  # classes that are named
+
+
+def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
+    """Two lines on the layout, the images of each split and the classes; then one on each thing that is odd."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    small, large = int(counts.argmin()), int(counts.argmax())
+    names = [printable(name) for name in train.classes]
+    notes = list(dict.fromkeys([*train.taken.notes, *val.taken.notes]))
+    for catalog, what in ((train, "training"), (val, "validation")):
+        empty = sorted(set(range(len(names))) - set(catalog.labels.tolist()))
+        if empty:
+            notes.append(
+                f"{len(empty)} of {len(names)} classes have no {what} images: {_few([names[n] for n in empty])}"
+            )
+    if len(val) < _SMALL:
+        notes.append(f"only {len(val)} validation images: a single one is {100 / max(len(val), 1):.1f} % of top-1")
+    return [
+        f"data: {printable(cfg.path)} ({train.taken.layout}): {len(train):,} images to train on, {len(val):,} to validate "
+        f"on ({val.taken.val_from})",
+        f"{len(names)} classes, from {counts[small]:,} training images ({names[small]}) to {counts[large]:,} "
+        f"({names[large]}): {_few(names)}",
+        *(f"data: {printable(note)}" for note in notes),
+    ]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
