@@ -2,12 +2,22 @@
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, require
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.quarantine import printable
 
 _SMALL = 100  # validation images below which their number is worth a line
 _SHOWN = 5  # classes that are named
+
+
+def refuse_single_class(train: Catalog) -> None:
+    """Raise `UserError` where there is nothing to tell a class from."""
+    there = {train.classes[label] for label in np.unique(train.labels)}
+    require(
+        len(there) > 1,
+        f"data.path: {train.root} has images of one class only, {', '.join(there)}, and nothing to tell it from; give the "
+        "folder above it, or add another class",
+    )
 
 
 def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
@@ -24,11 +34,12 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
             )
     if len(val) < _SMALL:
         notes.append(f"only {len(val)} validation images: a single one is {100 / max(len(val), 1):.1f} % of top-1")
+    sizes = f"{counts[small]:,} ({names[small]}) to {counts[large]:,} ({names[large]}) training images"
+    each = f"{counts[small]:,} training images each" if counts[small] == counts[large] else sizes
     return [
         f"data: {printable(cfg.path)} ({train.taken.layout}): {len(train):,} images to train on, {len(val):,} to validate "
         f"on ({val.taken.val_from})",
-        f"{len(names)} classes, from {counts[small]:,} training images ({names[small]}) to {counts[large]:,} "
-        f"({names[large]}): {_few(names)}",
+        f"{len(names)} classes of {each}: {_few(names)}",
         *(f"data: {printable(note)}" for note in notes),
     ]
 

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.summary import refuse_single_class
 from trainer.checkpoint.async_writer import check_room, checkpoint_bytes
 from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
 from trainer.config import Config, first_difference, to_yaml
@@ -111,6 +112,7 @@ def build_engine(cfg: Config, classes: int, ctx: DistContext) -> Engine:
 def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     """What reads the training and the validation images."""
     train = open_catalog(cfg.data, "train")
+    refuse_single_class(train)
     val = open_catalog(cfg.data, "val", train.classes)
     return training_loader(cfg, train, ctx), Loader(val, cfg.data, ctx, training=False)
 

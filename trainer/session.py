@@ -15,6 +15,7 @@ import torch
 from data_pipeline.common.errors import UserError
 from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Cursor, Loader
+from data_pipeline.summary import summary
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config
@@ -70,6 +71,8 @@ class Session:
         self.tracker = ctx.raise_together(self._open_tracker)
         for checkpoint, why in store.passed_over.items():
             self.tracker.note(f"passed over {checkpoint}: {why}")
+        for line in summary(cfg.data, train.catalog, val.catalog):
+            self.tracker.note(line)
         for catalog in (train.catalog, val.catalog):
             for path, why in catalog.bad.items():
                 self.tracker.note(f"left out {catalog.root / path}: {why}")

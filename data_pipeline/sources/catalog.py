@@ -33,7 +33,8 @@ from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 2  # of the cache: raise it when a scan would find something else
+_VERSION = 3  # of the cache: raise it when a scan would find something else
+_LASTING = (errno.ENOENT, errno.EISDIR, errno.ELOOP)  # of a link or a folder in an image's place, until that changes
 _NO_SPANS = np.empty((0, 3), np.int64)
 
 
@@ -93,10 +94,14 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     """The samples of `split` ("train" or "val"), in any layout (see `layouts`) or from a pack.
 
     Labels follow `classes`, or the classes of the training split. What was scanned once is remembered, until a folder or
-    file of it changes. Raises `UserError`.
+    file of it changes; a scan that met an error of the storage is not. Raises `UserError`.
     """
     root = dataset_root(cfg)
-    if not (root.is_dir() or (root.is_file() and root.suffix in TABLES)):
+    try:
+        is_folder, is_table = root.is_dir(), root.is_file() and root.suffix in TABLES
+    except OSError as error:
+        raise UserError(f"data.path: cannot look into {cfg.path} ({error.strerror}); mend that first") from None
+    if not (is_folder or is_table):
         raise UserError(
             f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
             f"or a name ({', '.join(NAMED)})"
@@ -159,6 +164,8 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
             listing = list_now()
             watched = _changes(listing.watched)  # before the scan: what arrives during it is then noticed next time
             known = _scan(listing)
+            if any(isinstance(why, _Unread) for why in known.bad.values()):
+                return known
             try:
                 replace_file(file, _dump(known, watched))
             except OSError as error:  # as of a full disk: it costs a scan each time, no more
@@ -173,7 +180,11 @@ def _say_forgetful(root: str, why: str) -> None:
         print(f"scanning {root} anew each time: {why}", file=sys.stderr)
 
 
-def _dump(catalog: Catalog, watched: dict[str, int]) -> bytes:
+class _Unread(str):
+    """Why a file could not be read this time: the next time it may be otherwise, so this must not be remembered."""
+
+
+def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
     """An .npz of plain arrays; what is no array is in it as JSON."""
     text = {
         "root": str(catalog.root),
@@ -212,16 +223,17 @@ def _load(file: Path) -> Catalog | None:
         return None
 
 
-def _changes(paths: Iterable[Path]) -> dict[str, int]:
-    """When each file, or the entries of each folder, changed, in ns; -1 where there is nothing."""
+def _changes(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """When each file, or the entries of each folder, changed, and when its permissions did, in ns; [] where nothing is."""
     return {str(path): _changed(path) for path in paths}
 
 
-def _changed(path: Path) -> int:
+def _changed(path: Path) -> list[int]:
     try:
-        return path.stat().st_mtime_ns
+        entry = path.stat()
     except OSError:
-        return -1
+        return []
+    return [entry.st_mtime_ns, entry.st_ctime_ns]
 
 
 def _scan(listing: Listing) -> Catalog:
@@ -274,5 +286,6 @@ def _fault(listing: Listing, row: int) -> str | None:
     except BadImage as error:
         return str(error)
     except OSError as error:
-        return error.strerror or type(error).__name__
+        why = error.strerror or type(error).__name__
+        return why if error.errno in _LASTING else _Unread(why)
     return None

@@ -1,11 +1,13 @@
 """Class folders: BASE/CLASS/**/IMAGE."""
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
 from data_pipeline.config import require
-from data_pipeline.folder_walk import holds, holds_below, look_into, walk
+from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, Listing, Taken, is_image
+
+_PART = re.compile(r"(image|img|photo|part|batch|fold|folder|chunk|shard)s?$")
 
 
 def class_folders(base: Path, classes: list[str]) -> Listing:
@@ -35,13 +37,17 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     )
 
 
-def class_names(base: Path, tables: Sequence[Path] = ()) -> list[str]:
-    """The class folders of BASE. Raises `UserError` where they are no classes; `tables` might be what was meant."""
+def class_names(base: Path) -> list[str]:
+    """The class folders of BASE. Raises `UserError` where they are no classes."""
     entries = look_into(base)
-    or_table = f", or give the table {tables[0]} as data.path" if tables else ""
     require(
         len(entries.folders) > 0,
-        f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/{or_table}",
+        f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/",
+    )
+    require(
+        not _are_parts(entries.folders),
+        f"data.path: the folders of {base} ({', '.join(entries.folders[:3])}, …) are named like parts of one set, not like "
+        "classes; give a table of labels as data.path, and this folder as data.images",
     )
     for link in (base / name for name in entries.files if "." not in name):
         require(
@@ -57,3 +63,9 @@ def class_names(base: Path, tables: Sequence[Path] = ()) -> list[str]:
             f"these are the classes, give {folder}, else put their images into {folder} itself",
         )
     return entries.folders
+
+
+def _are_parts(names: list[str]) -> bool:
+    """Whether names differ in a number alone, behind a word such as "images_part"."""
+    words = {re.sub(r"[\W_]*\d+[\W_]*$", "", name.lower()) for name in names}
+    return len(names) > 1 and len(words) == 1 and bool(_PART.search(words.pop()))

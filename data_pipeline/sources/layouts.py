@@ -8,18 +8,19 @@ The splits' folders may have any of their usual names (see `splits`), and all of
 it. Images without labels are those anywhere below a folder, or those that a table names.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, require
-from data_pipeline.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.class_folders import class_folders, class_names
+from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
 from data_pipeline.sources.splits import Splits, find_splits
 from data_pipeline.sources.tables import TABLES, completed, manifest, table_names
-from data_pipeline.sources.webdataset import is_shard, refuse_packed, shard_names, split_shards, tar_shards
+from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
 _DEEPEST = 4  # folders that may lie around a dataset
 
@@ -46,14 +47,13 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     if root.is_file():
         return manifest(root, cfg, split, classes)
     halves = _find_halves(root, only_val=split == "val" and classes is not None)
+    table = _table_in(halves)
+    if table:
+        listing = manifest(table, cfg, split, classes)
+        return replace(listing, watched=[*halves.watched, *listing.watched])
     base = halves.val if split == "val" and halves.val else halves.train
     in_shards = bool(shard_names(base))
     listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes)
-    require(
-        classes is not None or split == "val" or len(set(listing.labels)) > 1,
-        f"data.path: {base} has images of one class only, {listing.classes[listing.labels[0]]}, and nothing to tell it "
-        "from; give the folder above it, or add another class",
-    )
     taken = listing.taken
     where = "" if base == root else f" in {base.relative_to(root)}/"
     val_from = f"{halves.val.relative_to(root)}/" if halves.val else taken.val_from
@@ -79,13 +79,30 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
 
 def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listing:
     if not look_into(base).folders:
-        refuse_packed(base)
-    tables = [folder / name for folder in halves.watched for name in look_into(folder).files if name.endswith(TABLES)]
-    return class_folders(base, classes or class_names(halves.train, tables))
+        refuse_archives(base)
+    return class_folders(base, classes or class_names(halves.train))
+
+
+def _table_in(halves: _Halves) -> Path | None:
+    """The table of labels of a folder whose images do not lie in class folders. Raises `UserError` where it has several."""
+    if shard_names(halves.train) or len(_full_folders(halves.train, 2)) > 1:
+        return None
+    tables = [
+        folder / name
+        for folder in halves.watched
+        for name in look_into(folder).files
+        if name.lower().endswith(TABLES) and not {"sample", "test"} & set(re.findall("[a-z]+", name.lower()))
+    ]
+    require(
+        len(tables) < 2,
+        f"data.path: {halves.watched[-1]} has no class folders, and several tables ({', '.join(map(str, tables[:5]))}); give "
+        "the one with the images' labels as data.path",
+    )
+    return tables[0] if tables else None
 
 
 def _of_shards(halves: _Halves, base: Path, split: str, classes: list[str] | None) -> Listing:
-    refuse_packed(base)
+    refuse_archives(base)
     full = _full_folders(base)
     require(
         not full,
@@ -99,8 +116,8 @@ def _of_shards(halves: _Halves, base: Path, split: str, classes: list[str] | Non
     if classes is None and split == "val":
         classes = tar_shards(base, names.train, None).classes
     listing = tar_shards(base, names.val if names.val and split == "val" else names.train, classes)
-    val_from = f"{len(names.val)} shards by their names, as {names.val[0]}" if names.val else ""
-    return replace(listing, taken=replace(listing.taken, val_from=val_from, notes=[*names.notes, *listing.taken.notes]))
+    taken = replace(listing.taken, val_from=names.val_from, notes=[*names.notes, *listing.taken.notes])
+    return replace(listing, taken=taken)
 
 
 def _find_halves(root: Path, only_val: bool) -> _Halves:

@@ -165,7 +165,7 @@ def sha256(file: Path) -> str:
 
 
 def is_pack(root: Path) -> bool:
-    return (root / MANIFEST).is_file()
+    return os.path.isfile(root / MANIFEST)  # where the folder cannot be looked into, others say so
 
 
 def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.common.atomic_io import stays_below
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
-from data_pipeline.folder_walk import look_into
+from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.listing import Listing, Taken, is_foreign, is_image
 from data_pipeline.sources.splits import role_of
 
@@ -30,6 +30,11 @@ class ShardNames(NamedTuple):
     """Empty where no name speaks of a split that is for validation."""
     notes: list[str]
 
+    @property
+    def val_from(self) -> str:
+        """Where validation images come from, in words; empty likewise."""
+        return f"{_counted(self.val)} by name, as {self.val[0]}" if self.val else ""
+
 
 class _Sample(NamedTuple):
     """An image in a shard: its name, its place in bytes, its label if it has one."""
@@ -44,9 +49,9 @@ def is_shard(name: str) -> bool:
     return name.endswith(".tar")
 
 
-def is_packed_shard(name: str) -> bool:
-    """Whether the file is a compressed archive by its name."""
-    return name.lower().endswith((".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+def is_archive(name: str) -> bool:
+    """Whether the file is compressed by its name, with images in it perhaps."""
+    return name.lower().endswith((".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"))
 
 
 def shard_names(base: Path) -> list[str]:
@@ -95,18 +100,22 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
         [base, *(base / name for name in names)],
         names,
         np.array([(number, sample.offset, sample.length) for number, sample, _ in labelled], np.int64),
-        Taken(f"{len(names)} tar shards", notes=[note] if bare else []),
+        Taken(_counted(names), notes=[note] if bare else []),
     )
 
 
-def refuse_packed(base: Path) -> None:
-    """Raise `UserError` where a folder holds compressed shards."""
-    packed = next((name for name in look_into(base).files if is_packed_shard(name)), None)
+def refuse_archives(base: Path) -> None:
+    """Raise `UserError` where a folder holds compressed archives."""
+    archive = next((name for name in look_into(base).files if is_archive(name)), "")
     require(
-        packed is None,
-        f"data.path: {base / str(packed)} is compressed, so no image in it can be reached alone; decompress it to a .tar "
-        "(images are compressed already), or unpack it",
+        not archive,
+        f"data.path: {base / archive} is compressed, so no image in it can be reached alone; unpack it, or decompress "
+        "shards to .tar",
     )
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} tar shards" if len(names) > 1 else "one tar shard"
 
 
 def _in_order(labels: set[str]) -> list[str]:

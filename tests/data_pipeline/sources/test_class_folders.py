@@ -1,0 +1,313 @@
+"""The folders that people bring: taken as they are meant, or refused with a line that says what to give."""
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import DataConfig
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.summary import refuse_single_class, summary
+from tests.conftest import KINDS, picture
+
+JPEG = KINDS["plain.jpg"](picture(12, 16))
+TWIN = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(80)
+
+
+def lay(root: Path, files: dict[str, int | bytes]) -> Path:
+    """Folder -> so many images in it, or file -> content."""
+    for name, what in files.items():
+        path = root / name
+        if isinstance(what, bytes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(what)
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        for number in range(what):
+            (path / f"{path.name}{number}.jpg").write_bytes(JPEG)
+    return root
+
+
+def both(root: Path, **options: float) -> tuple[Catalog, Catalog]:
+    cfg = DataConfig(path=str(root), **options)  # type: ignore[arg-type]
+    train = open_catalog(cfg, "train")
+    refuse_single_class(train)
+    return train, open_catalog(cfg, "val", train.classes)
+
+
+def said(root: Path) -> str:
+    return "\n".join(summary(DataConfig(path=str(root)), *both(root)))
+
+
+def two(*splits: str, count: int = 3) -> dict[str, int | bytes]:
+    """The classes cat and dog in each of the folders."""
+    return {f"{split}/{name}".lstrip("/"): count for split in splits for name in ("cat", "dog")}
+
+
+TAKEN: dict[str, tuple[dict[str, int | bytes], int, int, str]] = {
+    "Training, Testing": (two("Training", "Testing"), 6, 6, "Testing/"),
+    "TRAIN, VAL": (two("TRAIN", "VAL"), 6, 6, "VAL/"),
+    "train, valid, test": (two("train", "valid", "test"), 6, 6, "valid/"),
+    "train, test": (two("train", "test"), 6, 6, "test/"),
+    "training, validation, evaluation": (two("training", "validation", "evaluation"), 6, 6, "validation/"),
+    "train, dev": (two("train", "dev"), 6, 6, "dev/"),
+    "the folders of Intel's scenes": (
+        {**two("seg_train/seg_train", "seg_test/seg_test"), "seg_pred/seg_pred": 4},
+        6,
+        6,
+        "seg_test/seg_test/",
+    ),
+    "words that all share": (two("alphabet_train/alphabet_train", "alphabet_test"), 6, 6, "alphabet_test/"),
+    "train2017, val2017": (two("train2017", "val2017"), 6, 6, "val2017/"),
+    "trainset, testset": (two("trainset", "testset"), 6, 6, "testset/"),
+    "nested": (two("data/flowers/train", "data/flowers/val"), 6, 6, "data/flowers/val/"),
+    "nested beside what a Mac leaves": (
+        {**two("chest/train", "chest/test"), "__MACOSX/chest/train/cat/._cat0.jpg": TWIN, ".DS_Store": b""},
+        6,
+        6,
+        "chest/test/",
+    ),
+    "nested classes": ({**two("photos"), "README.txt": b"", "annotations/a.xml": b""}, 4, 2, "10 % of each class"),
+    "train and unlabelled test": ({**two("train"), "test": 5}, 4, 2, "10 % of each class"),
+    "unlabelled test in a folder": ({**two("train"), "test/unknown": 5}, 4, 2, "10 % of each class"),
+    "train alone": (two("train"), 4, 2, "10 % of each class"),
+    "pictures of trains": ({"bus": 3, "car": 3, "train": 3}, 6, 3, "10 % of each class"),
+    "images a folder deeper in each class": (
+        {"train/cat/images": 2, "train/dog/images": 2, "val/cat": 1, "val/dog": 1},
+        4,
+        2,
+        "val/",
+    ),
+    "twins": ({**two("train", "val"), "train/cat/._cat0.jpg": TWIN, "val/dog/._dog0.jpg": TWIN}, 6, 6, "val/"),
+    "hidden folders": (
+        {**two("train", "val"), "train/cat/.ipynb_checkpoints/cat0-checkpoint.jpg": JPEG, "train/.cache": 3},
+        6,
+        6,
+        "val/",
+    ),
+    "a server's thumbnails": (
+        {**two("train", "val"), "train/cat/@eaDir/cat0.jpg/SYNOPHOTO_THUMB.jpg": JPEG},
+        6,
+        6,
+        "val/",
+    ),
+    "jfif, jpe": (
+        {**two("train", "val"), "train/fox/a.jfif": JPEG, "train/fox/b.JPE": JPEG, "val/fox": 1},
+        8,
+        7,
+        "val/",
+    ),
+    "the archive that it came in": ({**two("flowers"), "flowers.tgz": b"\x1f\x8b", "flowers.zip": b"PK"}, 4, 2, "10 %"),
+    "exact names beside others": ({**two("train", "val"), "train_images": 2, "val_notes/x.txt": b""}, 6, 6, "val/"),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_folders_are_taken_as_they_are_meant(case: str, tmp_path: Path) -> None:
+    files, train_count, val_count, val_from = TAKEN[case]
+    train, val = both(lay(tmp_path, files))
+    assert (len(train), len(val)) == (train_count, val_count)
+    assert train.bad == val.bad == {}
+    assert val.taken.val_from.startswith(val_from)
+    for catalog in (train, val):
+        for path, label in zip(catalog.paths, catalog.labels.tolist(), strict=True):
+            assert path.split("/")[0] == catalog.classes[label]
+    if train.root == val.root:
+        assert not set(train.paths) & set(val.paths)
+
+
+REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
+    "one class": ({"cat": 3}, "ROOT has images of one class only, cat"),
+    "one class that has images": ({"cat": 3, "dog/notes.txt": b""}, "ROOT has images of one class only, cat"),
+    "parts around the classes": (two("part a", "part b"), "ROOT/part a holds folders in place of images (cat, dog)"),
+    "two datasets": (
+        two("lungs/train", "lungs/val", "brains/train", "brains/val"),
+        "ROOT/brains holds folders in place",
+    ),
+    "folds": (two("fold_0", "fold_1"), "the folders of ROOT (fold_0, fold_1, …) are named like parts of one set"),
+    "parts": ({"images_part_1": 3, "images_part_2": 3}, "are named like parts of one set"),
+    "train twice": (two("train", "Training", "val"), "ROOT has Training and train, which both look like train/"),
+    "validation twice": (two("train", "val", "valid"), "ROOT has val and valid, which both look like val/"),
+    "several sets": (
+        two("a_train", "a_test", "b_train", "b_test"),
+        "ROOT holds several datasets (a_train, b_train, …)",
+    ),
+    "test alone": ({"test": 3, "control": 3}, "ROOT has no train/ beside test/"),
+    "validation alone": (two("valid"), "ROOT has no train/ beside valid/"),
+    "no class folders in train": ({"train": 3, "val": 3}, "ROOT/train has no class folders"),
+    "a class of validation alone": (
+        {**two("train", "val"), "val/fox": 1},
+        "ROOT/val/fox is a class that training lacks",
+    ),
+    "an archive": ({"images.zip": b"PK"}, "ROOT/images.zip is compressed"),
+    "several tables": ({"train": 3, "a.csv": b"x,y\n", "b.csv": b"x,y\n"}, "several tables (ROOT/a.csv, ROOT/b.csv)"),
+    "both shards and folders": ({**two(""), "0.tar": b""}, "ROOT holds both shards and folders of images (cat, dog)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_be_misread_is_refused(case: str, tmp_path: Path) -> None:
+    files, line = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        both(lay(tmp_path, files))
+    message = str(caught.value).replace(str(tmp_path), "ROOT")
+    assert re.match(r"data\.path: ", message) and line in message and "; " in message, message
+
+
+NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
+    "kinds that are not read": (
+        {**two("train", "val"), "train/cat/a.gif": b"GIF8", "train/dog/b.TIF": b"II", "train/dog/c.tif": b"II"},
+        "data: 1 .gif and 2 .tif files are not read; convert them to PNG or JPEG to use them",
+    ),
+    "classes without images": (
+        {**two("train", "val"), "train/fox/x.txt": b""},
+        "data: 1 of 3 classes have no training images: fox",
+    ),
+    "classes without validation": (
+        {**two("train"), "val/cat": 2},
+        "data: 1 of 2 classes have no validation images: dog",
+    ),
+    "images beside the classes": (
+        {**two("train", "val"), "train/x.jpg": JPEG},
+        "data: 1 images in ROOT/train lie in no class folder and are left out, as x.jpg",
+    ),
+    "test beside val": (two("train", "val", "test"), "data: test/ is left alone, as val/ is there"),
+    "unlabelled test": (
+        {**two("train"), "test": 2},
+        "data: test/ is left alone, as it has none of the class folders of train/",
+    ),
+    "folders beside the splits": ({**two("train", "val"), "extra": 2}, "data: left alone beside the splits: extra/"),
+    "few for validation": (two("train", "val"), "data: only 6 validation images: a single one is 16.7 % of top-1"),
+}
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_what_is_left_aside_is_said_in_a_line(case: str, tmp_path: Path) -> None:
+    files, line = NOTED[case]
+    assert line in said(lay(tmp_path, files)).replace(str(tmp_path), "ROOT").splitlines()
+
+
+def test_two_lines_say_what_was_taken(tmp_path: Path) -> None:
+    files: dict[str, int | bytes] = {
+        "d/Training/cat": 110,
+        "d/Training/dog": 120,
+        "d/Testing/cat": 50,
+        "d/Testing/dog": 50,
+    }
+    assert said(lay(tmp_path, files)).splitlines() == [
+        f"data: {tmp_path} (class folders in d/Training/): 230 images to train on, 100 to validate on (d/Testing/)",
+        "2 classes of 110 (cat) to 120 (dog) training images: cat, dog",
+    ]
+
+
+# Links
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "../dog", "/"])
+def test_a_link_that_leads_back_adds_nothing(target: str, tmp_path: Path) -> None:
+    lay(tmp_path, two("train", "val"))
+    (tmp_path / "train/cat/up").symlink_to(target)
+    train, _ = both(tmp_path)
+    assert sorted(train.paths) == sorted(f"{name}/{name}{number}.jpg" for name in ("cat", "dog") for number in range(3))
+    assert "1 links lead to folders that are read already or lie above; they are passed over, as cat/up" in said(
+        tmp_path
+    )
+
+
+def test_links_to_each_other_end(tmp_path: Path) -> None:
+    lay(tmp_path, two("train", "val"))
+    (tmp_path / "train/cat/a").symlink_to("b")
+    (tmp_path / "train/cat/b").symlink_to("a")
+    (tmp_path / "train/cat/c").symlink_to("c")
+    assert len(both(tmp_path)[0]) == 6
+
+
+def test_a_class_that_is_a_dangling_link_is_no_class_less(tmp_path: Path) -> None:
+    lay(tmp_path, two("train", "val"))
+    (tmp_path / "train/fox").symlink_to("/not mounted/fox")
+    with pytest.raises(UserError, match="train/fox is a link that leads nowhere; mend it or remove it"):
+        both(tmp_path)
+
+
+# Folders that cannot be listed
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """While permissions hold for this thread, whoever runs the tests: Linux's capget, capset."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, none = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    none[:] = list(before)
+    none[0] = none[3] = 0  # effective; what is permitted can be taken back
+    assert libc.capset(header, none) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.mark.parametrize("closed", ["train/cat", "train", "val/dog/more", ""])
+def test_a_folder_that_cannot_be_listed_is_an_error(closed: str, tmp_path: Path) -> None:
+    """Its images would be missing without a word, also after it is mended."""
+    lay(tmp_path / "data", {**two("train", "val"), "val/dog/more": 2})
+    folder = tmp_path / "data" / closed
+    folder.chmod(0)
+    try:
+        with without_privileges(), pytest.raises(UserError) as caught:
+            both(tmp_path / "data")
+    finally:
+        folder.chmod(0o700)
+    assert re.match(rf"data\.path: cannot (list|look into) .*{re.escape(closed)}.*Permission denied", str(caught.value))
+    train, val = both(tmp_path / "data")
+    assert (len(train), len(val)) == (6, 8)
+
+
+def test_a_scan_with_unreadable_files_is_not_remembered(tmp_path: Path) -> None:
+    lay(tmp_path, two("train", "val"))
+    file = tmp_path / "train/cat/cat0.jpg"
+    file.chmod(0)
+    before = file.stat().st_mtime_ns
+    with without_privileges():
+        train, _ = both(tmp_path)
+    assert train.bad == {"cat/cat0.jpg": "Permission denied"}
+    file.chmod(0o600)
+    os.utime(file, ns=(before, before))
+    assert both(tmp_path)[0].bad == {}
+
+
+# One folder, divided
+
+
+def held(root: Path, share: float = 0.1) -> set[str]:
+    return set(both(root, val_share=share)[1].paths)
+
+
+def test_each_class_gives_its_share_and_one_at_least(tmp_path: Path) -> None:
+    lay(tmp_path, {"large": 100, "middle": 14, "small": 2, "single": 1})
+    names = [path.split("/")[0] for path in held(tmp_path)]
+    assert {name: names.count(name) for name in ("large", "middle", "small", "single")} == {
+        "large": 10,
+        "middle": 1,
+        "small": 1,
+        "single": 0,
+    }
+    assert len(both(tmp_path, val_share=0.99)[0]) == 1 + 1 + 1 + 1, "and each keeps one to train on"
+
+
+def test_added_images_move_few_others(tmp_path: Path) -> None:
+    lay(tmp_path, {"a": 200, "b": 200})
+    before = held(tmp_path)
+    lay(tmp_path, {"new": 50})
+    with_new = held(tmp_path)
+    assert {path for path in with_new if not path.startswith("new/")} == before, "another class moves none"
+    lay(tmp_path, {"a": 220})
+    after = {path for path in held(tmp_path) if not path.startswith("new/")}
+    assert len(before & after) >= 38 and len(after) == 42
+    assert after < held(tmp_path, 0.3), "nor does a larger share"
