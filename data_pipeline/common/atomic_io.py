@@ -1,7 +1,11 @@
 """Files that appear whole or not at all, and reading them with as few system calls as there can be."""
 
+import errno
 import os
 from pathlib import Path
+
+MOST_BYTES = 1 << 30
+"""Bytes that are read at once at most: twice those of the largest image that is taken, a BMP."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -33,10 +37,15 @@ def sync(path: Path) -> None:
 
 
 def read_bytes(path: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `offset` on, fewer where the file ends before; all that follow if not given. Raises OSError."""
+    """`length` bytes from `offset` on, fewer where the file ends before; all that follow if not given.
+
+    Raises OSError, also for more than MOST_BYTES.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         wanted = os.fstat(descriptor).st_size - offset if length is None else length
+        if wanted > MOST_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         data = os.pread(descriptor, max(wanted, 1), offset)
         while len(data) < wanted and (more := os.pread(descriptor, wanted - len(data), offset + len(data))):
             data += more

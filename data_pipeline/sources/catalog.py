@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.atomic_io import read_bytes, replace_file
+from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
@@ -131,7 +131,7 @@ def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
     if unknown:
         raise UserError(f"data.path: {root} has a class that training lacks: {unknown[0]}; pack the same classes")
     renumbered = np.array([names.index(name) for name in index.classes], np.int64)
-    shards = [pack_format.shard_name(number) for number in range(int(index.shard.max(initial=-1)) + 1)]
+    shards = [pack_format.shard_name(number) for number in range(index.shards)]
     spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
     return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans)
 
@@ -275,6 +275,8 @@ def _fault(listing: Listing, row: int) -> str | None:
             if stat.S_ISFIFO(entry.st_mode):
                 return "a named pipe"  # to open it could take for ever
             length = entry.st_size
+        if length > MOST_BYTES:
+            return f"its {length:,} bytes are more than any image takes"
         data = read_bytes(path, start, min(length, _HEAD))
         if length > _HEAD:
             tail = max(_HEAD, length - _TAIL)

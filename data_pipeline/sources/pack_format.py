@@ -8,12 +8,12 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.atomic_io import stays_below
+from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, stays_below
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 
@@ -63,6 +63,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def shards(self) -> int:
+        """How many shards the images lie in."""
+        return int(self.shard.max(initial=-1)) + 1
+
     def to_bytes(self) -> bytes:
         """An .npz of plain arrays."""
         arrays = {name: np.asarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
@@ -74,16 +79,29 @@ class Index:
 
     @classmethod
     def load(cls, file: Path) -> "Index":
-        """Raises OSError, or ValueError where the file is no index."""
+        """Raises OSError, or ValueError where the file is no index, or claims what cannot be."""
+        with ZipFile(file) as members:
+            if any(member.compress_type for member in members.infolist()):  # a few bytes could become any number
+                raise ValueError("it is compressed")
         with np.load(file) as arrays:
             try:
-                return cls(
-                    **{name: arrays[name] for name in _COLUMNS},
+                index = cls(
+                    **{name: arrays[name].astype(kind, casting="same_kind") for name, kind in _COLUMNS.items()},
                     paths=parted(arrays["paths"], arrays["path_ends"]),
                     classes=parted(arrays["classes"], arrays["class_ends"]),
                 )
-            except KeyError as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(str(error)) from None
+        index._check()
+        return index
+
+    def _check(self) -> None:
+        """Raise ValueError for what no pack holds."""
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            most = {"label": len(self.classes), "shard": len(self), "length": MOST_BYTES}.get(name, 1 << 62)
+            if column.shape != (len(self),) or (column < 0).any() or (column >= most).any():
+                raise ValueError(f"its column {name} does not fit its {len(self)} images")
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Pack:
     def open(cls, root: Path) -> "Pack":
         """Raises `UserError` where `root` holds no pack that this version reads."""
         try:
-            manifest = json.loads((root / MANIFEST).read_bytes())
+            manifest = json.loads(read_bytes(root / MANIFEST))
             if manifest["format"] != FORMAT or manifest["version"] != VERSION:
                 raise ValueError
             parts = manifest["splits"].values()
@@ -106,7 +124,7 @@ class Pack:
             raise UserError(
                 f"{root}: cannot read its {MANIFEST} ({error.strerror}); give the folder of a pack"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{root / MANIFEST}: not of a pack of version {VERSION}; make the pack anew") from None
         outside = [name for name in names if not stays_below(name)]
         require(
@@ -118,7 +136,7 @@ class Pack:
         """Raises `UserError` where it cannot be read."""
         try:
             return Index.load(self.root / split / INDEX)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
             raise UserError(
                 f"{self.root / split / INDEX}: cannot be read ({error}); make the pack anew, or copy it again"
             ) from None

@@ -168,6 +168,7 @@ def _label(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str | None:
     for member in members:
         file = tar.extractfile(member) if member.name.endswith(".cls") else None
         if file:
+            _bound(member.size)
             return file.read().decode().strip() or None
     return None
 
@@ -177,10 +178,14 @@ def _key(name: str) -> str:
     return f"{folder}/{file.split('.')[0]}"
 
 
+def _bound(size: int) -> None:
+    if not 0 <= size <= _LONGEST:
+        raise tarfile.ReadError(f"a header or label of {size} bytes")
+
+
 class _SmallReads(io.FileIO):
     """A file of which no more is read at once than a header or a label may be, whatever it claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _LONGEST:
-            raise tarfile.ReadError(f"a header or label of {size} bytes")
+        _bound(-1 if size is None else size)
         return super().read(size) or b""

@@ -182,16 +182,6 @@ def test_a_divided_folder_is_disjoint_and_complete(tmp_path: Path) -> None:
     assert held_out[0] != held_out[1]
 
 
-def test_added_files_and_a_larger_share_move_no_other_file(tmp_path: Path) -> None:
-    fill(tmp_path, "a", images=200)
-    before = opened(tmp_path, "val").paths
-    fill(tmp_path, "a", images=300)
-    fill(tmp_path, "a new class", images=200)
-    after = opened(tmp_path, "val").paths
-    assert [path for path in after if path.startswith("a/") and int(path[2:-4]) < 200] == before
-    assert set(after) < set(opened(tmp_path, "val", val_share=0.3).paths)
-
-
 def test_the_division_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
     first, second = (fill(tmp_path / name, "a", "b", images=50) for name in ("one", "another place"))
     assert opened(first, "val").paths == opened(second, "val").paths
