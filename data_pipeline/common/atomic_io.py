@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 MOST_BYTES = 1 << 30
@@ -20,6 +21,19 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def why_untrusted(folder: Path, *owners: int) -> str | None:
+    """Why somebody else may have put something into a folder, if so. Raises OSError.
+
+    It must belong to this process's user, or to one of `owners`, and not everybody may write to it.
+    """
+    entry = folder.stat()
+    if entry.st_uid not in (os.geteuid(), *owners):
+        return f"{folder} belongs to another user"
+    if entry.st_mode & stat.S_IWOTH:
+        return f"everybody may write to {folder}"
+    return None
 
 
 def stays_below(name: str) -> bool:

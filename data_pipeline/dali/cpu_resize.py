@@ -5,20 +5,45 @@ of the source rows that it touches, in one long vector, then of the pixels of th
 filter is the triangle of PIL's BILINEAR, widened by the factor of reduction, which sees the pixels around the window as
 `Image.resize(box=...)` does; levels differ from PIL's by at most 1, as PIL rounds between the two steps.
 
-Numba compiles it once a machine, in some three seconds, into a cache beside this file or in the user's cache folder.
+Numba compiles it once a machine, in some three seconds, into a cache beside this file or in the user's cache folder. A
+cache to which others may write is not used.
 """
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": True, "error_model": "numpy"}
+from data_pipeline.common.atomic_io import why_untrusted
+
+
+def _may_cache() -> bool:
+    """Whether what is compiled is kept: what numba loads from its cache is run, so nobody else may have written it."""
+    try:
+        folder = Path(FunctionCache(_may_cache).cache_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        untrusted = why_untrusted(folder, Path(__file__).stat().st_uid)
+    except (OSError, RuntimeError) as error:  # numba finds no folder that can be written
+        untrusted = str(error)
+    if untrusted and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"compiling the CPU's resize anew each time, in some three seconds: {untrusted}; mend that, or set "
+            "NUMBA_CACHE_DIR to a folder of your own",
+            file=sys.stderr,
+        )
+    return not untrusted
+
+
+_OPTIONS: dict[str, Any] = {"cache": _may_cache(), "fastmath": True, "error_model": "numpy"}
 _LANES = ir.VectorType(ir.FloatType(), 4)
 
 Floats = NDArray[np.float32]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvidia.dali import Pipeline, fn, ops, pipeline_def, types
@@ -70,7 +71,18 @@ def build_graph(
         prefetch_queue_depth=PREFETCH,
     )
     pipeline.build()
+    _remove_generated_files()
     return pipeline
+
+
+def _remove_generated_files() -> None:
+    """DALI imports its rewritten operators from files in the temporary folder, and removes them when the process ends.
+
+    One that is killed would leave them there, and nothing reads them any more.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            Path(module.__file__).unlink(missing_ok=True)
 
 
 def check_decode(cfg: DataConfig, *, on_gpu: bool) -> None:

@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file
+from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
@@ -152,7 +152,10 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
     name = hashlib.blake2b(json.dumps([_VERSION, *key]).encode(), digest_size=16).hexdigest()
     try:
         file = cache_root() / "scans" / f"{name}.npz"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        untrusted = why_untrusted(file.parent)
+        if untrusted:
+            raise UserError(f"cache: {untrusted}; remove it, or set SLUICE_CACHE to a folder of your own")
         lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
     except (OSError, UserError) as error:
         _say_forgetful(str(key[0]), str(error))

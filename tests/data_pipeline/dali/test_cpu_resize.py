@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
-from data_pipeline.dali import graph
+from data_pipeline.dali import cpu_resize, graph
 from data_pipeline.dali.cpu_resize import Addresses
 from tests.conftest import ROOT, encode, picture
 
@@ -167,7 +168,7 @@ def test_one_colour_stays_that_colour(kernel: Addresses) -> None:
 RESIZE = """
 import sys
 import numpy as np
-from data_pipeline.dali import graph
+from data_pipeline.dali import cpu_resize, graph
 encoded, window = np.frombuffer(open(sys.argv[1], "rb").read(), np.uint8), np.float32([[3, 5], [40, 50]])
 def build():
     return graph.build_graph(lambda: ([encoded], [window[0]], [window[1]]), batch=1, size_px=24, rotate=False,
@@ -216,6 +217,20 @@ def test_processes_that_start_at_once_share_one_cache(image: Path, tmp_path: Pat
     assert files() == compiled
 
 
+def test_a_cache_that_others_may_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numba runs what it finds there."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cpu_resize._may_cache()
+    (folder,) = tmp_path.iterdir()
+    folder.chmod(0o777)
+    assert not cpu_resize._may_cache()
+    assert capsys.readouterr().err.endswith(
+        f"everybody may write to {folder}; mend that, or set NUMBA_CACHE_DIR to a folder of your own\n"
+    )
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_without_numba_dali_resizes_and_rank_0_says_so_once(image: Path, rank: int) -> None:
     script = "import sys; sys.modules['numba'] = None" + RESIZE
@@ -244,6 +259,17 @@ def test_an_input_of_another_shape_is_an_error(kernel: Addresses) -> None:
     )
     with pytest.raises(RuntimeError, match="resize"):
         pipeline.run()
+
+
+def test_no_file_is_left_for_a_killed_process_to_leave(kernel: Addresses) -> None:
+    encoded = [np.frombuffer(encode(picture(20, 20), "PNG"), np.uint8)]
+    corners = [np.zeros(2, np.float32)], [np.full(2, 20, np.float32)]
+    pipeline = graph.build_graph(
+        lambda: (encoded, *corners), batch=1, size_px=16, rotate=False, operators=[], gpu=None, threads=1
+    )
+    generated = [module for name, module in sys.modules.items() if name.startswith("__autograph_generated_file")]
+    assert generated and not any(Path(str(module.__file__)).exists() for module in generated)
+    pipeline.run()
 
 
 # Devices

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources import pack_format
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog, _say_forgetful, open_catalog
 
 CLASSES = ["cat", "dog's", "ünicorn"]
 
@@ -187,3 +189,29 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "file" / "cache"))
     assert len(open_catalog(DataConfig(path=str(folders)), "train")) == 9
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.chmod(0o777), lambda path: os.chown(path, 12345, -1)])
+def test_a_cache_of_others_is_not_read(
+    spoil: Callable[[Path], None],
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    cfg = DataConfig(path=str(folders))
+    open_catalog(cfg, "train")
+    scans = tmp_path / "cache/scans"
+    kept = {file: file.stat().st_mtime_ns for file in scans.iterdir()}
+    assert kept and not scans.stat().st_mode & 0o077
+    try:
+        spoil(scans)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.sources.catalog._load", lambda *_: pytest.fail("read"))
+        _say_forgetful.cache_clear()
+        assert len(open_catalog(cfg, "train")) == 9
+    assert capsys.readouterr().err.count(f"scanning {folders} anew each time: cache: ") == 1
+    assert {file: file.stat().st_mtime_ns for file in scans.iterdir()} == kept
