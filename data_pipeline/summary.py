@@ -46,3 +46,9 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
+
+
+def print_summary(cfg: DataConfig, train: Catalog, val: Catalog) -> None:
+    """The same on stdout."""
+    for line in summary(cfg, train, val):
+        print(line, flush=True)

@@ -26,6 +26,7 @@ from data_pipeline.sources.image_headers import BadImage, Size, inspect
 from data_pipeline.sources.pack_format import SPLITS, Pack
 from data_pipeline.sources.pil_decode import as_rgb, decode
 from data_pipeline.sources.quarantine import Fault, print_faults, printable, relative_to_data
+from data_pipeline.summary import print_summary
 
 _PIECE = 16  # images that a process works on at a time
 _JPEG_SIDE = 65500  # pixels: libjpeg's JPEG_MAX_DIMENSION
@@ -138,6 +139,7 @@ def pack(
             not dst.resolve().is_relative_to(catalog.root.resolve()),
             f"DST: {dst} lies among the images of SRC; give a folder elsewhere",
         )
+    print_summary(cfg, catalogs["train"], catalogs["val"])
     try:
         manifest = _pack(Workshop(dst, asdict(options), catalogs), options, workers)
     except OSError as error:

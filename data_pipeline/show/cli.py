@@ -24,6 +24,7 @@ from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sampling import order
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.quarantine import printable
+from data_pipeline.summary import print_summary
 
 ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original
 _SMALLEST, _LINE, _GAP = 144, 15, 4  # pixels: side of a cell, height of a line of text, space between cells
@@ -56,6 +57,7 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
         f"data.batch: {cfg.batch} images are no pairs, which mixup and cutmix need; choose an even number",
     )
     catalog = open_catalog(cfg, "train")
+    print_summary(cfg, catalog, open_catalog(cfg, "val", catalog.classes))
     ids = list(dict.fromkeys(order(seed, epoch, len(catalog), cfg.augment.repeats).tolist()))[:ROWS]
     rows = []
     for sample in ids:

@@ -133,7 +133,8 @@ def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
     renumbered = np.array([names.index(name) for name in index.classes], np.int64)
     shards = [pack_format.shard_name(number) for number in range(index.shards)]
     spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
-    return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans)
+    taken = Taken(f"a pack, {len(shards)} shard{'s' * (len(shards) != 1)} in {split}/", "val/")
+    return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans, taken)
 
 
 def _without(catalog: Catalog, left_out: set[str]) -> Catalog:

@@ -25,6 +25,7 @@ from data_pipeline.sources.pack_format import SPLITS, Index, Pack, is_pack, key,
 from data_pipeline.sources.pil_decode import decode
 from data_pipeline.sources.quarantine import Fault, print_faults, printable, relative_to_data, write_quarantine
 from data_pipeline.sources.torchvision_sets import dataset_root
+from data_pipeline.summary import print_summary
 
 _ROWS = 32  # images that a process decodes at a time
 
@@ -59,6 +60,7 @@ def verify(cfg: DataConfig, workers: int | None = None) -> Outcome:
 def verify_images(cfg: DataConfig, workers: int | None = None) -> Outcome:
     """Decode every image that the catalog finds, and add those that it leaves out itself. Raises `UserError`."""
     catalogs = [open_catalog(cfg, split) for split in SPLITS]
+    print_summary(cfg, *catalogs)
     faults = [
         Fault(relative_to_data(cfg, catalog.root, path), why)
         for catalog in catalogs
