@@ -5,6 +5,7 @@ python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,17 +67,23 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
     A set that was moved is the run's own too: it is known by its training images. Raises `UserError`.
     """
     catalog = open_catalog(cfg, "val", trained.classes)
-    if not catalog.taken.divided_from or _is_own(folder, cfg, trained):
+    if not catalog.taken.divided_from or _was_trained_on(cfg, trained):
         return catalog
-    return open_catalog(replace(cfg, val_share=1.0), "val", trained.classes)
+    if Path(cfg.path).resolve() != Path(load_run(folder, []).data.path).resolve():
+        return open_catalog(replace(cfg, val_share=1.0), "val", trained.classes)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"{cfg.path} has other images than when {folder} was trained, or was divided otherwise then: some of its "
+            f"{len(catalog)} validation images may have been trained on",
+            file=sys.stderr,
+        )
+    return catalog
 
 
-def _is_own(folder: Path, cfg: DataConfig, trained: Trained) -> bool:
-    if Path(cfg.path).resolve() == Path(load_run(folder, []).data.path).resolve():
-        return True
+def _was_trained_on(cfg: DataConfig, trained: Trained) -> bool:
     try:
         return open_catalog(cfg, "train", trained.classes).fingerprint() == trained.data
-    except UserError:  # no image is left for training: it was not trained on
+    except UserError:  # no image is left for training
         return False
 
 

@@ -142,8 +142,9 @@ def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
     """The checkpoint to go on from, if there is one, and how far it had come."""
     newest = store.newest()
     if newest and read_metadata(newest).get("data") != train.fingerprint():
+        divided = ", or was divided into training and validation otherwise" if train.taken.divided_from else ""
         raise UserError(
-            f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started; "
+            f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started{divided}; "
             "restore them, or give another --run.dir"
         )
     return newest, read_progress(newest) if newest else Progress()

@@ -153,7 +153,9 @@ def test_command_scores_the_whole_of_a_folder_that_is_not_the_runs_own(
     assert f" on {VAL} of {VAL} images in {folder}: loss" in capsys.readouterr().out
 
 
-def test_only_the_held_out_part_of_the_runs_own_set_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_held_out_part_of_the_runs_own_set_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where the set was moved, or is named otherwise; a copy that has changed is another set."""
     own = render_images(tmp_path / "images") / "train"
     monkeypatch.chdir(tmp_path)
@@ -171,6 +173,11 @@ def test_only_the_held_out_part_of_the_runs_own_set_is_scored(tmp_path: Path, mo
     assert 8 < held_out < 30
     text = f"{held_out - 1} of {held_out} held out of {TRAIN}"
     assert scored(Path("images/train")) == scored(own) == text
+    assert capsys.readouterr().err == ""
+    trained = trained._replace(data="of another division")
+    assert scored(own) == text
+    assert f"some of its {held_out} validation images may have been trained on" in capsys.readouterr().err
+    trained = trained._replace(data=seen)
     moved = own.rename(tmp_path / "moved")
     assert scored(moved) == text
     (moved / open_catalog(replace(cfg.data, path=str(moved)), "train").paths[0]).unlink()
