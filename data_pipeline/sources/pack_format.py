@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -193,5 +194,10 @@ def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def parted(blob: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
-    data, starts = blob.tobytes(), [0, *ends.tolist()]
-    return [data[start:end].decode(errors="surrogateescape") for start, end in zip(starts, ends.tolist(), strict=False)]
+    """What `joined` has joined. Raises ValueError where it has not."""
+    bounds = np.concatenate([np.zeros(1, np.int64), ends])
+    whole = blob.dtype == np.uint8 and bounds.dtype == np.int64 and blob.shape == (bounds[-1],)
+    if not whole or (np.diff(bounds) < 0).any():
+        raise ValueError("its names do not fit their lengths")
+    data, starts = blob.tobytes(), bounds.tolist()
+    return [data[start:end].decode(errors="surrogateescape") for start, end in pairwise(starts)]
