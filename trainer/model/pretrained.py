@@ -5,8 +5,9 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import torch
@@ -20,15 +21,16 @@ from data_pipeline.config import require
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS, read_metadata, unpickled
-from trainer.model.config import ModelConfig, ModelName, is_torchvision
-from trainer.model.resnet import ARCHITECTURES, HEAD, ResNet, build_resnet
+from trainer.model.config import ModelConfig, Shortcut, Stem, is_torchvision
+from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, ResNet, build_resnet
 
 PREPROCESSING = ("mean", "std", "eval_crop")
 """Options of `data` that weights bring with them, as far as they are known."""
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model")
 _PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model|backbone)\.)+")
-_COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm, not in old files; of torch's AveragedModel
+_CONSTANT = ("num_batches_tracked", f".{BLUR}")  # what files may lack: old ones all, and those of plain networks
+_SHAPING = ("name", "stem", "width", "blur", "shortcut")  # options by which networks differ in what they hold
 _LISTED = 3  # names in a message
 
 State = dict[str, Tensor]
@@ -55,17 +57,17 @@ def preprocessing(weights: str) -> dict[str, Any]:
         preset = _torchvision(weights).transforms()
         known = {"mean": preset.mean, "std": preset.std, "eval_crop": preset.crop_size[0] / preset.resize_size[0]}
     else:
-        known = _options_of_run(Path(weights).absolute())
+        known = _options_of_run(Path(weights).absolute(), "data")
     return {name: known[name] for name in PREPROCESSING if name in known}
 
 
-def _options_of_run(path: Path) -> dict[str, Any]:
-    """The options `data` of the run that a path belongs to: its folder, or that of a checkpoint in it."""
+def _options_of_run(path: Path, section: str) -> dict[str, Any]:
+    """A section of the options of the run that a path belongs to: its folder, or that of a checkpoint in it."""
     saved = next((file for run in (path, *path.parents[1:2]) if (file := run / "config.yaml").is_file()), None)
     if saved is None or not path.is_dir():
         return {}
     try:
-        options: dict[str, Any] = yaml.safe_load(saved.read_text())["data"]
+        options: dict[str, Any] = yaml.safe_load(saved.read_text())[section]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
         raise UserError(f"model.weights: {saved} is not the configuration of a run; mend it, or give a file") from None
     return options
@@ -75,15 +77,15 @@ def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
     assert cfg.weights
     state, theirs = _read(cfg.weights)
     wanted = network.state_dict()
+    blurred = _options_of_run(Path(cfg.weights).absolute(), "model").get("blur", False)
+    require(cfg.blur or not blurred, f"model.weights: {cfg.weights} was trained with blur; set model.blur to true")
     head = state.get(f"{HEAD}.weight")
     same = head is not None and head.shape == wanted[f"{HEAD}.weight"].shape and theirs in (None, classes)
     if not same:
         state, wanted = _without_head(state), _without_head(wanted)
     faults = _faults(state, wanted)
     if faults:
-        body = _without_head(state)
-        fits = next((name for name in ARCHITECTURES if not _faults(body, _body_of(name))), None)
-        remedy = f"set model.name to {fits}" if fits else f"give weights of a {cfg.name}"
+        remedy = _remedy(_without_head(state), cfg) or f"give weights of a {cfg.name}"
         raise UserError(f"model.weights: {cfg.weights} does not fit {cfg.name}: {', '.join(faults)}; {remedy}")
     network.load_state_dict(state, strict=False)
     if same:
@@ -96,10 +98,25 @@ def _without_head(state: State) -> State:
     return {name: value for name, value in state.items() if not name.startswith(f"{HEAD}.")}
 
 
-def _body_of(name: ModelName) -> State:
-    """What a network of that name holds beside its head, without memory."""
+def _remedy(body: State, cfg: ModelConfig) -> str | None:
+    """Which options to set for a network that weights without a head fit; None where there is none."""
+    widths = {cfg.width, *(len(norm) / 64 for name, norm in body.items() if name == "bn1.weight")}
+    choices = product(ARCHITECTURES, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut))
+    own = {option: getattr(cfg, option) for option in _SHAPING}
+    changes = [
+        {option: value for option, value in zip(_SHAPING, choice, strict=True) if value != own[option]}
+        for choice in choices
+    ]
+    for change in sorted(changes, key=len):
+        if not _faults(body, _body_of(ModelConfig(**{**own, **change}))):
+            return f"set {' and '.join(f'model.{option} to {str(value).lower()}' for option, value in change.items())}"
+    return None
+
+
+def _body_of(cfg: ModelConfig) -> State:
+    """What such a network holds beside its head, without memory."""
     with torch.device("meta"):
-        return _without_head(build_resnet(ModelConfig(name), 1).state_dict())
+        return _without_head(build_resnet(cfg, 1).state_dict())
 
 
 def _faults(state: State, wanted: State) -> list[str]:
@@ -110,7 +127,7 @@ def _faults(state: State, wanted: State) -> list[str]:
         if name in state and state[name].shape != wanted[name].shape
     ]
     kinds = {
-        "missing": [name for name in wanted if name not in state and not name.endswith(_COUNTERS)],
+        "missing": [name for name in wanted if name not in state and not name.endswith(_CONSTANT)],
         "unknown": [name for name in state if name not in wanted],
         "of another shape": shapes,
     }

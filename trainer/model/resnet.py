@@ -3,12 +3,13 @@
 After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), table 1, with a projection
 shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
 convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
-order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. (With
-`shortcut: pool` they are timm's, of `ResNet(avg_down=True)`. `stem` and `width` change shapes, `blur` what they compute.)
+order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. Four
+options leave torchvision's networks, and their weights load into none of them: `shortcut: pool` has the names of timm's
+`ResNet(avg_down=True)`, `stem` and `width` have other shapes, and `blur` has a buffer more for each filter.
 """
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ HEAD = "fc"
 """Name of the classifier."""
 HEAD_STAGE = 5
 
+BLUR = "blur"
+"""Last part of the names of blur filters."""
+
 
 def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
     """The first option, with its value, by which a network is none of torchvision's."""
@@ -33,18 +37,26 @@ def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
 
 
 class BlurredConvolution(Convolution):
-    """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges."""
+    """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges.
+
+    The filter is constant, and yet saved: weights without it would load strictly into a plain network, and mean another.
+    """
 
     blur: Tensor
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, padding: int, bias: bool) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=padding, bias=bias)
         line = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("blur", torch.outer(line, line).repeat(inputs, 1, 1, 1), persistent=False)
+        self.register_buffer(BLUR, torch.outer(line, line).repeat(inputs, 1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B,outputs,H/stride,W/stride] of images [B,inputs,H,W], float in channels-last memory."""
         return super().forward(F.conv2d(images, self.blur, padding=1, groups=self.in_channels))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Weights of a plain network to start from, and those of ours from before it was saved, have no filter.
+        state_dict.setdefault(f"{prefix}{BLUR}", self.blur)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, *, blur: bool = False) -> nn.Conv2d:

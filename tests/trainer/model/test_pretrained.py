@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO
 from tests.trainer.engine.test_engine import join
 from trainer.checkpoint.host_copy import METADATA
-from trainer.config import load, load_run, to_yaml
+from trainer.config import Config, load, load_run, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS
 from trainer.model.pretrained import load_weights_to_start, preprocessing
@@ -251,6 +252,33 @@ def test_another_network_is_named(tmp_path: Path) -> None:
         "layer1.1.conv1.weight is [64, 256, 1, 1] and not [64, 64, 3, 3], "
         "layer2.0.conv1.weight is [128, 256, 1, 1] and not [128, 64, 3, 3], ...); set model.name to resnet50"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"shortcut": "pool"}, "set model.shortcut to pool"),
+        ({"blur": True}, "set model.blur to true"),
+        ({"stem": "patch", "width": 0.5}, "set model.stem to patch and model.width to 0.5"),
+        ({"name": "resnet34", "shortcut": "pool"}, "set model.name to resnet34 and model.shortcut to pool"),
+    ],
+)
+def test_options_that_the_weights_need_are_named(options: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    torch.save(build_resnet(ModelConfig(**options), len(CLASSES)).state_dict(), tmp_path / "weights.pth")
+    assert line(tmp_path / "weights.pth").endswith(f"; {remedy}")
+
+
+def test_a_run_of_blurred_weights_without_their_filters(tmp_path: Path) -> None:
+    """As runs saved them once: a plain network is not started from them, and a blurred one is."""
+    cfg = ModelConfig(blur=True)
+    state = build_resnet(cfg, len(CLASSES)).state_dict()
+    old = {name: value for name, value in state.items() if not name.endswith("blur")}
+    safetensors.torch.save_file(old, tmp_path / WEIGHTS, {METADATA: json.dumps({"classes": json.dumps(CLASSES)})})
+    (tmp_path / "config.yaml").write_text(to_yaml(Config(model=cfg)))
+    assert line(tmp_path) == "model.weights: FILE was trained with blur; set model.blur to true"
+    network = build_resnet(cfg, len(CLASSES))
+    load_weights_to_start(network, replace(cfg, weights=str(tmp_path)), CLASSES, SOLO)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_mismatched_keys_are_listed(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The networks against torchvision's, and their cost against the paper's table 1."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.common.errors import UserError
-from trainer.model.resnet import ARCHITECTURES, ModelConfig, ModelName, ResNet, Shortcut, build_resnet
+from trainer.model.resnet import (
+    ARCHITECTURES,
+    ModelConfig,
+    ModelName,
+    ResNet,
+    Shortcut,
+    build_resnet,
+    unknown_to_torchvision,
+)
 
 NAMES = tuple(ARCHITECTURES)
 CLASSES = 10
@@ -241,13 +251,12 @@ def test_blur_comes_before_every_stride_but_the_stems(name: ModelName, shortcut:
     blurred = build_resnet(ModelConfig(name, blur=True, shortcut=shortcut), CLASSES)
     torch.manual_seed(0)
     plain = build_resnet(ModelConfig(name, shortcut=shortcut), CLASSES)
-    assert list(blurred.state_dict()) == list(plain.state_dict())
     kinds = [
         (module, blurred.get_submodule(where))
         for where, module in plain.named_modules()
         if isinstance(module, nn.Conv2d) and type(module) is not type(blurred.get_submodule(where))
     ]
-    assert len(kinds) == count
+    assert len(kinds) == count == len(blurred.state_dict()) - len(plain.state_dict())
     for was, now in kinds:
         images = torch.randn(2, was.in_channels, 9, 8)
         half = nn.functional.avg_pool2d(nn.functional.pad(images, (1, 1, 1, 1)), 2, 1)
@@ -264,3 +273,47 @@ def test_momentum_of_batch_norm_is_torchs() -> None:
     ours(images), theirs(images)
     for got, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# Which options leave torchvision's networks
+
+OPTIONS: dict[str, Any] = {
+    "zero_init_gamma": True,
+    "stem": "patch",
+    "whiten": True,
+    "width": 0.5,
+    "blur": True,
+    "bn_momentum": 0.3,
+    "shortcut": "pool",
+}
+"""Another value of each option that decides what a network computes."""
+
+
+def test_every_option_of_a_network_is_tried() -> None:
+    rest = {"name", "weights", "freeze_until", "head_only", "freeze_bn"}  # which of torchvision's, and what is trained
+    assert {field.name for field in fields(ModelConfig)} == OPTIONS.keys() | rest
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_weights_that_load_into_torchvision_mean_the_same_there(option: str, name: ModelName) -> None:
+    """Where an option leaves torchvision's networks a strict load fails, and we say so; else the logits are equal."""
+    cfg = ModelConfig(name, **{option: OPTIONS[option]})
+    network = build_resnet(cfg, CLASSES)
+    network(torch.randn(4, 3, 64, 64))  # so that statistics are not those of the start
+    theirs = torchvision.models.get_model(name, num_classes=CLASSES)
+    if unknown_to_torchvision(cfg):
+        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict"):
+            theirs.load_state_dict(network.state_dict())
+        return
+    theirs.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_blurred_weights_without_filters_still_load() -> None:
+    """As checkpoints were before the filters were saved."""
+    old, new = (build_resnet(ModelConfig(blur=True), CLASSES) for _ in range(2))
+    new.load_state_dict({name: value for name, value in old.state_dict().items() if not name.endswith(".blur")})
+    assert_same_state(new, old)
