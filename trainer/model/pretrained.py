@@ -101,7 +101,8 @@ def _without_head(state: State) -> State:
 def _remedy(body: State, cfg: ModelConfig) -> str | None:
     """Which options to set for a network that weights without a head fit; None where there is none."""
     widths = {cfg.width, *(len(norm) / 64 for name, norm in body.items() if name == "bn1.weight")}
-    choices = product(ARCHITECTURES, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut))
+    names = [name for name in ARCHITECTURES if _blocks(_body_of(ModelConfig(name))) == _blocks(body)]
+    choices = product(names, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut))
     own = {option: getattr(cfg, option) for option in _SHAPING}
     changes = [
         {option: value for option, value in zip(_SHAPING, choice, strict=True) if value != own[option]}
@@ -111,6 +112,11 @@ def _remedy(body: State, cfg: ModelConfig) -> str | None:
         if not _faults(body, _body_of(ModelConfig(**{**own, **change}))):
             return f"set {' and '.join(f'model.{option} to {str(value).lower()}' for option, value in change.items())}"
     return None
+
+
+def _blocks(state: State) -> set[str]:
+    """Names of the convolutions in residual blocks, which tell an architecture whatever its other options."""
+    return {name for name in state if re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", name)}
 
 
 def _body_of(cfg: ModelConfig) -> State:
