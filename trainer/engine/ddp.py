@@ -28,6 +28,7 @@ from trainer.engine.base import (
     load_weights,
     training_loss,
 )
+from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.optimizer import Ema, OptimConfig, build_optimizer, set_lr
 from trainer.resilience.watchdog import Phase
 
@@ -59,6 +60,7 @@ class DdpEngine:
         self.autocast = self.predict.autocast
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
+        self.early_statistics = EarlyStatistics(self.module)
         self.updates = 0
         self.copy = HostCopy()
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -103,7 +105,7 @@ class DdpEngine:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
         pieces = [piece for batch in micro_batches for piece in _cut(batch, self.chunks_per_micro_batch)]
         for number, batch in enumerate(pieces, start=1):
-            with self._no_sync() if number < len(pieces) else nullcontext():
+            with self.early_statistics(), self._no_sync() if number < len(pieces) else nullcontext():
                 with Phase("forward"), self.autocast():
                     logits = forward(self.normalise(batch.images)).float()
                 losses = training_loss(logits, batch, self.optim)
@@ -145,6 +147,7 @@ class DdpEngine:
         load_weights(self.eval_model, folder)
         if self.ema:
             self.module.load_state_dict(state["module"])
+        self.early_statistics.restart()
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run has been in another precision up to now
             self.scaler.load_state_dict(state["scaler"])

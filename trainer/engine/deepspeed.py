@@ -32,6 +32,7 @@ from trainer.engine.base import (
     training_loss,
 )
 from trainer.engine.config import EngineConfig, check_deepspeed
+from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import Ema, build_optimizer, set_lr
 from trainer.resilience.watchdog import Phase
@@ -78,6 +79,7 @@ class DeepSpeedEngine:
             self.predict = Predictor(self.ddp_model, normalise, replace(cfg, compile="off"), device)
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
         self.clean_updates = 0  # since the scale was changed
+        self.early_statistics = EarlyStatistics(self.module)
         self.updates = 0
         self.copy = HostCopy()
 
@@ -88,13 +90,14 @@ class DeepSpeedEngine:
             self._zero.override_loss_scale(self.scale)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with Phase("forward"):
-                logits = self.engine(self.normalise(batch.images))
-            losses = training_loss(logits, batch, self.optim)
-            # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
-            loss = losses * self.ctx.world / batch.total
-            with Phase("backward"):
-                self.engine.backward(loss if self.stage > 0 else loss * self.scale)
+            with self.early_statistics():
+                with Phase("forward"):
+                    logits = self.engine(self.normalise(batch.images))
+                losses = training_loss(logits, batch, self.optim)
+                # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
+                loss = losses * self.ctx.world / batch.total
+                with Phase("backward"):
+                    self.engine.backward(loss if self.stage > 0 else loss * self.scale)
             sums[:4] += count(logits.detach(), batch.labels, losses.detach())
         with Phase("update"):
             sums[4] = self._update()
@@ -132,6 +135,7 @@ class DeepSpeedEngine:
             load_weights(self.ema.module if self.ema else self.module, folder)
             if self.ema:
                 self.module.load_state_dict(state["module"])
+        self.early_statistics.restart()
         if self.stage > 0:
             self._zero.refresh_fp32_params()
         shard = SHARD.format(rank=self.ctx.rank if self.stage > 0 else 0)

@@ -23,6 +23,7 @@ from trainer.distributed import DistContext
 from trainer.engine.base import WEIGHTS, read_metadata, unpickled
 from trainer.model.config import ModelConfig, Shortcut, Stem, is_torchvision
 from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, ResNet, build_resnet
+from trainer.model.running_stats import keep_statistics
 
 PREPROCESSING = ("mean", "std", "eval_crop")
 """Options of `data` that weights bring with them, as far as they are known."""
@@ -88,6 +89,7 @@ def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
         remedy = _remedy(_without_head(state), cfg) or f"give weights of a {cfg.name}"
         raise UserError(f"model.weights: {cfg.weights} does not fit {cfg.name}: {', '.join(faults)}; {remedy}")
     network.load_state_dict(state, strict=False)
+    keep_statistics(network)
     if same:
         return f"starting from {cfg.weights}, head included"
     left = "it has no head" if head is None else f"its head is for {len(head)} other classes"

@@ -133,6 +133,24 @@ def check_predictions(ctx: DistContext, folder: Path) -> None:
             train(engine, ctx)
 
 
+def check_statistics(ctx: DistContext, folder: Path) -> None:
+    """After a few updates of constant weights they are a mean over rank 0's batches alone, by every engine."""
+    wanted: dict[str, Tensor] = {}
+    for number, (whole,) in enumerate(updates(1), start=1):
+        alone = net()
+        alone.bn1.momentum = alone.bn2.momentum = 1.0
+        alone(normalised(part_of(whole, slice(0, None, ctx.world)).images))
+        of_batch = {name: value for name, value in alone.named_buffers() if value.is_floating_point()}
+        wanted = {name: wanted.get(name, value).lerp(value, 20 / (number + 19)) for name, value in of_batch.items()}
+    for cfg in (DDP, *ZERO):
+        engine = build(cfg, SGD, ctx, net())
+        for (whole,) in updates(1):
+            engine.step([part_of(whole, slice(ctx.rank, None, ctx.world))], lr=0.0)
+        found = saved(engine, ctx, folder / f"{cfg.name} {cfg.zero_stage}")
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=f"{cfg.name} {name}")
+
+
 def check_resuming(ctx: DistContext, folder: Path) -> None:
     """A fresh engine that loads what another one saved goes on bit by bit, and saves the same bytes."""
     cases = [(DDP, AVERAGED), (ZERO[0], SGD), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
@@ -162,7 +180,7 @@ def prove(rank: int, world: int, folder: Path) -> None:
     else:
         torch.set_num_threads(1)
         ctx = DistContext(torch.device("cpu"), 0, 1, 1)
-    for check in (check_weights, check_predictions, check_resuming):
+    for check in (check_weights, check_predictions, check_statistics, check_resuming):
         ctx.run_on_rank0((folder / check.__name__).mkdir)
         check(ctx, folder / check.__name__)
 
