@@ -8,6 +8,7 @@ The splits' folders may have any of their usual names (see `splits`), and all of
 it. Images without labels are those anywhere below a folder, or those that a table names.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -144,6 +145,10 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
             f"data.path: {folder} has no train/ beside {there}/; add it, or give a folder of CLASS/ folders only",
         )
         return _Halves(folder / str(splits.val), folder / str(splits.val), watched, notes)
+    require(
+        bool(splits.val or splits.test) or not others,
+        f"data.path: {folder} has {splits.train}/ and no val/ beside {_few(others)}; add it, or give {folder / splits.train}",
+    )
     train = _unwrapped(folder / splits.train)
     val = _unwrapped(folder / splits.val) if splits.val else None
     watched = [*watched, *(folder / name for name in splits if name)]
@@ -155,7 +160,16 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
             val = test
         else:
             notes.append(f"{splits.test}/ is left alone, as it has none of the class folders of {splits.train}/")
+    if val:
+        notes += _shared(train, val)
     return _Halves(train, val, watched, notes)
+
+
+def _shared(train: Path, val: Path) -> list[str]:
+    """A line where folders of both splits are the same ones by way of links."""
+    names = [name for name in look_into(val).folders if os.path.isdir(train / name)]
+    same = [name for name in names if os.path.samefile(train / name, val / name)]
+    return [f"it validates on images that it trains on: {_few(same)} of {val} are those of {train}"] if same else []
 
 
 def _is_class(folder: Path, splits: Splits) -> bool:

@@ -81,7 +81,9 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
     samples = [(number, sample) for number, name in enumerate(names) for sample in _samples(base / name)]
     labelled = [(number, sample, sample.label) for number, sample in samples if sample.label is not None]
     require(
-        len(labelled) > 0, f"data.path: no images in the shards of {base}; they need KEY.jpg beside KEY.cls members"
+        len(labelled) > 0,
+        f"data.path: no images in the shards of {base}; they need KEY.jpg beside KEY.cls members, and a tar of class folders "
+        "must be unpacked",
     )
     classes = classes or _in_order({label for _, _, label in labelled})
     rows = {name: row for row, name in enumerate(classes)}

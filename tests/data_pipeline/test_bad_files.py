@@ -105,6 +105,7 @@ def test_training_goes_through_and_names_each_once(bad: Path, tmp_path: Path) ->
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert Store(tmp_path / "run").progress().finished
+    assert f"\ndata: {bad} (class folders in train/): " in f"\n{ended.stdout}"
     for split in ("train", "val"):
         for name in broken:
             named = ended.stdout.count(f"{bad / split / 'a' / name}: ")

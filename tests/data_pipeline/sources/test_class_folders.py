@@ -56,6 +56,18 @@ TAKEN: dict[str, tuple[dict[str, int | bytes], int, int, str]] = {
     "train, test": (two("train", "test"), 6, 6, "test/"),
     "training, validation, evaluation": (two("training", "validation", "evaluation"), 6, 6, "validation/"),
     "train, dev": (two("train", "dev"), 6, 6, "dev/"),
+    "ImageNet's": (
+        {**two("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val"), "ILSVRC/Annotations/a.xml": b"", "a.csv": b""},
+        6,
+        6,
+        "ILSVRC/Data/CLS-LOC/val/",
+    ),
+    "Stanford's dogs": (
+        {**two("Images"), "Annotation/cat/cat0": b"", "lists/train_list.mat": b""},
+        4,
+        2,
+        "10 % of each class",
+    ),
     "the folders of Intel's scenes": (
         {**two("seg_train/seg_train", "seg_test/seg_test"), "seg_pred/seg_pred": 4},
         6,
@@ -146,6 +158,11 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     ),
     "an archive": ({"images.zip": b"PK"}, "ROOT/images.zip is compressed"),
     "several tables": ({"train": 3, "a.csv": b"x,y\n", "b.csv": b"x,y\n"}, "several tables (ROOT/a.csv, ROOT/b.csv)"),
+    "train beside classes": (two("train", ""), "ROOT has train/ and no val/ beside cat/, dog/"),
+    "pictures and their masks": (two("", "ill/images", "ill/masks"), "ROOT/ill holds folders in place of images"),
+    "validation in training": (two("train", "val", "train/val"), "ROOT/train/val holds folders in place of images"),
+    "another case of a class": ({**two("train"), "val/Cat": 1, "val/dog": 1}, "ROOT/val/Cat is a class that training"),
+    "validation without classes": ({**two("train"), "val/images": 3}, "ROOT/val/images is a class that training lacks"),
     "both shards and folders": ({**two(""), "0.tar": b""}, "ROOT holds both shards and folders of images (cat, dog)"),
 }
 
@@ -217,6 +234,17 @@ def test_a_link_that_leads_back_adds_nothing(target: str, tmp_path: Path) -> Non
     assert "1 links lead to folders that are read already or lie above; they are passed over, as cat/up" in said(
         tmp_path
     )
+
+
+@pytest.mark.parametrize("link", ["val", "val/dog"])
+def test_validation_on_the_training_images_is_said(link: str, tmp_path: Path) -> None:
+    lay(tmp_path, {**two("train"), "other/cat": 2})
+    if "/" in link:
+        lay(tmp_path, {"val/cat": 2})
+    (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
+    names = "dog/" if "/" in link else "cat/, dog/"
+    line = f"data: it validates on images that it trains on: {names} of {tmp_path / 'val'} are those of {tmp_path / 'train'}"
+    assert line in said(tmp_path).splitlines()
 
 
 def test_links_to_each_other_end(tmp_path: Path) -> None:
