@@ -28,12 +28,12 @@ from data_pipeline.sources.image_headers import BadImage, inspect
 from data_pipeline.sources.layouts import list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken
 from data_pipeline.sources.quarantine import quarantined
-from data_pipeline.sources.tables import TABLES
+from data_pipeline.sources.tables.text_table import TABLES, is_table
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 3  # of the cache: raise it when a scan would find something else
+_VERSION = 4  # of the cache: raise it when a scan would find something else
 _LASTING = (errno.ENOENT, errno.EISDIR, errno.ELOOP)  # of a link or a folder in an image's place, until that changes
 _NO_SPANS = np.empty((0, 3), np.int64)
 
@@ -98,10 +98,10 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     """
     root = dataset_root(cfg)
     try:
-        is_folder, is_table = root.is_dir(), root.is_file() and root.suffix in TABLES
+        there = root.is_dir() or (root.is_file() and is_table(root))
     except OSError as error:
         raise UserError(f"data.path: cannot look into {cfg.path} ({error.strerror}); mend that first") from None
-    if not (is_folder or is_table):
+    if not there:
         raise UserError(
             f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
             f"or a name ({', '.join(NAMED)})"

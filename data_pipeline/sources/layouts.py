@@ -20,7 +20,8 @@ from data_pipeline.sources.class_folders import class_folders, class_names
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
 from data_pipeline.sources.splits import Splits, find_splits
-from data_pipeline.sources.tables import TABLES, completed, manifest, table_names
+from data_pipeline.sources.tables.manifest import manifest, table_images
+from data_pipeline.sources.tables.text_table import TABLES
 from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
 _DEEPEST = 4  # folders that may lie around a dataset
@@ -69,13 +70,11 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
     Raises `UserError`.
     """
     if root.is_file():
-        base, watched = Path(cfg.images) if cfg.images else root.parent, [root]
-        paths = completed(base, table_names(root, cfg), root)
-    else:
-        found = walk(root, [root])
-        base, paths, watched = root, found.images[0], found.folders
+        return table_images(root, cfg)[1]
+    found = walk(root, [root])
+    paths = found.images[0]
     require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it")
-    return Listing(base, paths, [UNLABELLED] * len(paths), [], watched)
+    return Listing(root, paths, [UNLABELLED] * len(paths), [], found.folders)
 
 
 def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listing:

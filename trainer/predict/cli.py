@@ -27,7 +27,8 @@ from data_pipeline.config import DataConfig, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_images
 from data_pipeline.sources.quarantine import printable
-from data_pipeline.sources.tables import TABLES, table_names
+from data_pipeline.sources.tables.manifest import table_images
+from data_pipeline.sources.tables.text_table import TABLES, is_table
 from trainer.config import load_run, run_folder
 from trainer.distributed import DistContext, open_dist_context
 from trainer.evaluate import Trained, open_trained
@@ -180,7 +181,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _check(args: argparse.Namespace) -> None:
     images = Path(args.images)
     require(
-        images.is_dir() or (images.is_file() and images.suffix in TABLES),
+        images.is_dir() or (images.is_file() and is_table(images)),
         f"IMAGES: {images} is neither a folder nor a table ({', '.join(TABLES)}); give one",
     )
     require(args.out is not None, "--out: it is missing; give the file to write, such as submission.csv")
@@ -206,7 +207,7 @@ def _view(args: argparse.Namespace, cfg: DataConfig) -> View:
 def _names(catalog: Catalog, cfg: DataConfig) -> list[str]:
     """What the rows are called. Raises `UserError` where two have one name."""
     images = Path(cfg.path)
-    names = table_names(images, cfg) if images.is_file() else catalog.paths
+    names = table_images(images, cfg)[0] if images.is_file() else catalog.paths
     twice = sorted({path for path, seen in zip(*np.unique(catalog.paths, return_counts=True), strict=True) if seen > 1})
     require(not twice, f"IMAGES: {images} names {sample.few(twice)} more than once; remove the repeated rows")
     return names

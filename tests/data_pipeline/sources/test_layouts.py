@@ -96,7 +96,8 @@ def test_numbers_as_labels_stay_in_their_order(folders: Path) -> None:
     table = pd.read_csv(manifest(folders))
     table["label"] = [2, 10, 9] * 5
     table.to_csv(folders / "labels.csv", index=False)
-    assert open_catalog(DataConfig(path=str(folders / "labels.csv")), "train").classes == ["2", "9", "10"]
+    cfg = DataConfig(path=str(folders / "labels.csv"), label_column="label")
+    assert open_catalog(cfg, "train").classes == ["2", "9", "10"]
 
 
 def test_images_may_lie_elsewhere(folders: Path, tmp_path: Path) -> None:

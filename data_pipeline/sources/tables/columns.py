@@ -1,0 +1,210 @@
+"""Which column of a table is what: found by usual names and by what stands in it, or refused with the columns there are."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.config import DataConfig, require
+from data_pipeline.sources.splits import Role, role_of
+from data_pipeline.sources.tables.named_images import Located, NamedImages
+from data_pipeline.sources.tables.text_table import TextTable, few, shown
+
+_IMAGES = re.compile(
+    "images?|imgs?|photos?|pictures?|(image|img)(id|name|index|(file)?(name|path)?)|(file|image)?(name|path)s?|files?|fname|"
+    "ids?|idcode|isicid"
+)
+_CLASSES = re.compile(
+    "(label|class|category|target|breed)(name|id|label)?|labels|classes|categories|targets|breeds|species|genus|dx|"
+    "diagnosis|disease"
+)
+_SPLITS = re.compile("(data)?(sub)?(set|split)s?|partition")
+"""Usual names of columns, in small letters and nothing else."""
+_MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
+_COLUMNS_SHOWN = 20
+_FEW_CLASSES = 10  # that may have an image each, as when something is tried out
+
+
+class Images(NamedTuple):
+    """The column with the images' names, and where these are."""
+
+    column: str
+    located: Located
+
+
+class Classes(NamedTuple):
+    names: list[str]
+    """Of each row."""
+    source: str
+    """Where they stand, such as "breed"."""
+
+
+class Split(NamedTuple):
+    """Which rows train and which validate."""
+
+    column: str
+    """Of the table; "" where none says so."""
+    roles: list[Role | None]
+    """Of each row; None where it says something else."""
+    val_role: Role
+    """Of the rows that validate: those for tests do where there are no others."""
+    val_names: list[str]
+    """What the column says of these rows; nothing where all rows train."""
+
+
+def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig) -> Images:
+    """The column of a usual name, or else the only one, all of whose cells name images below `root`. Raises `UserError`."""
+    disk = NamedImages(root)
+    if cfg.image_column is not None:
+        _require_column(table, cfg.image_column, "data.image_column", file)
+        images = Images(cfg.image_column, disk.locate(table.columns[cfg.image_column]))
+    else:
+        images = _naming_images(table, disk, file, root)
+    images.located.check(len(table), file, root)
+    require(
+        images.column in _named(table, _IMAGES) or not disk.locate([images.column]).all_found,
+        f"data.path: the first row of {file} names an image, {shown(images.column)}, and so is no header; give it one",
+    )
+    return images
+
+
+def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) -> Images:
+    usual = _named(table, _IMAGES)
+    tried = {name: disk.locate(table.columns[name]) for name in usual}
+    found = next((name for name, located in tried.items() if located.all_found), None)
+    if found is None:
+        others = {name: disk.locate(cells) for name, cells in table.columns.items() if name not in usual}
+        fitting = [name for name, located in others.items() if located.all_found]
+        require(
+            len(fitting) < 2,
+            f"data.image_column: several columns of {file} name images, {few(fitting)}; name the one to use",
+        )
+        tried |= others
+        found = next(iter(fitting or sorted(usual, key=lambda name: len(tried[name].missing))), None)
+    require(
+        found is not None,
+        f"data.image_column: no column of {file} names images in {root}; name it, and their folder by data.images; "
+        f"{_there(table)}",
+    )
+    return Images(str(found), tried[str(found)])
+
+
+def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
+    """The column that says which rows train and which validate; where there is none, all train. Raises `UserError`."""
+    if cfg.split_column is not None:
+        _require_column(table, cfg.split_column, "data.split_column", file)
+        split = _split(table, cfg.split_column)
+        require(
+            len(split.val_names) > 0,
+            f"data.split_column: no row of {file} has {cfg.split_column} = val; name both train and val",
+        )
+        return split
+    for column in _named(table, _SPLITS):
+        split, known = _split(table, column), _plain(column) in ("split", "splits")
+        require(
+            any(split.roles) or not known,
+            f"data.split_column: {shown(column)} of {file} has {few(table.different(column))}, none of which is train or "
+            "val; write these, or rename the column",
+        )
+        if all(split.roles) or known:
+            return split
+    return Split("", ["train"] * len(table), "test", [])
+
+
+def _split(table: TextTable, column: str) -> Split:
+    known = {cell: role_of(cell) for cell in table.different(column)}
+    val: Role = "val" if "val" in known.values() else "test"
+    return Split(
+        column,
+        [known[cell] for cell in table.columns[column]],
+        val,
+        [cell for cell, role in known.items() if role == val],
+    )
+
+
+def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
+    """The classes of the rows of a table, of which images and split have been taken away. Raises `UserError`."""
+    if cfg.label_column is not None:
+        _require_column(table, cfg.label_column, "data.label_column", file)
+        return _checked(table, cfg.label_column, file)
+    usual = _same_classes(table, _named(table, _CLASSES))
+    marked = _one_hot(table) if not usual else None
+    if marked:
+        return marked
+    require(
+        len(usual) > 0
+        or len(table.columns) < 2
+        or not all(_MARKS.keys() >= {*cells} for cells in table.columns.values()),
+        f"data.label_column: {few(list(table.columns))} of {file} mark several classes of an image, or none, in some rows; "
+        "leave these out, or name one column",
+    )
+    chosen = usual or list(table.columns)
+    require(
+        len(chosen) > 0,
+        f"data.label_column: {file} has no column beside the images' names; give a table with their classes",
+    )
+    require(
+        len(chosen) == 1,
+        f"data.label_column: which column of {file} has the classes is not clear; name it; {_there(table)}",
+    )
+    return _checked(table, chosen[0], file)
+
+
+def check_classes(classes: list[str], rows: int, source: str, file: Path, table: TextTable, *, insisted: bool) -> None:
+    """Raise `UserError` where what was taken for the classes of so many rows cannot be meant."""
+    require(
+        len(classes) != 1,
+        f"data.label_column: {source} of {file} has one class only, {few(classes)}, and nothing to tell it from; "
+        f"name another column, or add rows of another class; {_there(table)}",
+    )
+    require(
+        insisted or len(classes) <= _FEW_CLASSES or 2 * len(classes) <= rows,
+        f"data.label_column: {source} of {file} has {len(classes)} values for {rows} images, so it is hardly their class; "
+        f"name another column, or the same to insist; {_there(table)}",
+    )
+
+
+def in_order(classes: set[str]) -> list[str]:
+    """Classes in the order of their labels: of numbers where all are, else of letters."""
+    numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name, re.ASCII) for name in classes)
+    return sorted(classes, key=lambda name: (float(name) if numeric else 0.0, name))
+
+
+def _checked(table: TextTable, column: str, file: Path) -> Classes:
+    names = table.columns[column]
+    require("" not in names, f"data.path: {file} has rows without a {shown(column)}; fill or remove them")
+    return Classes(names, shown(column))
+
+
+def _one_hot(table: TextTable) -> Classes | None:
+    """The classes of columns of 0 and 1, a class each, if in every row one of them is 1."""
+    marks = {name: cells for name, cells in table.columns.items() if _MARKS.keys() >= {*cells}}
+    by_row = zip(*marks.values(), strict=True)
+    rows = [[name for name, cell in zip(marks, cells, strict=True) if _MARKS[cell]] for cells in by_row]
+    if len(marks) < 2 or any(len(ones) != 1 for ones in rows):
+        return None
+    return Classes([ones[0] for ones in rows], f"the 1 in {few(list(marks))}")
+
+
+def _same_classes(table: TextTable, columns: list[str]) -> list[str]:
+    """Of columns that divide the rows alike, as a class's number and its name do, the one that has names."""
+    cells = [table.columns[name] for name in columns]
+    if len({len({*its}) for its in (*cells, zip(*cells, strict=True))}) != 1:
+        return columns
+    named = [name for name in columns if not all(cell.isdecimal() for cell in table.different(name))]
+    return (named or columns)[:1]
+
+
+def _named(table: TextTable, usual: re.Pattern[str]) -> list[str]:
+    return [name for name in table.columns if usual.fullmatch(_plain(name))]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _require_column(table: TextTable, column: str, option: str, file: Path) -> None:
+    require(column in table.columns, f"{option}: {file} has no column {column}; {_there(table)}")
+
+
+def _there(table: TextTable) -> str:
+    return f"it has {few(list(table.columns), _COLUMNS_SHOWN)}"

@@ -1,0 +1,130 @@
+"""Tables of image names and classes, CSV or Parquet, as Kaggle publishes them.
+
+Which column is what, and where the images lie, is certain or refused, and said at the start of a run (`Taken`).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline.config import DataConfig, require
+from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image, share
+from data_pipeline.sources.tables.columns import (
+    Images,
+    Split,
+    check_classes,
+    class_column,
+    image_column,
+    in_order,
+    split_column,
+)
+from data_pipeline.sources.tables.text_table import TextTable, few, read_table, shown, without_index
+
+
+def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
+    """The samples of `split` that a table lists; labels follow `classes`, or the classes of training. Raises `UserError`."""
+    whole = _read(file)
+    whole, parts = _used(whole, split_column(whole, file, cfg))
+    role = parts.val_role if parts.val_names and split == "val" else "train"
+    rows = [row for row, its in enumerate(parts.roles) if its == role]
+    require(
+        len(rows) > 0,
+        f"data.split_column: no row of {file} has {shown(parts.column)} = {split}; name both train and val",
+    )
+    table = whole.only(rows)
+    images = image_column(table, file, _root(file, cfg), cfg)
+    rest = whole.without([images.column, parts.column])
+    found = class_column(rest, file, cfg)
+    if classes is None:
+        own = [name for name, its in zip(found.names, parts.roles, strict=True) if its == "train"]
+        classes = in_order({*own})
+        check_classes(classes, len(own), found.source, file, rest, insisted=cfg.label_column is not None)
+    _check_apart(parts, whole.columns[images.column], file)
+    val_from = f"rows with {shown(parts.column)} = {few(parts.val_names)}" if parts.val_names else ""
+    taken = Taken(f"{_said(file, images)}, classes by {found.source}", val_from, notes=_notes(table, images))
+    listing = _labelled(images.located.paths, [found.names[row] for row in rows], classes, file, cfg, taken)
+    return listing if val_from else share(listing, cfg.val_share, split)
+
+
+def table_images(file: Path, cfg: DataConfig) -> tuple[list[str], Listing]:
+    """The images that a table names: as it writes them, and where they are, in its order. Raises `UserError`."""
+    table = _read(file)
+    images = image_column(table, file, _root(file, cfg), cfg)
+    paths, taken = images.located.paths, Taken(_said(file, images), notes=_notes(table, images))
+    listing = Listing(_root(file, cfg), paths, [UNLABELLED] * len(paths), [], [file], taken=taken)
+    return table.columns[images.column], listing
+
+
+def _read(file: Path) -> TextTable:
+    table = without_index(read_table(file, "data.path", is_image))
+    require(len(table) > 0, f"data.path: {file} has no rows; give a table with a row for each image")
+    return table
+
+
+def _root(file: Path, cfg: DataConfig) -> Path:
+    return Path(cfg.images) if cfg.images else file.parent
+
+
+def _labelled(
+    paths: list[str], names: list[str], classes: list[str], file: Path, cfg: DataConfig, taken: Taken
+) -> Listing:
+    """Each image once, with the class of that name. Raises `UserError` where it has two, or one that is none of `classes`."""
+    named: dict[str, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        other = named.setdefault(path, name)
+        require(
+            other == name,
+            f"data.path: {file} gives {shown(path)} two classes, {shown(other)} and {shown(name)}; leave one of its rows",
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({*names} - {*numbers})
+    require(not unknown, f"data.path: {file} has a class that training lacks: {few(unknown, 3)}; remove its rows")
+    again = len(paths) - len(named)
+    notes = [f"{again} rows name an image again and are left out"] if again else []
+    return Listing(
+        _root(file, cfg),
+        list(named),
+        [numbers[name] for name in named.values()],
+        classes,
+        [file],
+        taken=replace(taken, notes=[*taken.notes, *notes]),
+    )
+
+
+def _used(table: TextTable, parts: Split) -> tuple[TextTable, Split]:
+    """The rows that train or validate, with a note on the others."""
+    used = [row for row, role in enumerate(parts.roles) if role in ("train", parts.val_role)]
+    left = len(table) - len(used)
+    notes = [f"{left} rows are left alone, as their {shown(parts.column)} is another"] if left else []
+    kept = table.only(used)
+    return replace(kept, notes=[*kept.notes, *notes]), parts._replace(roles=[parts.roles[row] for row in used])
+
+
+def _check_apart(parts: Split, images: list[str], file: Path) -> None:
+    """Raise `UserError` where an image is in both splits."""
+    train, val = (
+        {name for name, its in zip(images, parts.roles, strict=True) if its == role}
+        for role in ("train", parts.val_role)
+    )
+    both = sorted(train & val)
+    require(
+        not both,
+        f"data.split_column: {shown(parts.column)} of {file} puts {len(both)} images into both splits, as {few(both, 1)}; "
+        "leave one row of each",
+    )
+
+
+def _said(file: Path, images: Images) -> str:
+    folders = [f"{shown(folder)}/" for folder in images.located.folders]
+    where = f" in {few(folders, 3)}" if folders else ""
+    return f"table {file.name}: images by {shown(images.column)}{where}"
+
+
+def _notes(table: TextTable, images: Images) -> list[str]:
+    foreign = images.located.foreign
+    if not foreign:
+        return table.notes
+    place = images.located.paths[table.columns[images.column].index(foreign[0])]
+    return [
+        *table.notes,
+        f"{len(foreign)} names begin elsewhere, as {shown(foreign[0])}, and are taken for {shown(place)} …",
+    ]

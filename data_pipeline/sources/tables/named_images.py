@@ -1,0 +1,163 @@
+"""From a name as tables write it to the image that is meant: with or without folders and suffix, in any case, with either slash.
+
+A name is only taken for an image that it fits alone. Where it begins with the folders of another machine, at least one of
+these must be the image's own.
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.config import require
+from data_pipeline.sources.image_headers import SUFFIXES
+from data_pipeline.sources.listing import is_image
+from data_pipeline.sources.tables.text_table import few, shown
+
+
+@dataclass
+class Located:
+    """Where the images of N names are."""
+
+    paths: list[str]
+    """Of each, below the images' folder; the name itself where there is no such image."""
+    missing: list[str] = field(default_factory=list)
+    """Names of which there is no image."""
+    several: dict[str, list[str]] = field(default_factory=dict)
+    """Names that fit several images."""
+    folders: list[str] = field(default_factory=list)
+    """In which the images lie, where the names do not say so."""
+    foreign: list[str] = field(default_factory=list)
+    """Names that begin with folders of another machine."""
+
+    @property
+    def all_found(self) -> bool:
+        return not self.missing and not self.several
+
+    def check(self, names: int, file: Path, root: Path) -> None:
+        """Raise `UserError` where an image is missing, or is not the only one of its name."""
+        require(
+            not self.missing,
+            f"data.images: {len(self.missing)} of the {names} images that {file} names are not in {root}: "
+            f"{few(self.missing)}; name their folder by data.images",
+        )
+        name, images = next(iter(self.several.items()), ("", [""]))
+        require(
+            not self.several,
+            f"data.images: {len(self.several)} of the {names} images that {file} names could be several files, as "
+            f"{shown(name)}: {few(images, 3)}; name their folder by data.images, or write their suffixes into the table",
+        )
+
+
+class NamedImages:
+    """The images below a folder, to be found by name. Folders that are links are not entered."""
+
+    def __init__(self, root: Path) -> None:
+        self._tops = {os.path.abspath(root) + "/", f"{root.resolve()}/"}
+        self._above = [_key(part) for part in root.resolve().parts[1:]]
+        paths = (
+            os.path.relpath(os.path.join(folder, name), root)
+            for folder, _, names in os.walk(root)
+            for name in names
+            if is_image(name)
+        )
+        self._paths = set(paths)
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        for path in sorted(self._paths):
+            name = _key(os.path.basename(path))
+            if not name.startswith("."):
+                self._by_name[name].append(path)
+                self._by_name[os.path.splitext(name)[0]].append(path)
+
+    def locate(self, names: list[str]) -> Located:
+        """The images that all of `names` together mean.
+
+        A name that fits several takes the one in the only folder where all the others have one too.
+        """
+        fitting = {name: self._fitting(name) for name in dict.fromkeys(names)}
+        if any(len(images) > 1 for images in fitting.values()):
+            fitting = _in_one_folder(fitting)
+        found = {name: images[0] for name, images in fitting.items() if len(images) == 1}
+        elsewhere = {_folder(name, path) for name, path in found.items()}
+        return Located(
+            [found.get(name, name) for name in names],
+            [name for name in names if not fitting[name]],
+            {name: images for name, images in fitting.items() if len(images) > 1},
+            sorted(elsewhere - {""}),
+            [name for name in found if self._below(name) == name and _is_foreign(_parts(name))],
+        )
+
+    def _fitting(self, name: str) -> list[str]:
+        below = self._below(name)
+        return self._exact(below) or (self._ending_in(name) if below == name else [])
+
+    def _below(self, name: str) -> str:
+        """A name that begins with the images' folder, without it."""
+        return next((name.removeprefix(top) for top in self._tops if name.startswith(top)), name)
+
+    def _exact(self, name: str) -> list[str]:
+        """The images where the name says, which may leave out the suffix."""
+        path = os.path.normpath(name)
+        return [path] if path in self._paths else [path + end for end in sorted(SUFFIXES) if path + end in self._paths]
+
+    def _ending_in(self, name: str) -> list[str]:
+        """The images whose paths, those of the folders above included, end in the name."""
+        parts = _parts(name)
+        foreign, inside = _is_foreign(parts), [part for part in parts if part not in ("..", "/")]
+        wanted, last = [_key(part) for part in inside[:-1]], (inside or [""])[-1]
+        depths: dict[str, int] = {}
+        for path in self._by_name.get(_key(last), []):
+            own = [_key(part) for part in path.split("/")[:-1]]
+            depth = _common_end(wanted, [*self._above, *own])
+            # Of folders elsewhere those that the image has below ours must be the last ones, and one at least.
+            if depth >= max(len(own), 1) if foreign else depth == len(wanted):
+                depths[path] = depth
+        best = [path for path, depth in depths.items() if depth == max(depths.values())]
+        for same in (lambda path: _key(path) == _key(last), lambda path: path.startswith(last)):  # suffix, then case
+            best = [path for path in best if same(os.path.basename(path))] or best
+        return best
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file of a name; "/" in front stands for the root of any system, ".." for what leads out of the folder."""
+    parts: list[str] = ["/"] if re.match(r"[\\/]|[A-Za-z]:[\\/]", name) else []
+    for part in re.split(r"[\\/]+", re.sub(r"^[A-Za-z]:(?=[\\/])", "", name)):
+        if part == ".." and parts and parts[-1] not in ("..", "/"):
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+def _is_foreign(parts: list[str]) -> bool:
+    """Whether a name leads out of any folder that it is put in, as one from another machine may."""
+    return parts[:1] in (["/"], [".."])
+
+
+def _key(text: str) -> str:
+    """What names in other case, or with accents written in another way, have in common."""
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def _common_end(one: list[str], other: list[str]) -> int:
+    """How many of the last folders are the same."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _in_one_folder(fitting: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The images in the only folder that has one for each name; all of them if there are several such folders, or none."""
+    folders = [{_folder(name, path) for path in images} for name, images in fitting.items() if images]
+    common = set.intersection(*folders)
+    if len(common) != 1:
+        return fitting
+    return {name: [path for path in images if _folder(name, path) in common] for name, images in fitting.items()}
+
+
+def _folder(name: str, path: str) -> str:
+    """What stands in a path before the folders that a name has itself."""
+    folders = path.split("/")[:-1]
+    own = _common_end([_key(part) for part in _parts(name)[:-1]], [_key(part) for part in folders])
+    return "/".join(folders[: len(folders) - own])

@@ -1,0 +1,202 @@
+"""Tables as text: every cell of a CSV or Parquet file as it is written there, so that 001, NA and 1e3 stay what they are."""
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.common.errors import UserError
+
+TABLES = (".csv", ".tsv", ".parquet")
+
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order mark -> encoding; the longer marks come first, for they begin as the shorter ones."""
+_SAMPLE = 1 << 16  # characters, or bytes, that tell how a file is written
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Columns of text, all of as many cells; a missing cell is ""."""
+
+    columns: dict[str, list[str]]
+    notes: list[str] = field(default_factory=list)
+    """What had to be guessed of how it is written, a line each."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def different(self, column: str) -> list[str]:
+        """The cells of a column, each once, sorted."""
+        return sorted({*self.columns[column]})
+
+    def only(self, rows: list[int]) -> "TextTable":
+        """The table of the rows with these numbers."""
+        return TextTable({name: [cells[row] for row in rows] for name, cells in self.columns.items()}, self.notes)
+
+    def without(self, names: list[str]) -> "TextTable":
+        """The table without these columns."""
+        return TextTable({name: cells for name, cells in self.columns.items() if name not in names}, self.notes)
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file's name is that of a table."""
+    return file.suffix.lower() in TABLES
+
+
+def read_table(file: Path, option: str, is_data: Callable[[str], bool] | None = None) -> TextTable:
+    """The table in a CSV, TSV or Parquet file. Raises `UserError` that begins with `option`.
+
+    A first row with a cell that `is_data` is no header; the columns are then called 1, 2, 3.
+    """
+    try:
+        if file.suffix.lower() == ".parquet":
+            return _read_parquet(file)
+        return _read_csv(file, option, is_data)
+    except UserError:
+        raise
+    except (ValueError, OSError, csv.Error) as error:
+        why = shown(" ".join(str(getattr(error, "strerror", None) or error).split()), 200)
+        raise UserError(f"{option}: {file} is no table that can be read ({why}); give a CSV or Parquet file") from None
+
+
+def without_index(table: TextTable) -> TextTable:
+    """The table without the columns that only number its rows, as pandas and R write them in front."""
+    first = next(iter(table.columns), "")
+    index = [name for name, cells in table.columns.items() if _is_index(name, name == first, cells)]
+    return table.without(index) if len(index) < len(table.columns) else table
+
+
+def _is_index(name: str, first: bool, cells: list[str]) -> bool:
+    if name.startswith("__index_level_"):
+        return True
+    unnamed = name.startswith("Unnamed: ") or (first and name == "1")
+    return unnamed and cells in ([str(row + start) for row in range(len(cells))] for start in (0, 1))
+
+
+def shown(text: str, most: int = 80) -> str:
+    """A cell or a column's name for a message: no longer than `most`, without characters that a terminal would obey."""
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
+
+
+def few(texts: list[str], most: int = 5) -> str:
+    """The first of some cells or columns for a message."""
+    return ", ".join(map(shown, texts[:most])) + ", …" * (len(texts) > most)
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def _read_csv(file: Path, option: str, is_data: Callable[[str], bool] | None) -> TextTable:
+    text, notes = _decoded(file.read_bytes())
+    first, _, rest = text.partition("\n")
+    hint = re.fullmatch(r"sep=(.)\r?", first)  # a line of Excel's
+    delimiter = hint[1] if hint else _delimiter(text, "\t" if file.suffix.lower() == ".tsv" else ",")
+    rows = _rows(rest if hint else text, delimiter)
+    if not rows:
+        raise UserError(f"{option}: {file} is empty; give a table with a row for each image")
+    head, body = rows[0][1], rows[1:]
+    if is_data and any(map(is_data, head)):
+        notes.append("its first row names an image and so is no header; the columns are called 1, 2, …")
+        head, body = [""] * len(head), rows
+    elif _numbered(head, [row for _, row in body]):
+        head = ["", *head]  # as R writes them: with no name above the rows' numbers
+    for line, row in body:
+        if any(row[len(head) :]):
+            raise UserError(
+                f"{option}: line {line} of {file} has {len(row)} cells, divided by {_DELIMITERS.get(delimiter, delimiter)}, "
+                f"where its header has {len(head)}; put cells that hold {delimiter!r} into quotation marks"
+            )
+    columns = [[row[at] if at < len(row) else "" for _, row in body] for at in range(len(head))]
+    names = [name or str(at + 1) for at, name in enumerate(head)]
+    named = [at for at, name in enumerate(head) if name or any(columns[at])]  # lines may end with a delimiter
+    twice = sorted({names[at] for at in named if [names[other] for other in named].count(names[at]) > 1})
+    if twice:
+        raise UserError(f"{option}: {file} has several columns called {few(twice)}; give each a name of its own")
+    return TextTable({names[at]: columns[at] for at in named}, notes)
+
+
+def _numbered(head: list[str], body: list[list[str]]) -> bool:
+    """Whether each row has its number in front, and the header has nothing there."""
+    numbers = (str(number) for number in range(1, len(body) + 1))
+    return all(row[0] == number and len(row) == len(head) + 1 for row, number in zip(body, numbers, strict=True))
+
+
+def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Number of its last line and cells of each row, but for empty ones."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        return [(reader.line_num, cells) for row in reader if any(cells := [cell.strip() for cell in row])]
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.line_num}: {error}") from None
+
+
+def _decoded(data: bytes) -> tuple[str, list[str]]:
+    """The text of a file, and a note where its encoding is a guess."""
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data.decode(encoding), []
+    sample = data[:_SAMPLE]
+    high, low = sample[::2].count(0), sample[1::2].count(0)
+    if max(high, low) > len(sample) // 8:
+        return data.decode("utf-16-be" if high > low else "utf-16-le"), []
+    try:
+        return data.decode(), []
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+    note = f"line {line} is no UTF-8, so it was read as Latin-1; look whether the names in it are right"
+    try:
+        return data.decode("cp1252"), [note]
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), [note]
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """What divides the cells: the first that gives rows of one width, of 2 at least; the `usual` one where none does."""
+    sample = text if len(text) <= _SAMPLE else text[: text.rfind("\n", 0, _SAMPLE) + 1]
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
+        try:
+            widths = [len(cells) for _, cells in _rows(sample, delimiter)]
+        except csv.Error:
+            continue
+        if len({*widths[1:]}) < 2 and max(widths, default=0) > 1 and widths[-1] - widths[0] in (0, 1):
+            return delimiter
+    return usual
+
+
+# ---- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(file: Path) -> TextTable:
+    import pyarrow  # type: ignore[import-untyped] # here, for only such tables need it
+    from pyarrow import parquet
+
+    try:
+        source = parquet.ParquetFile(file)
+        kinds = {column.name: column.type for column in source.schema_arrow}
+        passed = [name for name, kind in kinds.items() if pyarrow.types.is_nested(kind) or "binary" in str(kind)]
+        table = source.read([name for name in kinds if name not in passed])
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+    notes = [f"its columns {few(passed)} hold no text and are passed over"] if passed else []
+    return TextTable({name: _texts(table.column(name).to_pylist()) for name in table.column_names}, notes)
+
+
+def _texts(values: list[object]) -> list[str]:
+    """Values as text: whole numbers without a point, for pandas makes floats of them where one is missing."""
+    whole = all(value.is_integer() for value in values if isinstance(value, float) and value == value)
+    return ["" if value is None or value != value else _text(value, whole) for value in values]
+
+
+def _text(value: object, whole: bool) -> str:
+    return str(int(value)) if whole and isinstance(value, float) else str(value).strip()
