@@ -77,6 +77,19 @@ def test_no_circle_exists() -> None:
     assert uses == {}, "each of these imports another one of them"
 
 
+def test_the_trainers_packages_form_no_circle() -> None:
+    uses: dict[str, set[str]] = {}
+    for module, tree in modules().items():
+        package = ".".join(module.split(".")[:2])
+        targets = {target for name, _ in imports(tree) if (target := ours(name)) and target.startswith("trainer.")}
+        if module.startswith("trainer."):
+            uses.setdefault(package, set()).update({".".join(target.split(".")[:2]) for target in targets} - {package})
+    while free := [package for package, used in uses.items() if not used & uses.keys()]:
+        for package in free:
+            del uses[package]
+    assert uses == {}, "each of these imports another one of them"
+
+
 def test_only_the_graph_names_dali_operators() -> None:
     for module, tree in modules().items():
         for name, _ in imports(tree):

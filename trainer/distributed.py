@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
-from trainer.engine.config import Precision
 
 T = TypeVar("T")
 
@@ -135,17 +134,3 @@ def keep_group() -> None:
 def gpu_count() -> int:
     """GPUs of this machine that a run may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
-    """What `auto` means here: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
-
-    Of CPUs those with AMX do: ResNet-18 at 128 px trains 2.4 times as fast as in fp32. One without any instructions for it is
-    eighteen times slower (a Zen 3). The answer rests on what the hardware is, not on a trial, for a resumed run must get the
-    same.
-    """
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"

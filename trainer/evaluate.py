@@ -22,10 +22,13 @@ from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
+from trainer.checkpoint.files import load_weights, read_metadata
 from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run, run_folder
 from trainer.distributed import DistContext, open_dist_context
-from trainer.engine.base import Normalise, Predictor, count, load_weights, read_metadata
+from trainer.engine.loss import count
+from trainer.engine.prediction import Predictor
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
 

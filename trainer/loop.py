@@ -13,11 +13,14 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.summary import refuse_single_class
-from trainer.checkpoint.async_writer import check_room, checkpoint_bytes
+from trainer.checkpoint.async_writer import check_room
+from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
 from trainer.config import Config, first_difference, to_yaml
 from trainer.distributed import DistContext
-from trainer.engine.base import Engine, check_device, keep_compiled, read_metadata
+from trainer.engine.base import Engine
+from trainer.engine.checkpoint_size import checkpoint_bytes
+from trainer.engine.compilation import check_device, keep_compiled
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import NonFinite, limit_bad
 from trainer.resilience.signals import StopFlag

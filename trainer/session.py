@@ -19,10 +19,12 @@ from data_pipeline.summary import summary
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config
-from trainer.distributed import DistContext, resolve_precision
-from trainer.engine.base import Engine, Normalise
+from trainer.distributed import DistContext
+from trainer.engine.base import Engine
 from trainer.engine.ddp import DdpEngine
+from trainer.engine.precision import resolve_precision
 from trainer.evaluate import evaluate
+from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ResNet, build_resnet, freeze
 from trainer.model.whitening import whiten_stem

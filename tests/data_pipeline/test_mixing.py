@@ -14,7 +14,7 @@ from data_pipeline.config import AugmentConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from data_pipeline.mixing import Mixing, box, draw, mix
 from tests.support.runs import SOLO
-from trainer.engine.base import EngineConfig
+from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.optim.optimizer import OptimConfig
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from data_pipeline.config import DataConfig
-from trainer.distributed import resolve_precision
-from trainer.engine.base import EngineConfig, Normalise, compiled
+from trainer.engine.compilation import compiled
+from trainer.engine.config import EngineConfig
+from trainer.engine.precision import resolve_precision
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import ModelConfig, ModelName, build_resnet
 from trainer.optim.optimizer import OptimConfig, OptimizerName, build_optimizer
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.runs import QUICK, Job, dotted, images
-from trainer.engine.base import WEIGHTS
+from trainer.checkpoint.files import WEIGHTS
 
 pytestmark = [
     pytest.mark.gpu,

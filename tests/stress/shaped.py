@@ -27,7 +27,8 @@ import pandas as pd
 from tests.support.runs import ROOT, environment
 from trainer.config import Config, load
 from trainer.distributed import DistContext, open_dist_context
-from trainer.engine.base import Compression, Engine
+from trainer.engine.base import Engine
+from trainer.engine.config import Compression
 from trainer.loop import build_engine
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
 from trainer.plan.cli import Cluster, predict

@@ -20,11 +20,14 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import open_catalog
 from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, tree
+from trainer.checkpoint.files import load_weights
 from trainer.checkpoint.store import Store
 from trainer.config import load, load_run, to_yaml
 from trainer.distributed import DistContext
-from trainer.engine.base import EngineConfig, Normalise, Predictor, load_weights
+from trainer.engine.config import EngineConfig
+from trainer.engine.prediction import Predictor
 from trainer.evaluate import Trained, evaluate, main, open_scored, scored_on, with_mirror
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
 

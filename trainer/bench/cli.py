@@ -40,9 +40,10 @@ from trainer.bench import results, roofline
 from trainer.bench.peers import Peer, Race, open_peers
 from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE, report
 from trainer.config import Config, load
-from trainer.distributed import DistContext, open_dist_context, resolve_precision
+from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
+from trainer.engine.precision import resolve_precision
 from trainer.loop import build_engine, training_loader
 from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.tracking.profiler import Trace

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.bench.peers import CONTESTANTS, LIMIT, Task
-from trainer.distributed import DistContext, Precision
+from trainer.distributed import DistContext
+from trainer.engine.config import Precision
 from trainer.model.resnet import ModelConfig, build_resnet
 
 _SIDE, _SIDE_GPU = 2048, 16384  # of the square matrices: large enough that a larger one gains nothing

@@ -12,20 +12,15 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch.distributed as dist
-from torch import nn
 
 from data_pipeline.common.errors import UserError
 from trainer.checkpoint.store import Progress, StateWriter, Store
 from trainer.distributed import DistContext
-from trainer.engine.base import Compression
-from trainer.optim.optimizer import OptimConfig
 
 T = TypeVar("T")
 
 LAST_S = 30.0
 """How long a run that fails waits for the checkpoint under way: about as long as launchers wait before they kill."""
-
-_MOMENTS = {"sgd": 1, "lars": 1, "muon": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
 
 
 class _Outcome(NamedTuple):
@@ -142,15 +137,6 @@ class Saver:
             if isinstance(result, Exception):
                 raise result
         return results
-
-
-def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compression, world: int) -> int:
-    """About what a checkpoint of `module` takes on disk, the files of all ranks together."""
-    state = sum(tensor.nbytes for tensor in module.state_dict().values())
-    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    moments = 0 if optim.name == "sgd" and optim.momentum == 0 else _MOMENTS[optim.name]
-    errors = world if compression == "powersgd" else 0
-    return state * (2 if optim.ema_decay > 0 else 1) + trained * (moments + errors)
 
 
 def check_room(store: Store, each: int, epochs: int) -> None:

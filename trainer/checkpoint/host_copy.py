@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from trainer.checkpoint.files import METADATA
 from trainer.checkpoint.store import Stamp, StateWriter, write_stamped
-
-METADATA = "sluice"
 
 Content = bytes | memoryview
 
@@ -71,7 +70,7 @@ class HostCopy:
 
 
 def packed_weights(weights: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A file of every tensor under its name, readable by `engine.load_weights` and `engine.read_metadata`."""
+    """A file of every tensor under its name, readable by `files.load_weights` and `files.read_metadata`."""
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     # A single entry, since safetensors writes several in random order: equal weights make equal files.
     return save(whole, {METADATA: json.dumps(metadata)})

@@ -11,23 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.config import require
 from data_pipeline.loader import Batch
+from trainer.checkpoint.files import STATE, WEIGHTS, load_state, load_weights
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
 from trainer.checkpoint.store import StateWriter
 from trainer.distributed import DistContext
 from trainer.engine import gradient_compression
-from trainer.engine.base import (
-    STATE,
-    SUMS,
-    WEIGHTS,
-    EngineConfig,
-    Predictor,
-    check_device,
-    compiled,
-    count,
-    load_state,
-    load_weights,
-    training_loss,
-)
+from trainer.engine.base import SUMS
+from trainer.engine.compilation import check_device, compiled
+from trainer.engine.config import EngineConfig
+from trainer.engine.loss import count, training_loss
+from trainer.engine.prediction import Predictor
 from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.optimizer import Ema, OptimConfig, build_optimizer, set_lr
 from trainer.resilience.watchdog import Phase

@@ -16,22 +16,16 @@ from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch
+from trainer.checkpoint.files import STATE, WEIGHTS, load_state, load_weights
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
 from trainer.checkpoint.store import StateWriter
 from trainer.distributed import DistContext
-from trainer.engine.base import (
-    STATE,
-    SUMS,
-    WEIGHTS,
-    Autocast,
-    Predictor,
-    compiled,
-    count,
-    load_state,
-    load_weights,
-    training_loss,
-)
+from trainer.engine.base import SUMS
+from trainer.engine.compilation import compiled
 from trainer.engine.config import EngineConfig, check_deepspeed
+from trainer.engine.loss import count, training_loss
+from trainer.engine.precision import Autocast
+from trainer.engine.prediction import Predictor
 from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import Ema, build_optimizer, set_lr

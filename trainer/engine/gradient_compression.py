@@ -8,9 +8,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.checkpoint.files import load_state
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state
 from trainer.distributed import DistContext
-from trainer.engine.base import Compression, load_state
+from trainer.engine.config import Compression
 
 POWERSGD_RANK = 2
 POWERSGD_START = 100  # updates that send whole gradients first: the early ones matter most

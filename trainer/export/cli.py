@@ -37,8 +37,8 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.quarantine import printable
 from trainer.config import Config, load_run, run_folder
 from trainer.distributed import DistContext
-from trainer.engine.base import Normalise
 from trainer.evaluate import open_trained
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import unknown_to_torchvision
 
 HERE = DistContext(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))

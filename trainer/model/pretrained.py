@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
+from trainer.checkpoint.files import WEIGHTS, read_metadata, unpickled
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
-from trainer.engine.base import WEIGHTS, read_metadata, unpickled
 from trainer.model.config import ModelConfig, Shortcut, Stem, is_torchvision
 from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, ResNet, build_resnet
 from trainer.model.running_stats import keep_statistics

@@ -11,7 +11,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Loader
 from data_pipeline.sources.catalog import Catalog
 from trainer.distributed import DistContext
-from trainer.engine.base import Normalise
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import ResNet
 
 IMAGES = 256

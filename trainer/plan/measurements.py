@@ -21,9 +21,10 @@ from data_pipeline.common.worker_pool import progress
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.config import Config
-from trainer.distributed import DistContext, resolve_precision
-from trainer.engine.base import Compression
+from trainer.distributed import DistContext
+from trainer.engine.config import Compression
 from trainer.engine.gradient_compression import POWERSGD_RANK
+from trainer.engine.precision import resolve_precision
 from trainer.loop import build_engine
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
 

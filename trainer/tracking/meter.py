@@ -76,7 +76,7 @@ class Meter:
         self.train_s = train_s
         """What training has taken up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or [0.0] * len(SUMS)
-        """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.SUMS`."""
+        """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.SUMS`."""
         self._start = self._last = time.perf_counter()
         self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
         self._restart()

@@ -19,8 +19,8 @@ from wandb.sdk.lib.module import unset_globals
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
+from trainer.checkpoint.files import WEIGHTS
 from trainer.checkpoint.store import Store
-from trainer.engine.base import WEIGHTS
 from trainer.tracking.model_summary import Distribution, Layer
 from trainer.tracking.wandb_process import started_apart
 

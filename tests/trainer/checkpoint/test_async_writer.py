@@ -20,11 +20,13 @@ import torch.distributed as dist
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Cursor
 from tests.support.runs import ROOT, SOLO, environment
-from trainer.checkpoint.async_writer import Saver, check_room, checkpoint_bytes
+from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.store import Progress, Stamp, StateWriter, Store, fault, write_stamped
 from trainer.distributed import DistContext
-from trainer.engine.base import Compression, EngineConfig, Normalise
+from trainer.engine.checkpoint_size import checkpoint_bytes
+from trainer.engine.config import Compression, EngineConfig
 from trainer.engine.ddp import DdpEngine
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.optim.optimizer import OptimConfig
 

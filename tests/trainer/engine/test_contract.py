@@ -12,10 +12,13 @@ from torch.nn import functional
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
+from trainer.checkpoint.files import WEIGHTS
 from trainer.distributed import DistContext
-from trainer.engine.base import WEIGHTS, Engine, EngineConfig, Normalise
+from trainer.engine.base import Engine
+from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.deepspeed import DeepSpeedEngine
+from trainer.model.normalize import Normalise
 from trainer.optim.optimizer import OptimConfig
 
 DDP = EngineConfig(precision="fp32")

@@ -17,9 +17,10 @@ from data_pipeline.common.errors import UserError
 from tests.support.runs import ROOT, SOLO, Job, checkpoint, dotted, environment, rows, settings_of
 from tests.trainer.engine.test_contract import CLIPPED, DDP, SGD, ZERO, build, net, train
 from tests.trainer.engine.test_engine import assert_equal, batch, small_net
+from trainer.checkpoint.files import STATE, WEIGHTS
 from trainer.checkpoint.store import Store
-from trainer.distributed import Precision
-from trainer.engine.base import STATE, WEIGHTS, Engine, EngineConfig
+from trainer.engine.base import Engine
+from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.deepspeed import DeepSpeedEngine, check_deepspeed
 from trainer.optim.optimizer import OptimConfig
 

@@ -26,20 +26,14 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
 from tests.support.runs import SOLO, environment, free_port
-from trainer.distributed import DistContext, Precision, keep_group, open_dist_context
+from trainer.checkpoint.files import STATE, WEIGHTS, load_weights, read_metadata
+from trainer.distributed import DistContext, keep_group, open_dist_context
 from trainer.engine import gradient_compression
-from trainer.engine.base import (
-    STATE,
-    WEIGHTS,
-    Compression,
-    EngineConfig,
-    Normalise,
-    count,
-    keep_compiled,
-    load_weights,
-    read_metadata,
-)
+from trainer.engine.compilation import keep_compiled
+from trainer.engine.config import Compression, EngineConfig, Precision
 from trainer.engine.ddp import DdpEngine
+from trainer.engine.loss import count
+from trainer.model.normalize import Normalise
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.optim.optimizer import OptimConfig, ema_decay_at
 

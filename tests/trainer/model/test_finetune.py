@@ -20,12 +20,14 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Batch
 from tests.support.runs import SOLO, TINTS, Job, dotted, images, settings_of
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
+from trainer.checkpoint.files import STATE, WEIGHTS
 from trainer.checkpoint.store import Store
 from trainer.config import Config, RunConfig, load
 from trainer.distributed import DistContext
-from trainer.engine.base import STATE, WEIGHTS, EngineConfig, Normalise
+from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
+from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ModelConfig, build_resnet, freeze
 from trainer.optim.optimizer import OptimConfig

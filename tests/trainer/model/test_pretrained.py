@@ -25,10 +25,9 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights  # type: ignor
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO
 from tests.trainer.engine.test_engine import join
-from trainer.checkpoint.host_copy import METADATA
+from trainer.checkpoint.files import METADATA, WEIGHTS
 from trainer.config import Config, load, load_run, to_yaml
 from trainer.distributed import DistContext
-from trainer.engine.base import WEIGHTS
 from trainer.model.pretrained import load_weights_to_start, preprocessing
 from trainer.model.resnet import ModelConfig, ModelName, ResNet, build_resnet
 

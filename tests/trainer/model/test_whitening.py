@@ -11,8 +11,8 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.catalog import open_catalog
 from tests.support.runs import QUICK, SOLO, Job, dotted, render_images
+from trainer.checkpoint.files import load_weights
 from trainer.checkpoint.store import Store
-from trainer.engine.base import load_weights
 from trainer.model.resnet import ModelConfig, Stem, build_resnet
 from trainer.model.whitening import set_filters, whiten_stem
 

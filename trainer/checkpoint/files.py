@@ -1,0 +1,59 @@
+"""Files of a checkpoint: their names, and what reads them."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from data_pipeline.common.errors import UserError
+
+WEIGHTS, STATE = "model.safetensors", "training.pt"
+METADATA = "sluice"
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights strictly. Raises `UserError` where they are not those of such a module."""
+    with _reading(folder / WEIGHTS):
+        module.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def load_state(file: Path, device: torch.device) -> dict[str, Any]:
+    """What `packed_state` made of training state. Raises `UserError` for a file of anything but tensors and plain values."""
+    with _reading(file):
+        state: dict[str, Any] = unpickled(file, device)
+        return state
+
+
+def unpickled(file: Path, device: torch.device, *known: type) -> Any:
+    """What torch.save wrote: tensors, containers, plain values and what is `known`; else torch's error, without its warning."""
+    with torch.serialization.safe_globals([*known]), warnings.catch_warnings(action="ignore"):
+        return torch.load(file, map_location=device, weights_only=True)
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What a checkpoint's weights say of themselves: the model's name, and the names of its classes as JSON.
+
+    Raises `UserError` where they cannot be read.
+    """
+    with _reading(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata: dict[str, str] = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return metadata
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0].rstrip(".: ")
+        raise UserError(
+            f"{file}: it cannot be loaded ({why}); restore it, or begin anew in another --run.dir"
+        ) from None

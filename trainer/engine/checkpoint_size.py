@@ -1,0 +1,17 @@
+"""Room that a checkpoint takes on disk."""
+
+from torch import nn
+
+from trainer.engine.config import Compression
+from trainer.optim.config import OptimConfig
+
+_MOMENTS = {"sgd": 1, "lars": 1, "muon": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
+
+
+def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compression, world: int) -> int:
+    """About what a checkpoint of `module` takes on disk, the files of all ranks together."""
+    state = sum(tensor.nbytes for tensor in module.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    moments = 0 if optim.name == "sgd" and optim.momentum == 0 else _MOMENTS[optim.name]
+    errors = world if compression == "powersgd" else 0
+    return state * (2 if optim.ema_decay > 0 else 1) + trained * (moments + errors)

@@ -1,0 +1,41 @@
+"""Networks compiled by torch.compile, where that is asked for and can be had."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.config import require
+from trainer.engine.config import EngineConfig
+
+
+def check_device(cfg: EngineConfig, device: torch.device) -> None:
+    """Make sure that an engine can work on `device` as it is told. Raises `UserError`."""
+    require(
+        not cfg.sync_bn or device.type == "cuda",
+        "engine.sync_bn: torch has it for GPUs only, and there is none here; leave it out",
+    )
+    require(
+        cfg.compile != "on"
+        or device.type == "cuda"
+        or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")),
+        "engine.compile: on, but there is no C++ compiler here; install g++, or give off",
+    )
+
+
+def compiled(module: nn.Module, cfg: EngineConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`module`, or it compiled for each shape of images that it meets. Raises `UserError` without a compiler."""
+    check_device(cfg, device)
+    if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
+        return module
+    # Each resolution in training and in evaluation is a shape of its own, and more of them than torch expects is no error.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+    return torch.compile(module, dynamic=False, mode=cfg.compile_mode)
+
+
+def keep_compiled(cfg: EngineConfig, run: Path) -> None:
+    """Have what torch.compile makes kept where a restarted run finds it. To be called before anything is compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cfg.compile_cache or str(run / "compiled")

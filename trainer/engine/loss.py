@@ -1,0 +1,37 @@
+"""The loss that training minimises, and what is counted beside it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipeline.loader import IGNORE_LABEL, Batch
+from trainer.optim.config import OptimConfig
+
+PRESENT = 0.2
+"""Share of a mixed image above which the binary loss takes its class to be there; that of timm's recipes with this loss."""
+
+
+def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
+    """Sum of `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7)."""
+    targets = batch.labels if batch.targets is None else batch.targets
+    smoothing = optim.label_smoothing
+    if optim.loss == "cross_entropy":
+        losses = functional.cross_entropy(
+            logits, targets, ignore_index=IGNORE_LABEL, label_smoothing=smoothing, reduction="none"
+        )
+    else:
+        classes = logits.shape[1]
+        if batch.targets is None:
+            targets = functional.one_hot(targets.clamp_min(0), classes)
+        present = (targets > PRESENT).to(logits.dtype) * (1 - smoothing) + smoothing / classes
+        losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
+    # Rows without any target have a loss too, by label smoothing or as images of no class.
+    return torch.where(batch.labels != IGNORE_LABEL, losses, 0).sum()
+
+
+def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """[4] float64 sums over the counted rows: loss, top-1 hits, top-5 hits, rows. `logits` [B, classes], `labels` [B]."""
+    counted = labels != IGNORE_LABEL
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (best == labels[:, None]) & counted[:, None]
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()]).double()

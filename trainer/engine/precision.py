@@ -1,0 +1,35 @@
+"""Arithmetic of forward passes."""
+
+import torch
+
+from trainer.engine.config import Precision
+
+
+class Autocast:
+    """The precision of forward passes on a device."""
+
+    def __init__(self, wanted: Precision, device: torch.device) -> None:
+        self.precision, self.device = resolve_precision(wanted, device), device
+
+    def __call__(self) -> torch.autocast:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype or torch.float32, enabled=dtype is not None)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of products beside those passes that bear a short mantissa, but not a short exponent."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What `auto` means here: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
+
+    Of CPUs those with AMX do: ResNet-18 at 128 px trains 2.4 times as fast as in fp32. One without any instructions for it is
+    eighteen times slower (a Zen 3). The answer rests on what the hardware is, not on a trial, for a resumed run must get the
+    same.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
