@@ -4,6 +4,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig, require
 from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.listing import counted
 from data_pipeline.sources.quarantine import printable
 
 _SMALL = 100  # validation images below which their number is worth a line
@@ -24,24 +25,24 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
     """Two lines on the layout, the images of each split and the classes; then one on each thing that is odd."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     small, large = int(counts.argmin()), int(counts.argmax())
-    names = [printable(name) for name in train.classes]
-    notes = list(dict.fromkeys([*train.taken.notes, *val.taken.notes]))
-    for catalog, what in ((train, "training"), (val, "validation")):
-        empty = sorted(set(range(len(names))) - set(catalog.labels.tolist()))
-        if empty:
-            notes.append(
-                f"{len(empty)} of {len(names)} classes have no {what} images: {_few([names[n] for n in empty])}"
-            )
-    if len(val) < _SMALL:
-        notes.append(f"only {len(val)} validation images: a single one is {100 / max(len(val), 1):.1f} % of top-1")
-    sizes = f"{counts[small]:,} ({names[small]}) to {counts[large]:,} ({names[large]}) training images"
-    each = f"{counts[small]:,} training images each" if counts[small] == counts[large] else sizes
-    return [
-        f"data: {printable(cfg.path)} ({train.taken.layout}): {len(train):,} images to train on, {len(val):,} to validate "
-        f"on ({val.taken.val_from})",
-        f"{len(names)} classes of {each}: {_few(names)}",
-        *(f"data: {printable(note)}" for note in notes),
+    sizes = f"{counts[small]:,} ({train.classes[small]}) to {counts[large]:,} ({train.classes[large]}) training images"
+    if counts[small] == counts[large]:
+        sizes = f"{counted(int(counts[small]), 'training image')} each"
+    lines = [
+        f"data: {cfg.path} ({train.taken.layout}): {counted(len(train), 'image')} to train on, {len(val):,} to validate on "
+        f"({val.taken.val_from})",
+        f"{len(counts)} classes of {sizes}: {_few(train.classes)}",
+        *(f"data: {note}" for note in dict.fromkeys([*train.taken.notes, *val.taken.notes])),
     ]
+    for catalog, what in ((train, "training"), (val, "validation")):
+        there = set(catalog.labels.tolist())
+        empty = [name for label, name in enumerate(train.classes) if label not in there]
+        if empty:
+            lines.append(f"data: no {what} images of {len(empty)} of {len(counts)} classes: {_few(empty)}")
+    if len(val) < _SMALL:
+        few = counted(len(val), "validation image")
+        lines.append(f"data: only {few}: a single one is {100 / max(len(val), 1):.1f} % of top-1")
+    return [printable(line) for line in lines]
 
 
 def _few(names: list[str]) -> str:

@@ -26,7 +26,7 @@ from data_pipeline.sources import pack_format
 from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.image_headers import BadImage, inspect
 from data_pipeline.sources.layouts import list_images, list_samples
-from data_pipeline.sources.listing import UNLABELLED, Listing, Taken
+from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
 from data_pipeline.sources.quarantine import quarantined
 from data_pipeline.sources.tables.text_table import TABLES, is_table
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
@@ -133,7 +133,7 @@ def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
     renumbered = np.array([names.index(name) for name in index.classes], np.int64)
     shards = [pack_format.shard_name(number) for number in range(index.shards)]
     spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
-    taken = Taken(f"a pack, {len(shards)} shard{'s' * (len(shards) != 1)} in {split}/", "val/")
+    taken = Taken(f"a pack, {counted(len(shards), 'shard')} in {split}/", "val/")
     return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans, taken)
 
 

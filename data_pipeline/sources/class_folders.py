@@ -5,8 +5,21 @@ from pathlib import Path
 
 from data_pipeline.config import require
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
-from data_pipeline.sources.listing import KINDS, Listing, Taken, is_image
+from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, is_image
 
+_OF_ONE_IMAGE = {
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "annotation",
+    "annotations",
+    "depth",
+}
 _PART = re.compile(r"(image|img|photo|part|batch|fold|folder|chunk|shard)s?$")
 
 
@@ -22,11 +35,12 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     found = walk(base, [base / name for name in there])
     numbers = {name: number for number, name in enumerate(classes)}
     rows = [(path, numbers[name]) for name, paths in zip(there, found.images, strict=True) for path in paths]
-    require(len(rows) > 0, f"data.path: no images in {base}; put {KINDS} files into its class folders")
     stray = [name for name in entries.files if is_image(name)]
     notes = found.notes()
     if stray:
-        notes.append(f"{len(stray)} images in {base} lie in no class folder and are left out, as {stray[0]}")
+        notes.append(f"in no class folder of {base}, so left out: {counted(len(stray), 'image')}, as {stray[0]}")
+    also = f" ({'; '.join(notes)})" if notes else ""
+    require(len(rows) > 0, f"data.path: no images in {base}{also}; put {KINDS} files into its class folders")
     return Listing(
         base,
         [path for path, _ in rows],
@@ -66,6 +80,8 @@ def class_names(base: Path) -> list[str]:
 
 
 def _are_parts(names: list[str]) -> bool:
-    """Whether names differ in a number alone, behind a word such as "images_part"."""
+    """Whether names differ in a number alone, behind a word such as "images_part", or are those of images and their masks."""
+    if len(names) > 1 and {name.lower() for name in names} <= _OF_ONE_IMAGE:
+        return True
     words = {re.sub(r"[\W_]*\d+[\W_]*$", "", name.lower()) for name in names}
     return len(names) > 1 and len(words) == 1 and bool(_PART.search(words.pop()))

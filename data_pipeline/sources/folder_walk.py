@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.sources.listing import is_foreign, is_image, is_unread
+from data_pipeline.sources.listing import counted, is_foreign, is_image, is_unread
 
 
 class Entries(NamedTuple):
@@ -38,12 +38,12 @@ class Walk:
         """What was left aside, a line each."""
         notes = []
         if self.unread:
-            kinds = " and ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread.items()))
-            notes.append(f"{kinds} files are not read; convert them to PNG or JPEG to use them")
+            kinds = " and ".join(counted(count, f"{suffix} file") for suffix, count in sorted(self.unread.items()))
+            notes.append(f"of kinds that are not read, until converted to PNG or JPEG: {kinds}")
         if self.repeated:
+            links = counted(len(self.repeated), "link")
             notes.append(
-                f"{len(self.repeated)} links lead to folders that are read already or lie above; they are passed over, "
-                f"as {min(self.repeated)}"
+                f"passed over, as they lead to folders that are read already or lie above: {links}, as {min(self.repeated)}"
             )
         return notes
 
@@ -66,8 +66,8 @@ def holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
 
 
 def holds_below(folder: Path, wanted: Callable[[str], bool]) -> bool:
-    """Whether a file of a wanted name lies anywhere below the folder."""
-    seen, left = set(), [folder]
+    """Whether a file of a wanted name lies anywhere below the folder. Links that lead above it are not followed."""
+    seen, left = {_identity(above) for above in folder.resolve().parents}, [folder]
     while left:
         folder = left.pop()
         identity = _identity(folder)

@@ -24,7 +24,7 @@ from data_pipeline.sources.tables.manifest import manifest, table_images
 from data_pipeline.sources.tables.text_table import TABLES
 from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
-_DEEPEST = 4  # folders that may lie around a dataset
+_DEEPEST = 8  # folders that may lie around a dataset
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _table_in(halves: _Halves) -> Path | None:
         folder / name
         for folder in halves.watched
         for name in look_into(folder).files
-        if name.lower().endswith(TABLES) and not {"sample", "test"} & set(re.findall("[a-z]+", name.lower()))
+        if name.lower().endswith(TABLES) and not re.search(r"(?<![a-z])(sample|submission|test)", name.lower())
     ]
     require(
         len(tables) < 2,

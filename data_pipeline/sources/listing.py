@@ -52,6 +52,11 @@ class Listing:
     taken: Taken = field(default_factory=Taken)
 
 
+def counted(count: int, noun: str) -> str:
+    """As "1 image" or "1,200 images"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 

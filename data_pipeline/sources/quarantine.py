@@ -66,8 +66,8 @@ def print_faults(faults: list[Fault]) -> None:
 
 
 def printable(path: str) -> str:
-    """A path that any terminal takes, whatever bytes are in it."""
-    return path.encode(errors="backslashreplace").decode()
+    """A path or name on one line that any terminal takes, whatever bytes are in it: what does not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def write_quarantine(file: Path, faults: Iterable[Fault]) -> None:

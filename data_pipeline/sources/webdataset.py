@@ -14,7 +14,7 @@ from data_pipeline.common.atomic_io import stays_below
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 from data_pipeline.sources.folder_walk import look_into
-from data_pipeline.sources.listing import Listing, Taken, is_foreign, is_image
+from data_pipeline.sources.listing import Listing, Taken, counted, is_foreign, is_image
 from data_pipeline.sources.splits import role_of
 
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -33,7 +33,7 @@ class ShardNames(NamedTuple):
     @property
     def val_from(self) -> str:
         """Where validation images come from, in words; empty likewise."""
-        return f"{_counted(self.val)} by name, as {self.val[0]}" if self.val else ""
+        return f"{counted(len(self.val), 'tar shard')} by name, as {self.val[0]}" if self.val else ""
 
 
 class _Sample(NamedTuple):
@@ -73,7 +73,7 @@ def split_shards(base: Path) -> ShardNames:
         f"{f'{roles[None][0]} names none' if roles[None] else 'none names train'}; move them into train/ and val/",
     )
     val, left = (roles["val"], roles["test"]) if roles["val"] else (roles["test"], [])
-    return ShardNames(roles["train"], val, [f"{len(left)} shards are left alone, as {left[0]}"] if left else [])
+    return ShardNames(roles["train"], val, [f"left alone: {counted(len(left), 'shard')}, as {left[0]}"] if left else [])
 
 
 def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listing:
@@ -93,7 +93,7 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
             f"data.path: {base / names[number]} has class {label[:80]}, which training lacks; remove it",
         )
     bare = next((f"{names[number]}/{sample.name}" for number, sample in samples if sample.label is None), None)
-    note = f"{len(samples) - len(labelled)} images have no .cls beside them and are left out, as {bare}"
+    note = f"without a .cls, so left out: {counted(len(samples) - len(labelled), 'image')}, as {bare}"
     return Listing(
         base,
         [f"{names[number]}/{sample.name}" for number, sample, _ in labelled],
@@ -102,7 +102,7 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
         [base, *(base / name for name in names)],
         names,
         np.array([(number, sample.offset, sample.length) for number, sample, _ in labelled], np.int64),
-        Taken(_counted(names), notes=[note] if bare else []),
+        Taken(counted(len(names), "tar shard"), notes=[note] if bare else []),
     )
 
 
@@ -114,10 +114,6 @@ def refuse_archives(base: Path) -> None:
         f"data.path: {base / archive} is compressed, so no image in it can be reached alone; unpack it, or decompress "
         "shards to .tar",
     )
-
-
-def _counted(names: list[str]) -> str:
-    return f"{len(names)} tar shards" if len(names) > 1 else "one tar shard"
 
 
 def _in_order(labels: set[str]) -> list[str]:

@@ -158,6 +158,18 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     ),
     "an archive": ({"images.zip": b"PK"}, "ROOT/images.zip is compressed"),
     "several tables": ({"train": 3, "a.csv": b"x,y\n", "b.csv": b"x,y\n"}, "several tables (ROOT/a.csv, ROOT/b.csv)"),
+    "pictures, and masks of them": (
+        {f"{split}/{name}": 2 for split in ("train", "test") for name in ("images", "masks")},
+        "the folders of ROOT/train (images, masks, …) are named like parts of one set",
+    ),
+    "kinds that are not read": (
+        {"cat/a.gif": b"GIF8", "dog/b.tif": b"II"},
+        "no images in ROOT (of kinds that are not read, until converted to PNG or JPEG: 1 .gif file and 1 .tif file)",
+    ),
+    "as detectors have it": (
+        {"train/images": 3, "train/labels/0.txt": b"0", "valid/images": 2},
+        "one class only, images",
+    ),
     "train beside classes": (two("train", ""), "ROOT has train/ and no val/ beside cat/, dog/"),
     "pictures and their masks": (two("", "ill/images", "ill/masks"), "ROOT/ill holds folders in place of images"),
     "validation in training": (two("train", "val", "train/val"), "ROOT/train/val holds folders in place of images"),
@@ -179,19 +191,19 @@ def test_what_could_be_misread_is_refused(case: str, tmp_path: Path) -> None:
 NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
     "kinds that are not read": (
         {**two("train", "val"), "train/cat/a.gif": b"GIF8", "train/dog/b.TIF": b"II", "train/dog/c.tif": b"II"},
-        "data: 1 .gif and 2 .tif files are not read; convert them to PNG or JPEG to use them",
+        "data: of kinds that are not read, until converted to PNG or JPEG: 1 .gif file and 2 .tif files",
     ),
     "classes without images": (
         {**two("train", "val"), "train/fox/x.txt": b""},
-        "data: 1 of 3 classes have no training images: fox",
+        "data: no training images of 1 of 3 classes: fox",
     ),
     "classes without validation": (
         {**two("train"), "val/cat": 2},
-        "data: 1 of 2 classes have no validation images: dog",
+        "data: no validation images of 1 of 2 classes: dog",
     ),
     "images beside the classes": (
         {**two("train", "val"), "train/x.jpg": JPEG},
-        "data: 1 images in ROOT/train lie in no class folder and are left out, as x.jpg",
+        "data: in no class folder of ROOT/train, so left out: 1 image, as x.jpg",
     ),
     "test beside val": (two("train", "val", "test"), "data: test/ is left alone, as val/ is there"),
     "unlabelled test": (
@@ -207,6 +219,11 @@ NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
 def test_what_is_left_aside_is_said_in_a_line(case: str, tmp_path: Path) -> None:
     files, line = NOTED[case]
     assert line in said(lay(tmp_path, files)).replace(str(tmp_path), "ROOT").splitlines()
+
+
+def test_names_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    text = said(lay(tmp_path, {"\x1b[31mcat": 2, "b\nc": 2, "d\udcff": 2}))
+    assert "3 classes of 1 training image each: \\x1b[31mcat, b\\nc, d\\udcff" in text.splitlines()
 
 
 def test_two_lines_say_what_was_taken(tmp_path: Path) -> None:
@@ -231,9 +248,8 @@ def test_a_link_that_leads_back_adds_nothing(target: str, tmp_path: Path) -> Non
     (tmp_path / "train/cat/up").symlink_to(target)
     train, _ = both(tmp_path)
     assert sorted(train.paths) == sorted(f"{name}/{name}{number}.jpg" for name in ("cat", "dog") for number in range(3))
-    assert "1 links lead to folders that are read already or lie above; they are passed over, as cat/up" in said(
-        tmp_path
-    )
+    line = "data: passed over, as they lead to folders that are read already or lie above: 1 link, as cat/up"
+    assert line in said(tmp_path).splitlines()
 
 
 @pytest.mark.parametrize("link", ["val", "val/dog"])

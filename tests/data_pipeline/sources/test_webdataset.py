@@ -63,7 +63,7 @@ def test_names_divide_shards(train: str, val: str, tmp_path: Path) -> None:
     trained, validated = both(tmp_path)
     assert (len(trained), len(validated)) == (6, 4)
     assert all(val.rpartition("/")[2] in path for path in validated.paths)
-    assert validated.taken.val_from.startswith(("one tar shard by name", f"{val.rpartition('/')[0]}/"))
+    assert validated.taken.val_from.startswith(("1 tar shard by name", f"{val.rpartition('/')[0]}/"))
 
 
 def test_shards_for_tests_are_left_alone_beside_those_for_validation(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_shards_for_tests_are_left_alone_beside_those_for_validation(tmp_path: P
         shard(tmp_path / f"{name}-0.tar", samples(100 * number, 4))
     train, val = both(tmp_path)
     assert {path[:5] for path in train.paths} == {"train"} and {path[:4] for path in val.paths} == {"val-"}
-    assert val.taken.notes == ["1 shards are left alone, as test-0.tar"]
+    assert val.taken.notes == ["left alone: 1 shard, as test-0.tar"]
 
 
 def test_shards_without_splits_give_a_share_of_each_class(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_images_without_labels_are_counted_and_left_out(tmp_path: Path) -> None:
     shard(tmp_path / "val/0.tar", samples(0, 4))
     train, _ = both(tmp_path)
     assert len(train) == 6
-    assert train.taken.notes == ["2 images have no .cls beside them and are left out, as 0.tar/006.jpg"]
+    assert train.taken.notes == ["without a .cls, so left out: 2 images, as 0.tar/006.jpg"]
 
 
 def test_the_image_goes_before_other_pictures_of_its_sample(tmp_path: Path) -> None:
