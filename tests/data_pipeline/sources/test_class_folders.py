@@ -168,7 +168,7 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     ),
     "as detectors have it": (
         {"train/images": 3, "train/labels/0.txt": b"0", "valid/images": 2},
-        "one class only, images",
+        "named like parts of one set",
     ),
     "train beside classes": (two("train", ""), "ROOT has train/ and no val/ beside cat/, dog/"),
     "pictures and their masks": (two("", "ill/images", "ill/masks"), "ROOT/ill holds folders in place of images"),
