@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from markupsafe import Markup
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
@@ -21,80 +22,76 @@ from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import require
 from data_pipeline.sources.quarantine import printable
-from launch.pages.curves import Curve, chart, style, swatch
-from trainer.report.html_page import document, text
+from trainer.report import charts, html_page
+from trainer.report.charts import Curve
 from trainer.report.run_reader import Run, differences, find_runs, read_run
 
 CHARTS = (
-    ("Validation top-1", "%", "val/top1_pct", False),
-    ("Validation loss", "nats", "val/loss", True),
-    ("Training loss", "nats", "train/loss", True),
-    ("Learning rate", "per update", "train/lr", True),
-    ("Throughput", "images/s", "perf/images_per_s", True),
-    ("Data wait", "% of the training time", "perf/data_wait_pct", True),
+    charts.VAL_TOP1,
+    charts.VAL_LOSS,
+    charts.TRAIN_LOSS,
+    charts.RATE,
+    charts.SPEED,
+    charts.DATA_WAIT,
 )
-"""Title, unit, metric, and whether the values begin at zero."""
-
-_CSS = """
-main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1.2rem;margin-top:2rem}
-.chart{width:100%;height:auto}
-.chart text{font-size:11px;fill:var(--soft)}
-.chart .title{font-size:13px;font-weight:600;fill:var(--ink)}
-.chart tspan{font-weight:400;fill:var(--soft)}
-.chart circle{fill:currentColor}
-.grid{stroke:var(--rule)}
+_HEADS = (
+    ("run", False),
+    ("state", False),
+    ("epoch", True),
+    ("best top-1, %", True),
+    ("images/s", True),
+    ("data wait, %", True),
+    ("options that differ", False),
+)
+_BODY = """
+<p>{{ count }} as of {{ stamp }}, the best first; images/s and data wait are medians over a run's rows.</p>
+{{ table(heads, rows) }}
+<h2>Curves over epochs</h2>
+<div class="charts">{% for chart in charts %}{{ chart }}{% endfor %}</div>
 """
 
 
 def page(runs: list[Run], now_s: float) -> str:
     """The HTML page about the runs at `now_s` (Unix seconds), the best first."""
     runs = sorted(runs, key=lambda run: (-run.best_top1_pct if run.best_top1_pct >= 0 else 1, run.name, run.folder))
-    heads = "".join(
-        f"<th{' class=number' * number}>{head}</th>"
-        for head, number in (
-            ("run", False),
-            ("state", False),
-            ("epoch", True),
-            ("best top-1, %", True),
-            ("images/s", True),
-            ("data wait, %", True),
-            ("options that differ", False),
-        )
-    )
-    body = "".join(
-        _row(number, run, own, now_s) for number, (run, own) in enumerate(zip(runs, differences(runs), strict=True))
-    )
-    charts = "".join(
-        chart(title, unit, [Curve(n, run.name, run.curve(metric)) for n, run in enumerate(runs)], from_zero=from_zero)
-        for title, unit, metric, from_zero in CHARTS
-    )
-    stamp = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
-    return document(
+    return html_page.page(
         "Training runs",
-        _CSS + style(),
-        f"<p>{_count(runs)} as of {stamp}, the best first; images/s and data wait are medians over a run's rows.</p>"
-        f'<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<main>{charts}</main>",
+        _BODY,
+        charts.style(),
+        count=_count(runs),
+        stamp=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
+        heads=_HEADS,
+        rows=[_row(n, run, own, now_s) for n, (run, own) in enumerate(zip(runs, differences(runs), strict=True))],
+        charts=[
+            charts.chart(panel, [Curve(run.name, run.curve(panel.metric), n, _dashes(n)) for n, run in enumerate(runs)])
+            for panel in CHARTS
+        ],
     )
 
 
-def _row(number: int, run: Run, own: dict[str, Any], now_s: float) -> str:
-    figures = (
+def _dashes(number: int) -> int:
+    """Of a run's line: the runs that have the first colour again are dashed."""
+    return number // len(charts.COLOURS)
+
+
+def _row(number: int, run: Run, own: dict[str, Any], now_s: float) -> list[object]:
+    options = [
+        Markup("<code>{} {}</code>").format(
+            printable(key), printable(json.dumps(value, ensure_ascii=False, default=str))
+        )
+        for key, value in own.items()
+    ]
+    return [
+        Markup("{}<bdi>{}</bdi><small>{}</small>").format(
+            charts.swatch(number, _dashes(number)), printable(run.name), printable(str(run.folder))
+        ),
+        run.state(now_s),
         f"{round(run.epochs, 2):g} / {run.options.get('run.epochs', '?')}",
         _figure(run.best_top1_pct, ".2f"),
         _figure(_median(run, "perf/images_per_s"), ",.0f"),
         _figure(_median(run, "perf/data_wait_pct"), ".1f"),
-    )
-    options = "".join(
-        f"<code>{text(key)} {text(json.dumps(value, ensure_ascii=False, default=str))}</code>"
-        for key, value in own.items()
-    )
-    return (
-        f'<tr><td class="name">{swatch(number)}<bdi>{text(run.name)}</bdi><small>{text(run.folder)}</small></td>'
-        f"<td>{run.state(now_s)}</td>"
-        + "".join(f'<td class="number">{text(figure)}</td>' for figure in figures)
-        + f"<td>{options}</td></tr>"
-    )
+        Markup("").join(options),
+    ]
 
 
 def _count(runs: list[Run]) -> str:

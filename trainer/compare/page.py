@@ -1,16 +1,18 @@
 """What a comparison of runs looks like: tables as text, CSV and HTML, curves and bars as PNG, for screen and print."""
 
-import base64
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from data_pipeline.sources.quarantine import printable
 from trainer.compare.mcnemar import ALL
-from trainer.report.html_page import document, text
+from trainer.report import charts, html_page
+from trainer.report.charts import Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,30 +42,50 @@ HEADS = {
     "p_holm": ("p, Holm", 4),
 }
 """Title of a column of figures, and its digits behind the point."""
-PANELS = (
-    ("Validation top-1", "%", "val/top1_pct"),
-    ("Training top-1", "%", "train/top1_pct"),
-    ("Validation loss", "nats", "val/loss"),
-    ("Training loss", "nats", "train/loss"),
-    ("Learning rate", "per update", "train/lr"),
-    ("Throughput", "images/s", "perf/images_per_s"),
-)
-# Okabe and Ito's colours for every eye, darkest first; dashes and markers tell lines apart in greyscale.
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+PANELS = (charts.VAL_TOP1, charts.TRAIN_TOP1, charts.VAL_LOSS, charts.TRAIN_LOSS, charts.RATE, charts.SPEED)
+BAR = charts.COLOURS[0][0]
 SIGNIFICANT = 0.05
 SHOWN_CLASSES = 30
 """Of a pair of settings; classes.csv has all."""
 
-CSS = """
-h2{font-size:1.1rem;margin:2rem 0 .4rem}
-img{display:block;width:100%;max-width:1000px;background:#fff}
-table{width:auto}
-td{max-width:24rem;overflow-wrap:break-word}
-th,th.number{white-space:normal}
-@media print{body{margin:0;max-width:none;font-size:11px}.table{overflow:visible}
-th,td{padding:.25rem .5rem}img,tr{break-inside:avoid}h2{break-after:avoid}}
+_BODY = """
+<p>Accuracy and losses are those on validation images unless training is named. Spreads are standard deviations over runs \
+that differ in their seed alone.</p>
+<h2>Runs</h2><p>Losses and training accuracy are those of the last epoch.</p>
+{{ table(*tables.runs) }}
+{% if tables.spread %}
+<h2>Settings: mean ± standard deviation over n seeds</h2>{{ table(*tables.spread) }}
+{% endif %}
+{% if tables.reached %}
+<h2>How soon</h2>
+<p>Epochs / minutes of training until validation top-1 first reaches the target, means over seeds.</p>
+{{ table(*tables.reached) }}
+{% endif %}
+{% if tables.options %}
+<h2>Options that differ</h2>{{ table(*tables.options) }}
+{% endif %}
+{% for title, drawn in curves %}
+<h2>{{ title }}</h2>
+{% if repeated %}<p>Bold: the mean of a setting's runs, as far as all have come; thin: its runs.</p>{% endif %}
+<ul class="legend">{% for line, setting in legend %}<li>{{ line }} {{ setting }}</li>{% endfor %}</ul>
+<div class="charts">{% for chart in drawn %}{{ chart }}{% endfor %}</div>
+{% endfor %}
+{% if notes or pairs %}<h2>Class by class</h2>{% endif %}
+{% for note in notes %}<p>{{ note }}</p>{% endfor %}
+{% if pairs %}
+<p>McNemar's exact test on paired predictions, one run a setting; p of the classes is also given adjusted after Holm for \
+their number. At most {{ shown_classes }} classes are shown, those of lowest p. Filled bars: p &lt; {{ significant }} after \
+Holm; hatched: not significant.</p>
+{% endif %}
+{% for first, second, bars, classes in pairs %}
+<p>First: {{ first }}; second: {{ second }}</p>
+<div class="bars">{{ bars }}</div>
+{{ table(*classes) }}
+{% endfor %}
+"""
+_CSS = """
+.legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.5rem}
+.bars{max-width:640px}
 """
 
 
@@ -86,11 +108,11 @@ class Comparison:
         tables = {name: getattr(self, name) for name in TABLES}
         files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items() if len(table)}
         if len(self.epochs):
-            files["curves-epochs.png"] = curves(self.epochs, self.updates, "epoch")
-            files["curves-minutes.png"] = curves(self.epochs, self.updates, "minutes")
+            files["curves-epochs.png"] = curves_png(self.epochs, self.updates, "epoch")
+            files["curves-minutes.png"] = curves_png(self.epochs, self.updates, "minutes")
         if len(self.classes):
-            files["classes.png"] = class_bars(self.classes)
-        return {**files, PAGE: self._page(files).encode()}
+            files["classes.png"] = classes_png(self.classes)
+        return {**files, PAGE: self._page().encode()}
 
     def printed(self) -> str:
         """What a terminal shows."""
@@ -125,40 +147,39 @@ class Comparison:
             rows.setdefault(str(setting), {})[f"{target:g} %"] = means
         return pd.DataFrame([{"setting": setting, **row} for setting, row in rows.items()])
 
-    def _page(self, files: dict[str, bytes]) -> str:
-        parts = [
-            "<p>Accuracy and losses are those on validation images unless training is named. Spreads are standard deviations "
-            "over runs that differ in their seed alone.</p>",
-            _section("Runs", table_html(self.runs), "Losses and training accuracy are those of the last epoch."),
+    def _page(self) -> str:
+        tables = {
+            "runs": self.runs,
+            "spread": self.spread if self.repeated else self.runs[:0],
+            "reached": self.reached,
+            "options": self.options,
+        }
+        drawn = [
+            (title, [charts.chart(panel, lines(panel, self.epochs, self.updates, over), over) for panel in PANELS])
+            for over, title in (("epoch", "Curves over epochs"), ("minutes", "Curves over minutes"))
+            if len(self.epochs)
         ]
-        if self.repeated:
-            parts.append(_section("Settings: mean ± standard deviation over n seeds", table_html(self.spread)))
-        if len(self.targets):
-            explained = (
-                "Epochs / minutes of training until validation top-1 first reaches the target, means over seeds."
-            )
-            parts.append(_section("How soon", table_html(self.reached), explained))
-        if len(self.options):
-            parts.append(_section("Options that differ", table_html(self.options)))
-        for name, title in (("curves-epochs.png", "Curves over epochs"), ("curves-minutes.png", "Curves over minutes")):
-            if name in files:
-                explained = "Bold: the mean of a setting's runs, as far as all have come; thin: its runs."
-                parts.append(_section(title, picture(files[name], title), explained if self.repeated else ""))
-        parts.append(self._classes(files))
-        return document("Comparison of runs", CSS, "".join(parts))
+        return html_page.page(
+            "Comparison of runs",
+            _BODY,
+            charts.style() + _CSS,
+            tables={name: table_of(table) if len(table) else None for name, table in tables.items()},
+            curves=drawn,
+            repeated=self.repeated,
+            legend=[(charts.swatch(n, n), name) for n, name in enumerate(_settings(self.epochs))],
+            notes=self.notes,
+            pairs=[
+                (first, second, _bars_svg(table), table_of(table.head(1 + SHOWN_CLASSES)))
+                for (first, second), table in self._pairs()
+            ],
+            shown_classes=SHOWN_CLASSES,
+            significant=SIGNIFICANT,
+        )
 
-    def _classes(self, files: dict[str, bytes]) -> str:
-        parts = "".join(f"<p>{text(note)}</p>" for note in self.notes)
+    def _pairs(self) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
         if len(self.classes):
-            parts += (
-                "<p>McNemar's exact test on paired predictions, one run a setting; p of the classes is also given adjusted "
-                f"after Holm for their number. At most {SHOWN_CLASSES} classes are shown, those of lowest p.</p>"
-            )
-            parts += picture(files["classes.png"], "Difference by class")
             for (first, second), table in self.classes.groupby(["first", "second"], sort=False):
-                parts += f"<p>First: {text(first)}; second: {text(second)}</p>"
-                parts += table_html(table.drop(columns=["first", "second"]).head(1 + SHOWN_CLASSES))
-        return _section("Class by class", parts) if parts else ""
+                yield (str(first), str(second)), table.drop(columns=["first", "second"])
 
 
 def _mean(mean: float, std: float, digits: int) -> str:
@@ -178,104 +199,108 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return rounded.rename(columns={column: head for column, (head, _) in HEADS.items()})
 
 
-def table_html(table: pd.DataFrame) -> str:
-    """The table as HTML, figures to the right."""
+def table_of(table: pd.DataFrame) -> tuple[list[tuple[str, bool]], list[list[object]]]:
+    """Heads and rows as `html_page` takes them."""
     readable = shown(table)
-    kinds = [" class=number" if column in HEADS else "" for column in table.columns]
-    heads = "".join(f"<th{kind}>{text(head)}</th>" for kind, head in zip(kinds, readable.columns, strict=True))
-    rows = "".join(
-        "<tr>" + "".join(f"<td{kind}>{text(value)}</td>" for kind, value in zip(kinds, row, strict=True)) + "</tr>"
-        for row in readable.itertuples(index=False)
-    )
-    return f'<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    heads = [(str(head), column in HEADS) for head, column in zip(readable.columns, table.columns, strict=True)]
+    return heads, readable.to_numpy().tolist()
 
 
-def picture(png: bytes, title: str) -> str:
-    return f'<img alt="{text(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _settings(epochs: pd.DataFrame) -> list[str]:
+    return [str(name) for name in epochs.setting.unique()] if len(epochs) else []
 
 
-def _section(title: str, body: str, explained: str = "") -> str:
-    return f"<h2>{text(title)}</h2>" + (f"<p>{text(explained)}</p>" if explained else "") + body
+def lines(panel: Panel, epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> list[Curve]:
+    """A line for each setting over "epoch" or "minutes": the mean of its runs as far as all have come, over the runs."""
+    source = updates if panel.metric in updates else epochs
+    found = []
+    for number, (setting, rows) in enumerate(source.groupby("setting", sort=False)):
+        runs = list(rows.groupby("folder", sort=False))
+        curve = Curve(str(setting), [], number, number)
+        if len(runs) > 1:
+            found += [
+                curve._replace(name=str(folder), points=_points(run, over, panel.metric), thin=True)
+                for folder, run in runs
+            ]
+        by_epoch = rows.groupby("epoch")
+        mean = by_epoch[[panel.metric, "minutes"]].mean()[by_epoch.size() == len(runs)].reset_index()
+        found.append(curve._replace(points=_points(mean, over, panel.metric)))
+    return found
 
 
-def curves(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
-    """PNG of PANELS against the column `over`, epoch or minutes: a style for each setting, its mean bold over its runs."""
+def _points(rows: pd.DataFrame, over: str, metric: str) -> list[tuple[float, float]]:
+    return list(zip(rows[over].astype(float).tolist(), rows[metric].astype(float).tolist(), strict=True))
+
+
+def curves_png(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
+    """All PANELS over "epoch" or "minutes", each setting by its colour and its dashes, so that print tells them apart too."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(10, 9.5), layout="constrained")
-    panels = figure.subplots(3, 2).flatten()
-    for axes, (title, unit, metric) in zip(panels, PANELS, strict=True):
-        source = updates if metric in updates else epochs
-        for number, (_, rows) in enumerate(source.groupby("setting", sort=False)):
-            _lines(axes, rows, over, metric, number)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set(xlabel={"epoch": "epoch", "minutes": "minutes of training"}[over], ylabel=unit)
-        axes.set_xlim(left=0)
-        if metric in ("train/lr", "perf/images_per_s"):
-            axes.set_ylim(bottom=0)
-        axes.grid(color="#e4e4e4")
-    handles = [line for line in panels[0].lines if not line.get_label().startswith("_")]
-    names = [_short(name) for name in epochs.setting.unique()]
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
-    for label in legend.get_texts():
-        label.set_parse_math(False)
-    return _png(figure)
+    with charts.styled():
+        figure = Figure(figsize=(10, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        for axes, panel in zip(figure.subplots(3, 2).flatten(), PANELS, strict=True):
+            charts.draw(axes, panel, lines(panel, epochs, updates, over), over)
+        names = _settings(epochs)
+        handles = [
+            Line2D([], [], color=charts.colour(n), linestyle=charts.linestyle(n), linewidth=1.8)
+            for n in range(len(names))
+        ]
+        short = [_short(name) for name in names]
+        figure.legend(handles, short, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
+        return _png(figure)
 
 
-def _lines(axes: "Axes", rows: pd.DataFrame, over: str, metric: str, number: int) -> None:
-    colour, runs = COLOURS[number % len(COLOURS)], list(rows.groupby("folder", sort=False))
-    style: dict[str, Any] = {"color": colour, "linestyle": DASHES[number % len(DASHES)]}
-    if len(runs) > 1:
-        for _, run in runs:
-            axes.plot(run[over], run[metric], label="_", linewidth=0.8, alpha=0.45, **style)
-    by_epoch = rows.groupby("epoch")
-    mean = by_epoch[[metric, "minutes"]].mean()[by_epoch.size() == len(runs)].reset_index()
-    every = max(1, math.ceil(len(mean) / 8))
-    marker = MARKERS[number % len(MARKERS)]
-    axes.plot(
-        mean[over],
-        mean[metric],
-        marker=marker,
-        markevery=every,
-        markersize=5,
-        linewidth=1.8,
-        label=str(number),
-        **style,
-    )
-
-
-def class_bars(classes: pd.DataFrame) -> bytes:
-    """PNG of the differences by class, largest gain on top: filled where they are significant after Holm, else hatched."""
+def classes_png(classes: pd.DataFrame) -> bytes:
+    """The differences by class for each pair of settings: filled where they are significant after Holm, else hatched."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    pairs = [
-        (names, table[table["class"] != ALL].head(SHOWN_CLASSES).sort_values("difference"))
-        for names, table in classes.groupby(["first", "second"], sort=False)
-    ]
-    heights = [1.2 + 0.26 * len(table) for _, table in pairs]
-    figure = Figure(figsize=(8, 0.6 + sum(heights)), layout="constrained")
-    for axes, ((first, second), table) in zip(
-        figure.subplots(len(pairs), squeeze=False, height_ratios=heights).flatten(), pairs, strict=True
-    ):
-        places = range(len(table))
-        fills = [COLOURS[1] if p < SIGNIFICANT else "white" for p in table.p_holm]
-        hatches = ["" if p < SIGNIFICANT else "////" for p in table.p_holm]
-        axes.barh(places, table.difference, 0.7, color=fills, hatch=hatches, edgecolor=COLOURS[1])
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(places, [_short(name) for name in table["class"]], parse_math=False)
-        axes.set_title(
-            f"{_short(str(second))} against {_short(str(first))}", loc="left", fontweight="bold", parse_math=False
-        )
-        axes.set_xlabel("difference of validation top-1, percentage points")
-        axes.grid(axis="x", color="#e4e4e4")
-        axes.set_axisbelow(True)
-    patches = [
-        Patch(facecolor=COLOURS[1], edgecolor=COLOURS[1], label=f"p < {SIGNIFICANT} (McNemar, Holm)"),
-        Patch(facecolor="white", edgecolor=COLOURS[1], hatch="////", label="not significant"),
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
-    return _png(figure)
+    pairs = list(classes.groupby(["first", "second"], sort=False))
+    heights = [_height(table) for _, table in pairs]
+    with charts.styled():
+        figure = Figure(figsize=(8, 0.6 + sum(heights)), layout="constrained")
+        panels = figure.subplots(len(pairs), squeeze=False, height_ratios=heights).flatten()
+        for axes, ((first, second), table) in zip(panels, pairs, strict=True):
+            _bars(axes, table)
+            title = f"{_short(str(second))} against {_short(str(first))}"
+            axes.set_title(title, loc="left", fontweight="bold")
+        patches = [
+            Patch(facecolor=BAR, edgecolor=BAR, label=f"p < {SIGNIFICANT} (McNemar, Holm)"),
+            Patch(facecolor="none", edgecolor=BAR, hatch="////", label="not significant"),
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
+        return _png(figure)
+
+
+def _bars_svg(table: pd.DataFrame) -> Markup:
+    from matplotlib.figure import Figure
+
+    with charts.styled():
+        figure = Figure(figsize=(5.2, _height(table)), layout="constrained")
+        _bars(figure.subplots(), table)
+        return charts.inline(figure, "Difference by class")
+
+
+def _height(table: pd.DataFrame) -> float:
+    return 1.2 + 0.26 * min(len(table), SHOWN_CLASSES)
+
+
+def _bars(axes: "Axes", table: pd.DataFrame) -> None:
+    """One bar a class, the largest gain on top."""
+    table = table[table["class"] != ALL].head(SHOWN_CLASSES).sort_values("difference")
+    places = range(len(table))
+    for sure in (True, False):
+        rows = [place for place, p in zip(places, table.p_holm, strict=True) if (p < SIGNIFICANT) == sure]
+        look: dict[str, Any] = {"color": BAR} if sure else {"facecolor": "none", "hatch": "////", "edgecolor": BAR}
+        axes.barh(rows, table.difference.iloc[rows], 0.7, **look)
+    axes.axvline(0, color=html_page.INK, linewidth=0.8)
+    axes.set_yticks(places, [_short(printable(name)) for name in table["class"]])
+    axes.set_ylim(-0.6, len(table) - 0.4)
+    axes.set_xlabel("difference of validation top-1, points")
+    axes.grid(axis="x", color=html_page.RULE)
+    axes.set_axisbelow(True)
 
 
 def _short(name: str) -> str:

@@ -1,5 +1,6 @@
 """Comparisons are read back from their files and compared with scipy's tests, pandas and hand-made runs."""
 
+import html
 import json
 import math
 import re
@@ -159,8 +160,11 @@ def test_report_holds_everything(
     assert contents[0] == contents[1] and set(contents[0]) == set(compare_report.FILES)
     assert note not in capsys.readouterr().out
     page = contents[0]["report.html"].decode()
-    assert page.count('src="data:image/png;base64,') == 3
-    assert not re.search(r"https?:|url\(|<script|<link|@import|<b>", page)
+    assert page.count('<svg class="chart"') == 2 * len(compare_report.PANELS) + 1
+    assert not re.search(r"https?:|url\((?!#)|<script|<link|<img|@import|<b>", page)
+    assert "prefers-color-scheme:dark" in page and "max-width:600px" in page
+    assert not {*re.findall(r"#[0-9a-f]{6}\b", page.split("</style>")[1])}, "all colours are the page's own variables"
+    assert f"<title>{html.escape(str(study[0]))}</title>" in page, "each run's line says whose it is"
     assert "84.2 %" in page and "–" in page and "optim.lr" in page
     assert set(pd.read_csv(out / "targets.csv").target_pct) == {75, 84.2, 90}
     classes = pd.read_csv(out / "classes.csv")
