@@ -23,6 +23,8 @@ from trainer.config import Config
 
 RESTLESS = 1.5  # a factor between rounds from which on their medians say little
 
+TELLING = 3  # steps of a turn from which on it says something, where more were asked for
+
 LOADER, COMPUTE, JOINED, BOTH = "loader", "compute", "compute + communication", "end to end"
 MATMUL, DECODE, REDUCE = "large matmul", "bare decoding", "all-reduce of the gradients"
 _UNITS = {MATMUL: ("GFLOP/s", 1e9), REDUCE: ("MB/s", 1e6)}
@@ -85,7 +87,8 @@ def _effort(turns: pd.DataFrame, fact: dict[str, Any]) -> str:
     line = f"medians and ranges of {_many(int(repeats.sum()), 'interleaved round')} of {_many(fact['steps'], 'step')}"
     if repeats.max() == asked and fact["steps"] == steps:
         return line
-    return f"{line}; {asked} of {steps} did not fit into {minutes:.3g} minutes: give more --minutes"
+    wanted = f"{_many(asked, 'round')} of {_many(steps, 'step')}"
+    return f"{line}; {wanted} did not fit into {minutes:.3g} minutes: give more --minutes"
 
 
 def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:
@@ -94,6 +97,8 @@ def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:
     missing = sorted(needed - {*rows.index})
     if missing:
         return f"what holds this run back is not known without {', '.join(missing)}"
+    if fact["steps"] < min(TELLING, fact["asked"][1]):
+        return f"turns of {_many(fact['steps'], 'step')} are too short to say what holds this run back"
     factor = rows["max"][COMPUTE] / rows["min"][COMPUTE]
     if factor > RESTLESS:
         busy = f"other work kept the machine busy: compute alone varied by a factor of {factor:.1f}"
