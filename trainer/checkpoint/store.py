@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from data_pipeline.common.atomic_io import sync
 from data_pipeline.common.errors import UserError
@@ -27,9 +27,11 @@ from data_pipeline.loader import Cursor
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
 LOCK = ".lock"
+LINKS = ("last", "best")
 PARTIAL = ".partial"
 """How the name begins of what is being written, in its folder; left behind by a crash, it is of no worth."""
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+_MOST_BYTES = 16 << 20  # of a manifest or a progress.json: a run of 1,000 ranks has less than a hundredth of it
 
 
 class Stamp(NamedTuple):
@@ -64,9 +66,11 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
 
     Not thorough, it reads only progress.json, and of the others looks at their lengths.
     """
+    if not checkpoint.is_dir():
+        return "it is no folder"
     file = checkpoint / MANIFEST
     try:
-        manifest = {name: Stamp(**stamp) for name, stamp in json.loads(file.read_text()).items()}
+        manifest = {name: Stamp(**stamp) for name, stamp in _read_json(file).items()}
         for name, stamp in manifest.items():
             file = checkpoint / name
             length = file.stat().st_size
@@ -80,7 +84,23 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
         return f"{file.name} cannot be read: {error.strerror}"
     except (ValueError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    return None if PROGRESS in manifest else f"{MANIFEST} is damaged"
+    if PROGRESS not in manifest:
+        return f"{MANIFEST} is damaged"
+    try:
+        read_progress(checkpoint)
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"{PROGRESS} says what this version of Sluice does not know"
+    return None
+
+
+def _read_json(file: Path) -> Any:
+    """What a small file of a checkpoint says. Raises OSError, and ValueError for anything but JSON that we may have written."""
+    if file.exists() and (not file.is_file() or file.stat().st_size > _MOST_BYTES):
+        raise ValueError(f"{file} is none of ours")
+    try:
+        return json.loads(file.read_text())
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply") from None
 
 
 def _sha256(file: Path) -> str:
@@ -107,7 +127,7 @@ class Progress:
 
 def read_progress(checkpoint: Path) -> Progress:
     """What a whole checkpoint says of its run."""
-    state = json.loads((checkpoint / PROGRESS).read_text())
+    state = _read_json(checkpoint / PROGRESS)
     return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
 
 
@@ -127,7 +147,7 @@ class Store:
 
         Raises `UserError` where there are checkpoints and none is whole.
         """
-        self.passed_over = {}
+        self.passed_over = {path: "it is no folder" for path in self._named() if not path.is_dir()}
         for checkpoint in self._checkpoints():
             why = fault(checkpoint)
             if why is None:
@@ -143,7 +163,7 @@ class Store:
 
     def chosen(self) -> Path | None:
         """Folder of the best checkpoint, or else of the last. Raises `UserError` where it is damaged."""
-        best = (self.folder / "best").resolve()
+        best = self.folder / (self._target("best") or "best")
         if not best.is_dir():
             return self.newest()
         why = fault(best)
@@ -187,7 +207,7 @@ class Store:
             write_stamped(partial / MANIFEST, (json.dumps(table, indent=1) + "\n").encode())
             sync(partial)
             complete = partial.rename(self._fresh_name(progress.step))
-            for link in ("last", "best") if best else ("last",):
+            for link in LINKS if best else LINKS[:1]:
                 self._point(link, complete.name)
             sync(self.folder)
         self._prune()
@@ -195,7 +215,7 @@ class Store:
     def abandon(self) -> None:
         """Remove what was begun and not completed, as far as it can be. For one rank."""
         for partial in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
 
     def most(self, epochs: int) -> int:
         """The most checkpoints that a run of so many epochs has on disk, the one being written included."""
@@ -203,7 +223,11 @@ class Store:
 
     def taken(self) -> int:
         """Bytes of the checkpoints that are there."""
-        return sum(file.stat().st_size for folder in self._folders() for file in folder.iterdir())
+        total = 0
+        for folder in self._folders():
+            with suppress(OSError):
+                total += sum(file.lstat().st_size for file in folder.iterdir())
+        return total
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -219,14 +243,42 @@ class Store:
         """Folders of checkpoints, the newest first. None is newer than the one that `last` names."""
         last = self._target("last")
         folders = [folder for folder in self._folders() if last is None or _age(folder.name) <= _age(last)]
-        return sorted(folders, key=lambda folder: _age(folder.name), reverse=True)
+        copies = [self.folder / link for link in LINKS if self._is_copy(link) and self._target(link) is None]
+        return sorted(folders, key=lambda folder: _age(folder.name), reverse=True) + copies
 
-    def _folders(self) -> Iterator[Path]:
-        return (folder for folder in self.folder.glob("step-*") if _NAME.fullmatch(folder.name))
+    def _folders(self) -> list[Path]:
+        return [path for path in self._named() if path.is_dir()]
+
+    def _named(self) -> list[Path]:
+        """Whatever has the name of a checkpoint. Raises `UserError` where nobody can tell."""
+        try:
+            return [self.folder / name for name in sorted(os.listdir(self.folder)) if _NAME.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot list {self.folder} ({error.strerror}); mend it, or give another --run.dir"
+            ) from None
 
     def _target(self, link: str) -> str | None:
+        """Name of the checkpoint that a link leads to, also where a copy of the run has a folder or a text in its place."""
         path = self.folder / link
-        return os.readlink(path) if path.is_symlink() else None
+        try:
+            if path.is_symlink():
+                name = Path(os.readlink(path)).name
+            elif self._is_copy(link):
+                manifest = (path / MANIFEST).read_bytes()
+                name = next(folder.name for folder in self._folders() if _holds(folder / MANIFEST, manifest))
+            else:
+                name = path.read_text()[:100].strip()
+        except (OSError, ValueError, StopIteration):
+            return None
+        return name if _NAME.fullmatch(name) else None
+
+    def _is_copy(self, link: str) -> bool:
+        """Whether there is a folder in place of a link, as `cp -rL`, scp and object stores leave it."""
+        path = self.folder / link
+        return path.is_dir() and not path.is_symlink()
 
     def _partial(self, step: int) -> Path:
         # Named after the step, for on NFS another machine may take a name for the folder that was renamed before.
@@ -235,19 +287,22 @@ class Store:
     def _fresh_name(self, step: int) -> Path:
         name = f"step-{step:08d}"
         names = chain([name], (f"{name}.{again}" for again in count(1)))
-        return next(self.folder / name for name in names if not (self.folder / name).exists())
+        return next(self.folder / name for name in names if not os.path.lexists(self.folder / name))
 
     def _point(self, link: str, name: str) -> None:
-        beside = self.folder / f".{link}"
-        beside.unlink(missing_ok=True)
+        beside, place = self.folder / f".{link}", self.folder / link
+        _remove(beside)
         beside.symlink_to(name)
-        os.replace(beside, self.folder / link)
+        if self._is_copy(link):
+            only = self._target(link) is None and fault(place, thorough=False) is None
+            place.rename(self._fresh_name(read_progress(place).step) if only else self.folder / f"{PARTIAL}-{link}")
+        os.replace(beside, place)
 
     def _prune(self) -> None:
         good = [folder for folder in self._checkpoints() if folder not in self.passed_over]
         kept = {*good[: self.keep], *filter(self._is_milestone, good), self.folder / (self._target("best") or "last")}
         for folder in self._folders():
-            if folder not in kept:
+            if folder not in kept and not folder.is_symlink():
                 doomed = self.folder / f"{PARTIAL}-{folder.name}"
                 with suppress(OSError):  # what is half removed must not look like a checkpoint
                     shutil.rmtree(folder.rename(doomed))
@@ -257,6 +312,22 @@ class Store:
             return False
         cursor = read_progress(folder).cursor
         return cursor.seen == 0 and cursor.epoch % self.keep_every == 0
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return file.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _age(name: str) -> tuple[int, int]:

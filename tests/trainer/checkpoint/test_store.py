@@ -1,7 +1,9 @@
 """Checkpoints are complete or not there, whenever the process dies and whatever the disk does."""
 
 import errno
+import hashlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -288,6 +290,100 @@ def test_what_came_after_a_damaged_one_is_the_newest(tmp_path: Path) -> None:
     assert_holds(store, Store(tmp_path).newest(), 7)
 
 
+def stamp_of(text: str) -> dict[str, Any]:
+    return {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def of_a_newer_version(checkpoint: Path) -> str:
+    """With a field in progress.json that nobody here knows."""
+    text = json.dumps({**json.loads((checkpoint / "progress.json").read_text()), "phase of the moon": 3})
+    (checkpoint / "progress.json").write_text(text)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "progress.json": stamp_of(text)}))
+    return "progress.json says what this version of Sluice does not know"
+
+
+def nested(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").write_text("[" * 200_000)
+    return "manifest.json is damaged"
+
+
+def huge(checkpoint: Path) -> str:
+    os.truncate(checkpoint / "manifest.json", 100 << 30)  # sparse
+    return "manifest.json is damaged"
+
+
+def unreadable(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").mkdir()
+    return "manifest.json is damaged"
+
+
+def a_file(checkpoint: Path) -> str:
+    shutil.rmtree(checkpoint)
+    checkpoint.write_text("junk")
+    return "it is no folder"
+
+
+def a_link_to_nothing(checkpoint: Path) -> str:
+    shutil.rmtree(checkpoint)
+    checkpoint.symlink_to("nothing")
+    return "it is no folder"
+
+
+def a_circular_link(checkpoint: Path) -> str:
+    shutil.rmtree(checkpoint)
+    checkpoint.symlink_to(checkpoint.name)
+    return "it is no folder"
+
+
+def a_pipe(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").unlink()
+    os.mkfifo(checkpoint / "manifest.json")
+    return "manifest.json is damaged"
+
+
+@pytest.mark.parametrize(
+    "spoil", [of_a_newer_version, nested, huge, unreadable, a_file, a_link_to_nothing, a_circular_link, a_pipe]
+)
+def test_junk_is_passed_over(spoil: Callable[[Path], str], tmp_path: Path) -> None:
+    """It is named, it is not read, and it keeps no checkpoint from being written."""
+    store = Store(tmp_path, keep=2)
+    for step in (3, 6, 9):
+        save(store, step, best=step == 6)
+    why = spoil(tmp_path / "checkpoints/step-00000009")
+    assert store.progress() == progress(6)
+    assert store.taken() > 0
+    assert_holds(store, store.newest(), 6)
+    assert store.passed_over == {tmp_path / "checkpoints/step-00000009": why}
+    store.prepare()
+    for step in (9, 12, 15):
+        save(store, step)
+        assert_holds(store, store.newest(), step)
+    assert_holds(store, store.chosen(), 6)
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_links_that_lead_nowhere(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 3, best=True)
+    link = tmp_path / "checkpoints" / name
+    for target in (name, "../step-00000003/../elsewhere"):
+        link.unlink()
+        link.symlink_to(target)
+        assert_holds(store, store.newest(), 3)
+        assert_holds(store, store.chosen(), 3)
+        assert store.progress() == progress(3)
+    save(store, 6, best=True)
+    assert os.readlink(link) == "step-00000006"
+
+
+def test_checkpoints_that_cannot_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(UserError, match=r"run\.dir: cannot list .*checkpoints \(Too many levels of symbolic links\)"):
+        Store(tmp_path).newest()
+
+
 def test_a_removed_checkpoint_is_no_new_start(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=1)
     save(store, 3)
@@ -301,6 +397,68 @@ def test_stamps_are_those_of_the_bytes(tmp_path: Path) -> None:
     stamp = write_stamped(tmp_path / "a file", memoryview(content(1, "x")))
     theirs = subprocess.run(["sha256sum", tmp_path / "a file"], capture_output=True, text=True, check=True)
     assert stamp == Stamp((tmp_path / "a file").stat().st_size, theirs.stdout.split()[0])
+
+
+# ---- a copy of the run folder -----------------------------------------------------------------------------------------
+
+
+def with_folders(run: Path, to: Path) -> None:
+    """As cp -rL, scp -r and rsync -L make it."""
+    subprocess.run(["cp", "-rL", run, to], check=True)
+
+
+def with_texts(run: Path, to: Path) -> None:
+    """As archives make it that know no links."""
+    shutil.copytree(run, to, symlinks=True)
+    for link in (to / "checkpoints/last", to / "checkpoints/best"):
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
+
+
+def without_links(run: Path, to: Path) -> None:
+    """As some object stores keep it."""
+    shutil.copytree(run, to, symlinks=True)
+    (to / "checkpoints/last").unlink()
+
+
+@pytest.mark.parametrize("copy", [with_folders, with_texts, without_links])
+def test_a_copied_run_goes_on(copy: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    run = tmp_path / "copied run"
+    original = Store(tmp_path / "run", keep=2)
+    for step in (3, 6, 9, 12):
+        save(original, step, best=step == 6)
+    copy(tmp_path / "run", run)
+    store = Store(run, keep=2)
+    assert_holds(store, store.newest(), 12)
+    assert_holds(store, store.chosen(), 6)
+    assert store.progress() == progress(12) and store.passed_over == {}
+    store.prepare()
+    save(store, 15)
+    assert_holds(store, store.newest(), 15)
+    assert_holds(store, store.chosen(), 6)
+    save(store, 18, best=True)
+    assert_holds(store, store.newest(), 18)
+    assert_holds(store, store.chosen(), 18)
+    assert names(run) == ["best", "last", "step-00000015", "step-00000018"], "as if it had not been copied"
+    assert os.readlink(run / "checkpoints/last") == os.readlink(run / "checkpoints/best") == "step-00000018"
+
+
+def test_a_copy_of_last_and_best_alone_goes_on(tmp_path: Path) -> None:
+    original = Store(tmp_path / "run", keep=2)
+    for step in (3, 6, 9):
+        save(original, step, best=step == 6)
+    run = tmp_path / "copied run"
+    for link in ("last", "best"):
+        shutil.copytree(tmp_path / "run/checkpoints" / link, run / "checkpoints" / link)
+    store = Store(run, keep=2)
+    assert_holds(store, store.newest(), 9)
+    assert_holds(store, store.chosen(), 6)
+    save(store, 12)
+    assert names(run) == ["best", "last", "step-00000009", "step-00000012"]
+    flip_a_bit(run / "checkpoints/step-00000012/training.pt")
+    assert_holds(store, store.newest(), 9)
+    assert_holds(store, store.chosen(), 6)
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------------
