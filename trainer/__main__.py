@@ -6,7 +6,7 @@ Exit codes: 0 at the end, 2 for what a user can mend, 75 where it hangs (see `wa
 import sys
 from contextlib import ExitStack
 
-from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.entry_point import keep_printing, run_command
 from data_pipeline.common.worker_pool import progress
 from trainer.config import load
 
@@ -20,7 +20,7 @@ def main() -> None:
         from trainer.loop import fit
         from trainer.resilience.signals import StopFlag
 
-        with StopFlag() as stop, open_dist_context() as ctx:
+        with keep_printing(), StopFlag() as stop, open_dist_context() as ctx:
             fit(cfg, ctx, stop, started=starting.close)
 
 

@@ -1,25 +1,79 @@
 """How a command ends: quietly, or with one line that says which mistake to mend."""
 
+import io
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from data_pipeline.common.errors import UserError
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point: a `UserError` becomes one line on stderr, printed once, and exit code 2."""
+    _mend_streams()
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
     except UserError as error:
         if rank == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody may be there to read it
+                print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+@contextmanager
+def keep_printing() -> Iterator[None]:
+    """Let no print fail: who reads may leave, a terminal may close, a log's disk may be full."""
+    before = sys.stdout, sys.stderr
+    try:
+        sys.stdout, sys.stderr = map(_forgiving, before)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _forgiving(stream: Any) -> Any:
+    """Another stream to the same place, in which no write fails."""
+    try:
+        stream.flush()
+        raw = io.BufferedWriter(_Deaf(stream.fileno(), "wb", closefd=False))
+    except (OSError, ValueError):  # it is no file, but in memory
+        return stream
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+
+
+class _Deaf(io.FileIO):
+    """Takes every write, whether it arrives or not."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def _mend_streams() -> None:
+    """Let prints write what their encoding lacks as escapes, and have all three streams, for many a library needs them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # the lowest number that is free; a file of ours must not be taken for stdout
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - until the end
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

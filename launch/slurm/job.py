@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.entry_point import keep_printing, run_command
 from data_pipeline.common.errors import UserError
 from launch.slurm.commands import first_host
 from launch.slurm.submission import Submission, restart_count
@@ -64,7 +64,7 @@ def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
 
 def train_rank(submission: Submission) -> None:
     """Train as the run folder says, until the end or a signal; rank 0 then writes which. Collective. Raises `UserError`."""
-    with StopFlag() as stop:
+    with keep_printing(), StopFlag() as stop:
         import torch  # here, for it takes seconds, in which a signal may come
 
         from trainer.config import load_run

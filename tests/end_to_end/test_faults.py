@@ -15,7 +15,20 @@ from typing import NamedTuple
 import pytest
 
 from data_pipeline.common.entry_point import run_command
-from tests.support.runs import STEPS, Job, checkpoint, dotted, images, reference, rows, settings_of, train, tree
+from tests.support.runs import (
+    ROOT,
+    STEPS,
+    Job,
+    checkpoint,
+    dotted,
+    environment,
+    images,
+    reference,
+    rows,
+    settings_of,
+    train,
+    tree,
+)
 from trainer import __main__ as training
 from trainer import evaluate
 from trainer.checkpoint.store import Store
@@ -358,6 +371,23 @@ def test_mistakes_of_the_evaluation(base: Path, tmp_path: Path, call: Call) -> N
     ):
         assert_one_line(call(evaluate.main, *arguments), line)
     assert tree(run) == before
+
+
+def test_nobody_reads_what_is_printed(base: Path, tmp_path: Path) -> None:
+    """`python -m trainer ... <&- | head -1` with names that the encoding lacks: no rank dies of it."""
+    data, run = shutil.copytree(images(base), tmp_path / "some images"), tmp_path / "a run"
+    for number, path in enumerate(sorted((data / "train").rglob("*.jpg"))[::4]):
+        path.with_name(f"猫 {number}.jpg").write_bytes(path.read_bytes()[:-200])
+        path.unlink()
+    options = settings_of(base, run, epochs=1) | {"data.path": str(data), "data.max_bad_share": "0.9"}
+    launcher = [sys.executable, "-m", "launch", "local", "-n", "2", *dotted(options)]
+    command = ["bash", "-c", '"$@" 2>&1 <&- | head -1; exit ${PIPESTATUS[0]}', "bash", *launcher]
+    variables = {**environment(), "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("\n") == 1
+    assert Store(run).progress().finished
+    assert max(row.get("data/bad_images", 0) for row in rows(run)) > 8
 
 
 # ---- as processes -----------------------------------------------------------------------------------------------------

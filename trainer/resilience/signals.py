@@ -6,16 +6,17 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 ECHO_S = 2.0
 """The same signal again within this time is one: SLURM sends it to all processes, and torchrun passes its own on."""
 
 
 class StopFlag:
-    """Context manager: the first SIGTERM, SIGINT or SIGUSR2 sets `raised`, and is sent on when the context ends.
+    """Context manager: the first of SIGNALS sets `raised`, and is sent on when the context ends.
 
-    A second one, unless it echoes the first, goes at once to the handler that this one replaced.
+    SIGHUP, which a terminal sends when it is closed, stays ignored under nohup. A second signal, unless it echoes the
+    first, goes at once to the handler that this one replaced.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,11 @@ class StopFlag:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._on_signal)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(
@@ -40,7 +45,10 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._pid  # a forked child must not take the signal for its parent
         now_s = time.monotonic()
-        if number == self._signal and now_s - self._signal_s < ECHO_S and not forked:
+        of_launcher = (
+            self._signal == signal.SIGHUP and number == signal.SIGTERM
+        )  # torchrun answers the one by the other
+        if (number == self._signal or of_launcher) and now_s - self._signal_s < ECHO_S and not forked:
             return
         again = self.raised or forked
         self.raised, self._signal, self._signal_s = True, number, now_s

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.tracking.model_summary import Distribution, Layer
+from trainer.tracking.row_file import RowFile
 
 
 class TensorBoard:
@@ -26,11 +27,15 @@ class TensorBoard:
     which makes a record of every scalar.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, resume_step: int, tell: Callable[[str], None]) -> None:
         # TensorBoard reads the files of a folder in the order of their names.
         path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(path.open("xb"))
+
+        def open_events() -> int:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+        self._records = RecordWriter(RowFile("tensorboard", open_events, tell))
         self._record(file_version="brain.Event:2")
         # A session's start makes readers drop what earlier files hold from this step on (`purge_step`).
         start = SessionLog(status=SessionLog.START)

@@ -2,6 +2,7 @@
 
 `metrics.jsonl` in the run folder is the source of truth and always on. Every destination is a sink behind one small
 protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
+A disk that is full is none: the rows wait in memory until they can be written (`row_file.py`).
 Alarms (`alarms.py`) go to the console and to W&B, which tells people who are not looking.
 Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,best_top1_pct}`,
 `perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`. TensorBoard and W&B are also given the network's
@@ -9,6 +10,7 @@ graph and, every few epochs, `weights/PARAMETER` (histograms) and `weight_norm/P
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -22,9 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import SILENT_S
 from trainer.tracking.alerts import Alarms
+from trainer.tracking.row_file import RowFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,13 +125,13 @@ class Tracker:
         def open_tensorboard(folder: Path, resume_step: int) -> Sink:
             from trainer.tracking.tensorboard_sink import TensorBoard
 
-            return TensorBoard(folder, resume_step)
+            return TensorBoard(folder, resume_step, self.note)
 
         # W&B first: it alone may refuse to start, and the others alter what an earlier attempt left in the folder.
         mode = wandb_mode(os.environ) if cfg.wandb == "auto" else cfg.wandb
         if mode != "off":
             self._open("wandb", lambda: open_wandb(mode))
-        self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
+        self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step, self.note))
         if cfg.tensorboard:
             self._open("tensorboard", lambda: open_tensorboard(folder / "tensorboard", resume_step))
 
@@ -235,8 +239,10 @@ class Tracker:
         try:
             if self._console is not None:
                 act(self._console)
-        except (OSError, ValueError):  # a closed pipe, file or terminal: nowhere is left to say so
-            self._console = None
+        except (OSError, ValueError) as error:
+            # A closed pipe, file or terminal: nowhere is left to say so. A log on a full disk goes on when there is room.
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._console = None
 
 
 def wandb_mode(environment: Mapping[str, str]) -> str:
@@ -260,26 +266,26 @@ class JsonLines(Sink):
     JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        if resume_step and path.exists():
-            # A kill may tear the last line: what is no whole row is dropped too.
-            kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
-            beside = path.with_name(path.name + ".new")
-            with beside.open("w") as file:
-                file.writelines(line + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        self._file = path.open("a" if resume_step else "w")
+    def __init__(self, path: Path, resume_step: int, tell: Callable[[str], None]) -> None:
+        self._file = RowFile(path.name, lambda: _open_rows(path, resume_step), tell)
 
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def close(self, failed: bool) -> None:
         self._file.close()
+
+
+def _open_rows(path: Path, resume_step: int) -> int:
+    """The file of rows up to `resume_step`, to append to. Raises OSError."""
+    if resume_step and path.exists():
+        # A kill may tear the last line: what is no whole row is dropped too.
+        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
+        replace_file(path, "".join(line + "\n" for line in kept).encode())
+    return os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resume_step else os.O_TRUNC), 0o666)
 
 
 def _step(line: str) -> int:

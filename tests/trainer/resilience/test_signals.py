@@ -58,6 +58,18 @@ def test_the_same_signal_goes_at_once_unless_it_is_an_echo(taken: list[int], mon
         assert taken == [signal.SIGTERM]
 
 
+def test_a_closed_terminal_stops_unless_nohup(taken: list[int]) -> None:
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.raised
+    assert taken == [signal.SIGHUP]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.raised
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def test_no_signal_no_change(taken: list[int]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with StopFlag() as stop:

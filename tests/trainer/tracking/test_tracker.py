@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,12 +93,18 @@ def tensorboard_losses(folder: Path) -> list[tuple[int, float]]:
     return [(scalar.step, scalar.value) for scalar in events.Scalars("train/loss")]
 
 
-def fill_disk_under(name: str) -> None:
-    """Put /dev/full in the place of this process's open file of that name: the next flush finds no space left."""
-    (descriptor,) = [fd for fd in Path("/proc/self/fd").iterdir() if name in os.path.realpath(fd)]
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, int(descriptor.name))
-    os.close(full)
+@contextmanager
+def full_disk_under(name: str) -> Iterator[None]:
+    """Put /dev/full in the place of this process's open file of that name: each write finds no space left."""
+    (descriptor,) = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if name in os.path.realpath(fd)]
+    own, full = os.dup(descriptor), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(own, descriptor)
+        os.close(own)
+        os.close(full)
 
 
 def test_every_row_is_on_disk_at_once_and_stays_json(folder: Path) -> None:
@@ -275,34 +282,55 @@ def test_secondary_ranks_write_nothing(folder: Path, capsys: pytest.CaptureFixtu
 # Faults
 
 
-def test_full_disk_drops_metrics_and_training_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "metrics.jsonl").symlink_to("/dev/full")
-    with open_tracker(folder, TENSORBOARD) as tracker:
-        log_steps(tracker, range(1, 4))
-    assert tensorboard_losses(folder) == [(1, 1), (2, 2), (3, 3)]
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
-    assert said == "metrics.jsonl failed and is dropped: OSError: [Errno 28] No space left on device"
-
-
-def test_disk_filling_up_drops_tensorboard_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_full_for_a_while_loses_no_row(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither of metrics.jsonl nor of TensorBoard; it is told once that they wait, and once that they are written."""
     with open_tracker(folder, TENSORBOARD) as tracker:
         log_steps(tracker, range(1, 3))
-        fill_disk_under("tfevents")
-        log_steps(tracker, range(3, 6))
-    assert losses(folder) == [(step, step) for step in range(1, 6)]
-    assert tensorboard_losses(folder) == [(1, 1), (2, 2)]
+        with full_disk_under("metrics.jsonl"), full_disk_under("tfevents"):
+            log_steps(tracker, range(3, 6))
+            assert losses(folder) == [(1, 1), (2, 2)]
+        log_steps(tracker, range(6, 8))
+        assert losses(folder) == [(step, step) for step in range(1, 8)]
+        with full_disk_under("tfevents"):
+            log_steps(tracker, range(8, 9))
+    assert tensorboard_losses(folder) == losses(folder) == [(step, step) for step in range(1, 9)]
     output, errors = capfd.readouterr()
-    assert output.count("tensorboard failed and is dropped: OSError") == output.count("dropped") == 1
+    for name, times in (("metrics.jsonl", 1), ("tensorboard", 2)):
+        waits = f"{name}: No space left on device; its rows wait in memory until they can be written\n"
+        assert output.count(waits) == output.count(f"{name}: written again, with all rows that had waited\n") == times
     assert errors == ""
 
 
-def test_sink_that_cannot_open_is_dropped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_are_lost_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end, of a disk that stays full, and of what cannot be opened; training goes on."""
     (folder / "tensorboard").write_text("in the way")
-    (folder / "metrics.jsonl").mkdir()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
     with open_tracker(folder, TENSORBOARD) as tracker:
         log_steps(tracker, range(3))
-    dropped = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "dropped" in line]
-    assert dropped == ["metrics.jsonl", "tensorboard"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "metrics.jsonl: No space left on device; its rows wait in memory until they can be written"
+    assert told[1].startswith("tensorboard: File exists; its rows wait")
+    assert re.fullmatch(r"metrics.jsonl: \d+ bytes could not be written and are lost", told[-2])
+    assert re.fullmatch(r"tensorboard: \d+ bytes could not be written and are lost", told[-1])
+
+
+def test_a_sink_opens_when_it_can(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "metrics.jsonl").mkdir()
+    with open_tracker(folder, OFF, resume_step=2) as tracker:
+        log_steps(tracker, range(3, 5))
+        (folder / "metrics.jsonl").rmdir()
+        log_steps(tracker, range(5, 6))
+    assert losses(folder) == [(3, 3), (4, 4), (5, 5)]
+
+
+def test_rows_that_wait_are_bounded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.tracking.row_file.MOST_BYTES", 1000)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with open_tracker(folder, OFF) as tracker:
+        log_steps(tracker, range(50))
+    assert "metrics.jsonl failed and is dropped: MemoryError" in capsys.readouterr().out
 
 
 def test_killed_wandb_process_is_dropped_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,56 @@
+"""Commands print what they can, to whoever is there, and never die of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, environment
+
+PRINTING = """
+import os, sys
+from data_pipeline.common.entry_point import keep_printing, run_command
+
+def main():
+    with keep_printing():
+        for number in range(20_000):
+            print("a cat is 猫,", number, flush=True)
+        print("told", file=sys.stderr)
+    number = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+    assert number > 2, "a file in the place of stdout would take what libraries print"
+    os.write(number, b"done")
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| head -1; exit ${PIPESTATUS[0]}", "| cat"],
+)
+def test_no_print_fails(redirection: str, tmp_path: Path) -> None:
+    """Whatever becomes of the streams, and whatever the encoding lacks."""
+    file = tmp_path / "file"
+    command = ["bash", "-c", f'"$0" -c "$1" "$2" {redirection}', sys.executable, PRINTING, str(file)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env={**environment(), "PYTHONIOENCODING": "ascii"}, cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert file.read_text() == "done"
+    assert ended.stderr in ("told\n", "")
+    if ended.stdout:
+        assert ended.stdout.startswith("a cat is \\u732b, 0\n")
+
+
+def test_a_mistake_that_nobody_reads() -> None:
+    program = (
+        "from data_pipeline.common.entry_point import run_command; from data_pipeline.common.errors import UserError\n"
+        "def main(): raise UserError('data.path: 猫')\n"
+        "run_command(main)"
+    )
+    for redirection, said in (("2>&-", ""), ("2>/dev/full", ""), ("", "error: data.path: \\u732b\n")):
+        command = ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program]
+        variables = {**environment(), "PYTHONIOENCODING": "ascii"}
+        ended = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
+        assert (ended.returncode, ended.stderr) == (2, said)
