@@ -1,15 +1,26 @@
 """Every option of the data: where it lies, how it is cut and augmented, how it is batched."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from data_pipeline.common.errors import UserError
+
+T = TypeVar("T")
+
+FREE = {"resume": "free"}
+"""Metadata of an option, or of a section of options, that a resumed run may change."""
 
 
 def require(ok: bool, message: str) -> None:
     """Raise `UserError(message)` unless `ok`."""
     if not ok:
         raise UserError(message)
+
+
+def free(default: T) -> T:
+    """A field with this default that a resumed run may change: it does not decide the weights."""
+    found: T = field(default=default, metadata=FREE)
+    return found
 
 
 Decode = Literal["auto", "gpu", "cpu"]
@@ -111,11 +122,11 @@ class AugmentConfig:
 class DataConfig:
     """Which images, at which size, in which batches."""
 
-    path: str = "builtin"
+    path: str = free("builtin")
     """Folder with train/CLASS/ and val/CLASS/, or with CLASS/ folders only (see val_share); with *.tar shards in WebDataset
     layout in their place; a pack; a CSV or Parquet table of images and labels. "builtin" is the built-in set; imagenette,
     cifar10, flowers102, oxford_pets and food101 are fetched once, unless something of that name exists."""
-    images: str | None = None
+    images: str | None = free(None)
     """Folder of the images that a table names; the table's own folder if not given."""
     image_column: str | None = None
     """Column of a table with the images' names; their suffix may be missing. Found by its usual names, or the first."""
@@ -125,9 +136,9 @@ class DataConfig:
     """Column of a table that says train or val; "split" if there is one, else val_share decides."""
     val_share: float = 0.1
     """Share held out for validation when the folder has no train/ and val/: decided by a hash of each file's path."""
-    on_error: Literal["skip", "fail"] = "skip"
+    on_error: Literal["skip", "fail"] = free("skip")
     """What an image that cannot be decoded does: skip names it once and does not count it; fail ends the run."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = free(0.01)
     """Share of images that may be skipped; beyond it the run ends."""
     quarantine: str | None = None
     """A list of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path a line,
@@ -153,7 +164,7 @@ class DataConfig:
     """Width in pixels of the largest images, for the memory of that decoder to be reserved once; 0 lets it grow."""
     preallocate_height_hint: int = 0
     """Height in pixels, likewise."""
-    threads: int | None = None
+    threads: int | None = free(None)
     """Decoding threads of each rank; its share of the processors it may use if not given."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

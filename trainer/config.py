@@ -5,17 +5,18 @@ import io
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.config import DataConfig, require
+from data_pipeline.config import FREE, DataConfig, free, require
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
@@ -30,41 +31,49 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class RunConfig:
     """What the run is called, how long it is, how often it reports and saves."""
 
-    name: str = "run"
-    """Name of the run, in runs/NAME and on dashboards."""
-    dir: str | None = None
+    name: str | None = free(None)
+    """Name of the run, in runs/NAME and on dashboards; if not given, that of the folder which data.path names."""
+    dir: str | None = free(None)
     """Run folder; runs/NAME if not given. The same command resumes the run that is in it."""
     epochs: int = 8
     """Passes over the training images. The learning rate's schedule spans all of them."""
-    max_steps: int | None = None
+    extend_to: int | None = free(None)
+    """Train a run that is there on, to so many epochs in all. From where it stands everything goes on as in a run of that
+    length: the learning rate rises to what the schedule of all these epochs has there and falls to its end anew."""
+    max_steps: int | None = free(None)
     """End after this many updates, evaluate and save: for a dry run, or to go on later."""
     seed: int = 0
     """Seed of the weights, the order and the augmentation."""
-    log_every: int = 10
+    log_every: int = free(10)
     """Updates between two rows of metrics; also how often the ranks look whether to stop."""
-    save_every: int = 200
+    save_every: int = free(200)
     """Updates between two checkpoints within an epoch; one is always written at its end."""
-    keep: int = 2
+    keep: int = free(2)
     """Last checkpoints kept, beside the best; with two, one that is damaged is passed over for the one before."""
-    keep_every: int | None = None
+    keep_every: int | None = free(None)
     """Keep also the checkpoint at the end of every so many epochs."""
-    profile: str | None = None
+    profile: str | None = free(None)
     """Updates to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to profile/ in
     the run folder."""
-    on_nonfinite: Literal["stop", "back"] = "stop"
+    on_nonfinite: Literal["stop", "back"] = free("stop")
     """When a loss, a gradient or a weight is infinite or NaN: stop ends the run, back goes on from the last checkpoint and
     passes over the images of that update, three times at most until it has got further."""
-    stall_s: float = 600.0
+    stall_s: float = free(600.0)
     """Seconds without any progress after which the run says which rank holds it up, writes stacks/ in the run folder and
     ends with exit code 75; three times as many for the first update of an epoch, which may compile. 0 waits for ever."""
 
     def __post_init__(self) -> None:
         require(
-            self.name not in ("", ".", "..") and "/" not in self.name,
+            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
             f"run.name: {self.name!r} is no folder name; give a word such as first",
         )
         require(self.dir != "", "run.dir: it is empty; give a folder, or leave it out for runs/NAME")
         require(self.epochs > 0, f"run.epochs: {self.epochs} is not positive; give the number of passes")
+        require(
+            self.extend_to is None or self.extend_to >= self.epochs,
+            f"run.extend_to: {self.extend_to} is less than run.epochs {self.epochs}; give the number of epochs in all",
+        )
+        object.__setattr__(self, "epochs", self.extend_to or self.epochs)
         require(
             self.max_steps is None or self.max_steps > 0,
             f"run.max_steps: {self.max_steps} is not positive; leave it out to train all epochs",
@@ -106,10 +115,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
+        if self.run.name is None:
+            object.__setattr__(self, "run", replace(self.run, name=_name_of(self.data.path)))
         check_deepspeed(self.engine, self.optim)
         for option in ("freeze_until", "head_only", "freeze_bn"):
             value = getattr(self.model, option)
@@ -124,28 +135,20 @@ class Config:
         )
 
     @property
+    def name(self) -> str:
+        """That of the run."""
+        return str(self.run.name)
+
+    @property
     def folder(self) -> Path:
-        return Path(self.run.dir or f"runs/{self.run.name}")
+        return Path(self.run.dir or f"runs/{self.name}")
 
 
-FREE = {
-    "run.name",
-    "run.dir",
-    "run.max_steps",
-    "run.log_every",
-    "run.save_every",
-    "run.keep",
-    "run.keep_every",
-    "run.profile",
-    "run.on_nonfinite",
-    "run.stall_s",
-    "data.path",
-    "data.images",
-    "data.threads",
-    "data.on_error",
-    "data.max_bad_share",
-}
-"""Options, beside those of `engine` and `tracking`, that a resumed run may change: they do not decide its weights."""
+def _name_of(data: str) -> str:
+    """The name of a dataset: of its folder, or of the one that a table lies in."""
+    path = Path(data)
+    folder = path.parent if path.is_file() else path
+    return folder.name.strip(".") or folder.absolute().resolve().name or "run"
 
 
 def load(arguments: list[str]) -> Config:
@@ -201,14 +204,45 @@ def to_yaml(cfg: Config) -> str:
     return _dump(asdict(cfg))
 
 
-def first_difference(saved: str, cfg: Config) -> str | None:
-    """The first option in which a saved configuration is another run than `cfg`, as "KEY was A, now B"."""
+class Difference(NamedTuple):
+    """Why a configuration is not that of the run which is there."""
+
+    what: str
+    """The option and both of its values."""
+    remedy: str
+
+
+def may_change(option: str) -> bool:
+    """Whether a resumed run may have another value of an option, such as run.keep, as its field says."""
+    section: Any = Config
+    for name in option.split("."):
+        found = next((one for one in fields(section) if one.name == name), None)
+        if found is None or found.metadata.get("resume") == "free":
+            return found is not None
+        if not is_dataclass(found.default_factory):
+            return False
+        section = found.default_factory
+    return False
+
+
+def first_difference(saved: str, cfg: Config) -> Difference | None:
+    """The first option in which a saved configuration is another run than `cfg`."""
     old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
     for key, value in new.items():
-        free = key in FREE or key.split(".")[0] in ("engine", "tracking")
-        if not free and key in old and old[key] != value:
-            return f"{key} was {old[key]}, now {value}"
+        extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
+        if key in old and old[key] != value and not may_change(key) and not extended:
+            return Difference(f"{key} was {old[key]}, now {value}", _way_on(key, old[key], value, cfg))
     return None
+
+
+def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
+    """What somebody may want who gives a run another value of an option, and how to get it."""
+    if key == "run.epochs" and new > old:
+        return f"to train it on give --run.extend_to {new}, to train anew another --run.name"
+    if key.startswith(("data.", "optim.")):
+        weights = f"--model.weights {shlex.quote(str(cfg.folder))}"
+        return f"repeat them to resume; to go on from its weights as a run of its own: {weights} --run.name NEW"
+    return "repeat them to resume, or give another --run.dir"
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,17 +18,19 @@ from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.summary import summary
 from trainer.checkpoint.async_writer import Saver
+from trainer.checkpoint.files import WEIGHTS
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine
+from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
-from trainer.engine.precision import resolve_precision
 from trainer.evaluate import evaluate
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ResNet, build_resnet, freeze
 from trainer.model.whitening import whiten_stem
+from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, find_nonfinite, limit_bad
 from trainer.resilience.watchdog import Watchdog, heartbeat
 from trainer.tracking.meter import Meter
@@ -42,12 +45,14 @@ class Session:
     def __init__(
         self,
         cfg: Config,
+        engine: EngineConfig,
         ctx: DistContext,
         train: Loader,
         val: Loader,
         store: Store,
         newest: Path | None,
         progress: Progress,
+        lines: list[str],
     ) -> None:
         self.cfg, self.ctx, self.store, self.progress = cfg, ctx, store, progress
         self.loader, self.val_loader = train, val
@@ -59,7 +64,8 @@ class Session:
         if cfg.model.whiten and not newest:
             first_px = cfg.data.size_at(0, cfg.run.epochs)
             ctx.raise_together(lambda: whiten_stem(model, train.catalog, cfg.data, first_px, ctx))
-        self.engine = engine_for(cfg, model, ctx)
+        self.engine = engine_for(replace(cfg, engine=engine), model, ctx)
+        self._scaled = engine.precision == "fp16"
         if newest:
             self.engine.load(newest)
         self.metadata = {
@@ -84,6 +90,8 @@ class Session:
             self.tracker.graph(lambda: network_layers(cfg, len(self.classes)))
         if newest:
             self.tracker.note(f"resuming {cfg.folder} at step {progress.step} of {self.total_steps}")
+            for line in [*lines, *self._of_extension()]:
+                self.tracker.note(line)
         self.meter = self._start_meter()
         self.trace = Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step)
         self.saver = Saver(store, ctx, progress, lambda line: self.tracker.note(line))
@@ -92,6 +100,15 @@ class Session:
         )
         self.save_time: dict[str, float] = {}  # of the last checkpoint, for the next row of metrics
         self._steps_back: Counter[int] = Counter()  # by the updates in the checkpoint that they led to
+
+    def _of_extension(self) -> list[str]:
+        if self.cfg.run.extend_to is None:
+            return []
+        lr = lr_at(self.progress.step, self.cfg.optim, self.total_steps)
+        return [
+            f"it goes on as a run of {self.cfg.run.epochs} epochs would from here: the learning rate is {lr:.3g} now, and "
+            "ends as the schedule of all of them does"
+        ]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -105,14 +122,13 @@ class Session:
 
     def _start_meter(self) -> Meter:
         self._reduced = self.progress.step  # that far the meter has been read
-        scaled = resolve_precision(self.cfg.engine.precision, self.ctx.device) == "fp16"
-        return Meter(self.ctx, self.progress.sums, len(self.classes), self.progress.train_s, scaled=scaled)
+        return Meter(self.ctx, self.progress.sums, len(self.classes), self.progress.train_s, scaled=self._scaled)
 
     def _open_tracker(self) -> Tracker:
         return Tracker(
             self.cfg.tracking,
             self.cfg.folder,
-            name=self.cfg.run.name,
+            name=self.cfg.name,
             run_config=asdict(self.cfg),
             total_steps=self.total_steps,
             epochs=self.cfg.run.epochs,
@@ -211,7 +227,12 @@ class Session:
             raise UserError(f"{found}, and there is no checkpoint to step back to; {remedy}") from None
         if self._steps_back[trained] > STEPS_BACK:
             raise UserError(f"{found}, and {STEPS_BACK} steps back have not helped; {remedy}") from None
-        self.progress = replace(progress, skipped=sorted({*self.progress.skipped, found.step}))
+        self.progress = replace(
+            progress,
+            skipped=sorted({*self.progress.skipped, found.step}),
+            arithmetic=self.progress.arithmetic,
+            finished=False,
+        )
         self.engine.load(newest)
         self.meter = self._start_meter()
         self.tracker.close()
@@ -274,6 +295,14 @@ class Session:
         )
         self.save(best)
         return False
+
+    def say_finished(self) -> None:
+        """Where the weights are, and what comes next."""
+        best = self.progress.best_top1_pct
+        which, told = ("best", f"best val top-1 {best:.2f} %, ") if best >= 0 else ("last", "")
+        weights = self.store.folder / which / WEIGHTS
+        command = shlex.join(["python", "-m", "trainer.report", str(self.cfg.folder)])
+        self.tracker.note(f"trained {self.cfg.run.epochs} epochs: {told}weights in {weights}; next: {command}")
 
     def end_early(self) -> Literal[True]:
         """`run.max_steps` is reached within an epoch: evaluate and save as it stands. Collective."""

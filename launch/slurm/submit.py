@@ -134,8 +134,10 @@ def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
         if tag in str(run):
             raise UserError(f"run.dir: {run} has {tag} in it, which submitit would replace; give another --run.dir")
     check_run(run, partial(first_difference, cfg=cfg))
-    if Store(run).progress().finished:
-        raise UserError(f"run.dir: {run} is finished; to train anew give another --run.name")
+    if Store(run).progress().cursor.epoch >= cfg.run.epochs:
+        raise UserError(
+            f"run.dir: {run} is finished; to train it on give --run.extend_to EPOCHS, to train anew another --run.name"
+        )
     before = active_job(run, jobs)
     if before:
         raise UserError(f"run.dir: job {before} of {run} is {jobs[before].state}; cancel it first")

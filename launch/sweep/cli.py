@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -27,11 +26,12 @@ from launch.slurm.profile import Request, parse, request_of, request_parser
 from launch.slurm.submit import active_job, check_free, submit_runs
 from launch.sweep.settings import Member, Setting, Sweep, read_sweep
 from trainer.checkpoint.store import Store, check_run
-from trainer.config import FREE, Config, first_difference
+from trainer.config import Config, first_difference, may_change
+from trainer.resilience.signals import SIGNALS
 
 PROG = "python -m launch sweep"
 RECORD = "sweep.json"
-ASKED_TO_STOP = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+ASKED_TO_STOP = {128 + number for number in SIGNALS}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ def joined(before: Record | None, sweep: Sweep, members: list[Member], folder: P
         return Record(sweep.fixed, settings)
     for key in {**before.fixed, **sweep.fixed}:
         was, now = (fixed.get(key, "not given") for fixed in (before.fixed, sweep.fixed))
-        free = key in FREE or key.split(".")[0] in ("engine", "tracking")
         require(
-            was == now or free,
+            was == now or may_change(key),
             f"{sweep.file}: {folder} holds another sweep ({key} was {was}, now {now}); give the file another name",
         )
     return Record(sweep.fixed, {**before.settings, **settings}, before.failed)
@@ -102,7 +101,7 @@ def joined(before: Record | None, sweep: Sweep, members: list[Member], folder: P
 
 def is_done(cfg: Config) -> bool:
     progress = Store(cfg.folder).progress()
-    return progress.finished or progress.step >= (cfg.run.max_steps or math.inf)
+    return progress.cursor.epoch >= cfg.run.epochs or progress.step >= (cfg.run.max_steps or math.inf)
 
 
 def submit(folder: Path, members: list[Member], record: Record, request: Request, parallel: int | None) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import environment
-from trainer.config import RECIPES, Config, first_difference, load, load_run, recipes, to_yaml
+from trainer.config import RECIPES, Config, first_difference, load, load_run, may_change, recipes, to_yaml
 
 
 def reload(cfg: Config, folder: Path) -> Config:
@@ -82,17 +82,79 @@ def test_mistakes_in_a_file(text: bytes, line: str, tmp_path: Path) -> None:
     assert message.replace(str(file), "FILE").startswith(line) and "\n" not in message
 
 
+def difference(saved: str, *options: str) -> tuple[str, str]:
+    """The option that differs, and the remedy."""
+    found = first_difference(saved, load([*options]))
+    assert found is not None
+    return found
+
+
 def test_first_difference_names_what_decides_the_weights() -> None:
     cfg = load([])
     saved = to_yaml(cfg)
     free = ["--run.max_steps", "9", "--data.path", "/x", "--engine.precision", "bf16", "--tracking.wandb", "off"]
     assert first_difference(saved, cfg) is None
     assert first_difference(saved, load(free)) is None
-    assert first_difference(saved, load(["--optim.lr", "0.5"])) == f"optim.lr was {cfg.optim.lr}, now 0.5"
-    assert (
-        first_difference(saved, load(["--optim.betas", "[0.5,0.5]"])) == "optim.betas was [0.9, 0.999], now [0.5, 0.5]"
+    assert difference(saved, "--optim.lr", "0.5")[0] == f"optim.lr was {cfg.optim.lr}, now 0.5"
+    assert difference(saved, "--optim.betas", "[0.5,0.5]")[0] == "optim.betas was [0.9, 0.999], now [0.5, 0.5]"
+    assert difference(saved, "--data.augment.flip", "0")[0] == "data.augment.flip was 0.5, now 0.0"
+
+
+def test_a_difference_names_the_command_for_what_was_meant() -> None:
+    saved = to_yaml(load([]))
+    assert difference(saved, "--run.epochs", "9") == (
+        "run.epochs was 4, now 9",
+        "to train it on give --run.extend_to 9, to train anew another --run.name",
     )
-    assert first_difference(saved, load(["--data.augment.flip", "0"])) == "data.augment.flip was 0.5, now 0.0"
+    for option, value in (("optim.lr", "0.5"), ("data.size_px", "96")):
+        remedy = difference(saved, f"--{option}", value)[1]
+        assert remedy.endswith("as a run of its own: --model.weights runs/builtin --run.name NEW")
+    assert difference(saved, "--model.name", "resnet34")[1] == "repeat them to resume, or give another --run.dir"
+
+
+def test_more_epochs_are_the_same_run_if_it_is_extended() -> None:
+    saved = to_yaml(load([]))
+    extended = load(["--run.extend_to", "9"])
+    assert (extended.run.epochs, first_difference(saved, extended)) == (9, None)
+    longer = to_yaml(extended)
+    assert first_difference(longer, load(["--run.epochs", "9"])) is None
+    assert difference(longer)[0] == "run.epochs was 9, now 4"
+    assert difference(longer, "--run.extend_to", "8")[0] == "run.epochs was 9, now 8"
+    with pytest.raises(
+        UserError, match=r"run\.extend_to: 3 is less than run\.epochs 4; give the number of epochs in all"
+    ):
+        load(["--run.extend_to", "3"])
+
+
+def test_what_may_change_stands_at_the_fields() -> None:
+    free = {option for option in options(Config()) if may_change(option)}
+    assert {option for option in free if option.split(".")[0] not in ("engine", "tracking")} == {
+        *("run.name", "run.dir", "run.extend_to", "run.max_steps", "run.log_every", "run.save_every", "run.keep"),
+        *("run.keep_every", "run.profile", "run.on_nonfinite", "run.stall_s"),
+        *("data.path", "data.images", "data.threads", "data.on_error", "data.max_bad_share"),
+    }
+    assert {"engine.precision", "engine.threads", "tracking.wandb"} <= free
+    assert not any(map(may_change, ("config", "run", "no.such", "data.augment", "optim.lr.x")))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("builtin", "builtin"),
+        ("flowers", "flowers"),
+        ("/data/my flowers/", "my flowers"),
+        (".", "place"),
+        ("..", "work"),
+    ],
+)
+def test_a_run_is_called_after_its_data(path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "place" / "cats").mkdir(parents=True)
+    (tmp_path / "work" / "place" / "cats" / "train.csv").write_text("")
+    monkeypatch.chdir(tmp_path / "work" / "place")
+    assert load(["--data.path", path]).folder == Path("runs") / name
+    assert load(["--data.path", "cats/train.csv"]).folder == Path("runs/cats")
+    assert load(["--data.path", path, "--run.name", "first"]).folder == Path("runs/first")
+    assert load(["--config", "imagenette_75", "--data.path", path]).folder == Path("runs/imagenette_75")
 
 
 def test_load_run(tmp_path: Path) -> None:

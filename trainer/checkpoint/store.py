@@ -109,6 +109,28 @@ def _sha256(file: Path) -> str:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """What decides, beside a run's options, how sums round: where it is the same, the same steps give the same bits."""
+
+    precision: str
+    """Of forward and backward: fp32, bf16 or fp16."""
+    threads: list[int]
+    """That compute on each rank's CPU; 0 where a GPU does, and they decide nothing."""
+    processor: str
+
+    def differences(self, other: "Arithmetic") -> str:
+        """What is not the same, as "precision was fp32, now bf16"; empty where all is."""
+        if len(self.threads) != len(other.threads):
+            return f"it had {len(self.threads)} processes, now {len(other.threads)}"
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("precision", "processor", "threads"))
+        return ", ".join(f"{name} was {_short(was)}, now {_short(now)}" for name, was, now in pairs if was != now)
+
+
+def _short(value: str | list[int]) -> str:
+    return value if isinstance(value, str) else " and ".join(map(str, sorted(set(value))))
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come, and all that it must know beside weights and optimiser to continue exactly."""
 
@@ -123,12 +145,17 @@ class Progress:
     finished: bool = False
     skipped: list[int] = field(default_factory=list)
     """Updates, counted from 1, whose images are passed over and leave the weights alone (see `run.on_nonfinite`)."""
+    arithmetic: Arithmetic | None = None
+    """Of the last steps; None in runs from before it was kept."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
     """What a whole checkpoint says of its run."""
     state = _read_json(checkpoint / PROGRESS)
-    return Progress(**{**state, "cursor": Cursor(**state["cursor"])})
+    kept = state.get("arithmetic")
+    return Progress(
+        **{**state, "cursor": Cursor(**state["cursor"]), "arithmetic": Arithmetic(**kept) if kept else None}
+    )
 
 
 class Store:
@@ -297,6 +324,7 @@ class Store:
             only = self._target(link) is None and fault(place, thorough=False) is None
             place.rename(self._fresh_name(read_progress(place).step) if only else self.folder / f"{PARTIAL}-{link}")
         os.replace(beside, place)
+        _remove(self.folder / f"{PARTIAL}-{link}")
 
     def _prune(self) -> None:
         good = [folder for folder in self._checkpoints() if folder not in self.passed_over]
@@ -384,20 +412,18 @@ def _locked(run: Path) -> IO[str]:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
 
 
-def check_run(run: Path, differences: Callable[[str], str | None]) -> None:
+def check_run(run: Path, differences: Callable[[str], tuple[str, str] | None]) -> None:
     """Make sure that `run` is new, or holds a run that was started with the same options. Writes nothing.
 
-    `differences(saved)` names the first option that makes the saved configuration another run. Raises `UserError`.
+    `differences(saved)` says in which option the saved configuration is another run, and the remedy. Raises `UserError`.
     """
     saved = run / "config.yaml"
     try:
         if saved.is_file():
-            changed = differences(saved.read_text())
-            if changed:
-                raise UserError(
-                    f"run.dir: {run} was started with other options ({changed}); "
-                    "repeat them to resume, or give another --run.dir"
-                )
+            difference = differences(saved.read_text())
+            if difference:
+                what, remedy = difference
+                raise UserError(f"run.dir: {run} was started with other options ({what}); {remedy}")
         elif run.exists() and (not run.is_dir() or any(entry.name not in (PARTIAL, LOCK) for entry in run.iterdir())):
             raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
     except OSError as error:

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,3 @@ def compiled(module: nn.Module, cfg: EngineConfig, device: torch.device) -> Call
     # Each resolution in training and in evaluation is a shape of its own, and more of them than torch expects is no error.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     return torch.compile(module, dynamic=False, mode=cfg.compile_mode)
-
-
-def keep_compiled(cfg: EngineConfig, run: Path) -> None:
-    """Have what torch.compile makes kept where a restarted run finds it. To be called before anything is compiled."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cfg.compile_cache or str(run / "compiled")

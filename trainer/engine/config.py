@@ -24,14 +24,18 @@ class EngineConfig:
     too. The higher, the less memory."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
-    on a GPU and fp32 on a CPU."""
+    on a GPU and fp32 on a CPU; a resumed run keeps its own."""
+    threads: int | None = None
+    """Threads that compute on each process's CPU. If not given its share of the cores, and in a resumed run what it had, for
+    another number rounds otherwise."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
     C++ compiler."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """What the compiler strives for, as torch.compile has it; the two others take longer to compile."""
     compile_cache: str | None = None
-    """Folder of what was compiled, for runs to share; compiled/ in the run folder if not given."""
+    """Folder of what was compiled, for runs to share: yours, and writable by nobody else, for what is in it is run. If not
+    given, compiled/ in Sluice's cache."""
     compression: Compression = "none"
     """What DDP sends of the gradients: bf16 and fp16 half the bytes, powersgd (Vogels et al. 2019) two thin factors of each
     weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
@@ -40,6 +44,10 @@ class EngineConfig:
     fit_memory: bool = False
     """Cut micro-batches into the fewest pieces that memory holds, as a trial before the first update shows. Batch
     normalisation then sees one piece at a time. For ddp."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"engine.threads: {self.threads} is not positive; leave it out to use the cores there are")
 
 
 def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:

@@ -21,6 +21,14 @@ class Autocast:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
+def processor(device: torch.device) -> str:
+    """What computes, as far as it decides how sums round: the GPU, or the CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{amx}"
+
+
 def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
     """What `auto` means here: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
 

@@ -489,7 +489,7 @@ def test_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
 # ---- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def same(saved: str) -> str | None:
+def same(saved: str) -> tuple[str, str] | None:
     return None
 
 
@@ -523,10 +523,9 @@ def test_an_empty_folder_may_be_a_run(tmp_path: Path) -> None:
 def test_other_options_are_refused(tmp_path: Path) -> None:
     record_run(tmp_path, "old\n")
     with pytest.raises(UserError) as error:
-        check_run(tmp_path, lambda saved: f"optim.lr was {saved.strip()}, now 1.0")
+        check_run(tmp_path, lambda saved: (f"optim.lr was {saved.strip()}, now 1.0", "repeat them to resume"))
     assert str(error.value) == (
-        f"run.dir: {tmp_path} was started with other options (optim.lr was old, now 1.0); "
-        "repeat them to resume, or give another --run.dir"
+        f"run.dir: {tmp_path} was started with other options (optim.lr was old, now 1.0); repeat them to resume"
     )
     assert tree(tmp_path) == {"config.yaml": b"old\n"}
 
@@ -559,7 +558,7 @@ def start(run: Path, config: str) -> int:
         code = 1
         try:
             with claim_run(run):
-                check_run(run, lambda saved: None if saved == config else "optim.lr was another")
+                check_run(run, lambda saved: None if saved == config else ("optim.lr was another", "give another"))
                 record_run(run, config)
                 time.sleep(0.05)
             code = 0

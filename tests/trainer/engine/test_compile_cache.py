@@ -1,0 +1,69 @@
+"""What torch.compile keeps is code that the next start runs: only from a folder of one's own, and only if it is whole."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import UserError
+from tests.support.runs import SOLO
+from trainer.engine.compile_cache import VARIABLE, drop_damaged, keep_compiled
+from trainer.engine.config import EngineConfig
+
+
+@pytest.fixture(autouse=True)
+def variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "as it was")
+
+
+def test_nothing_is_made_where_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    for compile in ("off", "auto"):
+        keep_compiled(EngineConfig(compile=compile), SOLO)
+    assert os.environ[VARIABLE] == "as it was" and not (tmp_path / "cache").exists()
+
+
+def test_it_lies_in_a_folder_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    keep_compiled(EngineConfig(compile="on"), SOLO)
+    folder = Path(os.environ[VARIABLE])
+    assert folder == tmp_path / "cache/compiled" and folder.stat().st_mode & 0o777 == 0o700
+    keep_compiled(EngineConfig(compile="on", compile_cache=str(tmp_path / "shared")), SOLO)
+    assert os.environ[VARIABLE] == str(tmp_path / "shared")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
+def test_a_folder_that_others_write_to_is_refused(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path))
+    for folder, option in ((tmp_path / "shared", "engine.compile_cache"), (tmp_path / "compiled", "cache")):
+        folder.mkdir()
+        folder.chmod(mode)
+        given = str(folder) if option == "engine.compile_cache" else None
+        with pytest.raises(UserError, match=f"{option}: others may write to {folder}, and what lies there is run"):
+            keep_compiled(EngineConfig(compile="on", compile_cache=given), SOLO)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to somebody else takes root")
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 12345, -1)
+    with pytest.raises(UserError, match=f"engine.compile_cache: others may write to {folder}"):
+        keep_compiled(EngineConfig(compile="on", compile_cache=str(folder)), SOLO)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="it takes a compiler")
+def test_libraries_cut_short_are_dropped(tmp_path: Path) -> None:
+    """Wherever a kill or a full disk has cut them."""
+    whole = tmp_path / "whole.so"
+    source = tmp_path / "source.cpp"
+    source.write_text('extern "C" int f() { return 3; }')
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", whole, source], check=True)
+    content = whole.read_bytes()
+    for length in (0, 10, 64, len(content) // 2, len(content) - 1):
+        (tmp_path / "ab").mkdir(exist_ok=True)
+        (tmp_path / "ab" / f"{length}.so").write_bytes(content[:length])
+    drop_damaged(tmp_path)
+    assert [file.name for file in tmp_path.rglob("*.so")] == ["whole.so"]

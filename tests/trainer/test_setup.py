@@ -1,0 +1,135 @@
+"""How a run is begun and gone on with, in this process: small networks' first steps, of one rank."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.common.errors import UserError
+from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
+from trainer.checkpoint.store import Progress, Store
+from trainer.config import load
+from trainer.loop import fit
+from trainer.optim.optimizer import lr_at
+from trainer.resilience.signals import StopFlag
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(base: Path, run: Path, **options: str) -> Progress:
+    """Of five steps an epoch, one epoch if not said otherwise."""
+    settings = settings_of(base, run, epochs=1) | {name.replace("__", "."): value for name, value in options.items()}
+    return fit(load(dotted(settings)), SOLO, StopFlag())
+
+
+def weights(run: Path) -> tuple[bytes, bytes]:
+    files = checkpoint(run)
+    return files["model.safetensors"], files["training.pt"]
+
+
+def test_a_resumed_run_keeps_its_threads(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They decide how sums round: with others some bits would differ."""
+    whole, run, other = tmp_path / "whole", tmp_path / "run", tmp_path / "other"
+    torch.set_num_threads(2)
+    train(base, whole)
+    train(base, run, run__max_steps="2")
+    shutil.copytree(run, other)
+    torch.set_num_threads(1)
+    capsys.readouterr()
+    train(base, run)
+    said = capsys.readouterr().out
+    assert (
+        "keeps 2 threads a process, for the same bits as before; there are cores for 1, which --engine.threads 1"
+        in said
+    )
+    assert "will differ" not in said
+    assert torch.get_num_threads() == 1, "what it was before"
+    assert weights(run) == weights(whole)
+
+    train(base, other, engine__threads="1")
+    said = capsys.readouterr().out
+    line = "its bits will differ from those of a run that was not interrupted: threads was 2, now 1\n"
+    assert line in said and "keeps 2 threads" not in said
+
+
+def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the schedule of all its epochs, and exactly, if it is interrupted in them."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(base, run)
+    said = capsys.readouterr().out
+    file = run / "checkpoints/best/model.safetensors"
+    assert said.splitlines()[-1].startswith("trained 1 epochs: best val top-1 ") and file.is_file()
+    assert said.endswith(f"%, weights in {file}; next: python -m trainer.report {run}\n")
+    train(base, run)
+    assert (
+        "is finished: best val top-1" in (said := capsys.readouterr().out) and "give --run.extend_to with more" in said
+    )
+    before = tree(run)
+    with pytest.raises(UserError, match=r"run\.epochs was 1, now 2\); to train it on give --run\.extend_to 2, to"):
+        train(base, run, run__epochs="2")
+    assert tree(run) == before
+
+    shutil.copytree(run, whole)
+    assert train(base, whole, run__extend_to="2").finished
+    cfg = load(dotted(settings_of(base, run, epochs=2)))
+    lr = lr_at(5, cfg.optim, 10)
+    said = capsys.readouterr().out
+    assert f"it goes on as a run of 2 epochs would from here: the learning rate is {lr:.3g} now, and ends as" in said
+    assert [row["train/lr"] for row in rows(whole) if row["step"] in (6, 9)] == [lr, lr_at(8, cfg.optim, 10)]
+    assert {row["step"] for row in rows(whole)} == set(range(1, 11))
+
+    assert train(base, run, run__extend_to="2", run__max_steps="7").step == 7
+    assert train(base, run, run__extend_to="2").finished
+    assert weights(run) == weights(whole)
+    with pytest.raises(UserError, match=r"run\.epochs was 2, now 1"):
+        train(base, run)
+
+
+def test_batches_that_would_have_come_in_another_order(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    batches = {"data__batch": "[12,24]", "run__epochs": "2"}
+    train(base, run, **batches)
+    before = tree(run)
+    with pytest.raises(
+        UserError, match=r"run\.extend_to: in 4 epochs data\.batch \[12, 24\] would have come in another"
+    ):
+        train(base, run, **batches, run__extend_to="4")
+    assert tree(run) == before
+
+
+def test_one_value_a_channel_is_refused(base: Path, tmp_path: Path) -> None:
+    """And nothing is begun; one image of more pixels is enough."""
+    with pytest.raises(UserError, match=r"data\.batch: 1 is one image of 32 px for each rank .* give 2 or more"):
+        train(base, tmp_path / "run", data__batch="1", data__size_px="32")
+    assert not (tmp_path / "run").exists()
+    assert train(base, tmp_path / "run", data__batch="1", data__size_px="40", run__max_steps="1").step == 1
+
+
+def test_a_wrong_path_is_told_before_other_options(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(base, run, run__max_steps="1")
+    before = tree(run)
+    with pytest.raises(UserError, match=r"data\.path: .*nowhere"):
+        train(base, run, data__path=str(tmp_path / "nowhere"), optim__lr="0.7")
+    assert tree(run) == before
+
+
+def test_a_run_from_before_its_arithmetic_was_kept(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(base, run, run__max_steps="1")
+    progress = Store(run).progress()
+    assert progress.arithmetic is not None and progress.arithmetic.threads == [1]
+    assert progress.arithmetic.differences(progress.arithmetic) == ""

@@ -1,0 +1,55 @@
+"""Precision and threads of a run: a resumed one keeps them, for they decide how sums round, or says that it does not."""
+
+from dataclasses import replace
+
+import torch
+
+from trainer.checkpoint.store import Arithmetic
+from trainer.distributed import DistContext
+from trainer.engine.config import EngineConfig, Precision
+from trainer.engine.precision import processor, resolve_precision
+
+_ORDER: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # what comes first, every processor computes
+
+
+def choose_arithmetic(
+    cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None
+) -> tuple[EngineConfig, Arithmetic, list[str]]:
+    """What this run computes in, where it was `before`: the options as resolved, what they stand for, lines for the user.
+
+    An option that is given decides. Otherwise a run resumed on CPUs keeps fp32, for bf16 would be slow on some, and at the
+    same number of processes its threads. Collective.
+    """
+    lines = []
+    cfg = replace(cfg, precision=_precision(cfg, ctx, before))
+    threads, cores = _threads(cfg, ctx, before), _gathered(torch.get_num_threads(), ctx)
+    now = Arithmetic(cfg.precision, threads, processor(ctx.device))
+    if before and threads != cores and cfg.threads is None and ctx.device.type == "cpu":
+        lines.append(
+            f"keeps {threads[0]} threads a process, for the same bits as before; there are cores for {cores[0]}, which "
+            f"--engine.threads {cores[0]} uses"
+        )
+    if before and (what := before.differences(now)):
+        lines.append(f"its bits will differ from those of a run that was not interrupted: {what}")
+    return cfg, now, lines
+
+
+def _precision(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> Precision:
+    """The same on all ranks: where their processors differ, what all of them are good at."""
+    own = resolve_precision(cfg.precision, ctx.device)
+    if cfg.precision == "auto" and before and before.precision == "fp32" and ctx.device.type == "cpu":
+        own = "fp32"
+    return _ORDER[min(_gathered(_ORDER.index(own), ctx))]
+
+
+def _threads(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> list[int]:
+    """Those of each rank."""
+    if ctx.device.type != "cpu":
+        return [0] * ctx.world
+    if cfg.threads is None and before and len(before.threads) == ctx.world and min(before.threads) > 0:
+        return before.threads
+    return _gathered(cfg.threads or torch.get_num_threads(), ctx)
+
+
+def _gathered(number: int, ctx: DistContext) -> list[int]:
+    return [int(value) for value in ctx.gather(torch.tensor([number], device=ctx.device)).flatten().tolist()]
