@@ -29,10 +29,10 @@ from trainer.config import Config, load
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.engine.config import Compression
-from trainer.loop import build_engine
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
 from trainer.plan.cli import Cluster, predict
 from trainer.plan.measurements import Bucket, Parts, Step, measure_step, synthetic
+from trainer.setup import build_engine
 
 CLASSES, STEPS = 10, 3
 PAYLOAD = 1448 / 1514  # of an Ethernet frame, the TCP data

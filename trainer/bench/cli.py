@@ -44,8 +44,8 @@ from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
 from trainer.engine.precision import resolve_precision
-from trainer.loop import build_engine, training_loader
 from trainer.plan.allreduce_model import all_reduce_seconds
+from trainer.setup import build_engine, training_loader
 from trainer.tracking.profiler import Trace
 
 ROUNDS, STEPS, SKIPPED = 9, 8, 4  # turns of each part; updates a turn that count; updates before those

@@ -25,8 +25,8 @@ from trainer.distributed import DistContext
 from trainer.engine.config import Compression
 from trainer.engine.gradient_compression import POWERSGD_RANK
 from trainer.engine.precision import resolve_precision
-from trainer.loop import build_engine
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
+from trainer.setup import build_engine
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
 ROUNDS, STEPS = 7, 4  # turns, and updates or batches in each

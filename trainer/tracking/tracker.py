@@ -107,20 +107,33 @@ class Tracker:
         resume_step: int,
         primary: bool,
     ) -> None:
+        self._cfg, self._folder, self._name, self._run_config = cfg, folder, name, run_config
+        self._total_steps, self._epochs, self._primary = total_steps, epochs, primary
+        self._stop = threading.Event()
         self._sinks: dict[str, Sink] = {}
         self._console: Console | None = None
-        self._stop = threading.Event()
-        self._histograms_every = cfg.histograms_every
+        self._open_all(resume_step)
+
+    def reopen(self, resume_step: int) -> None:
+        """Go on as a run resumed at this step does: without the rows behind it. Raises `UserError`."""
+        self.close()
+        self._open_all(resume_step)
+        self._tell(lambda console: console.open())
+
+    def _open_all(self, resume_step: int) -> None:
         self._alarms = Alarms()
-        if not primary:
+        if not self._primary:
             return
+        cfg, folder = self._cfg, self._folder
         on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._console = (BarConsole if on_terminal else Console)(total_steps, epochs, resume_step)
+        self._console = (BarConsole if on_terminal else Console)(self._total_steps, self._epochs, resume_step)
 
         def open_wandb(mode: str) -> Sink:
             from trainer.tracking.wandb_sink import WandbSink  # here, for its import takes up to two seconds
 
-            return WandbSink(mode, cfg.project, cfg.entity, folder, name, run_config, self.note, self._stop.set)
+            return WandbSink(
+                mode, cfg.project, cfg.entity, folder, self._name, self._run_config, self.note, self._stop.set
+            )
 
         def open_tensorboard(folder: Path, resume_step: int) -> Sink:
             from trainer.tracking.tensorboard_sink import TensorBoard
@@ -158,7 +171,7 @@ class Tracker:
 
     def weights(self, parameters: Iterable[tuple[str, "Tensor"]], step: int, epoch: int) -> None:
         """Histogram and norm of each parameter, if they are due at the end of `epoch`, counted from 1, and shown anywhere."""
-        if self._pictures and self._histograms_every and epoch % self._histograms_every == 0:
+        if self._pictures and self._cfg.histograms_every and epoch % self._cfg.histograms_every == 0:
             from trainer.tracking.model_summary import distributions
 
             found = distributions(parameters)

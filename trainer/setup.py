@@ -1,0 +1,340 @@
+"""Build a run or resume the one that is there: check it, claim its folder, open what it consists of."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from data_pipeline.loader import Loader
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.torchvision_sets import NAMED
+from data_pipeline.summary import refuse_single_class, summary
+from trainer.checkpoint.async_writer import Saver, check_room
+from trainer.checkpoint.files import read_metadata
+from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
+from trainer.config import Config, first_difference, to_yaml
+from trainer.distributed import DistContext
+from trainer.engine.arithmetic import choose_arithmetic
+from trainer.engine.base import Engine
+from trainer.engine.checkpoint_size import checkpoint_bytes
+from trainer.engine.compilation import check_device
+from trainer.engine.compile_cache import keep_compiled
+from trainer.engine.config import EngineConfig
+from trainer.engine.ddp import DdpEngine
+from trainer.model.normalize import Normalise
+from trainer.model.pretrained import load_weights_to_start
+from trainer.model.resnet import ResNet, build_resnet, freeze
+from trainer.model.whitening import whiten_stem
+from trainer.optim.optimizer import lr_at
+from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
+from trainer.resilience.watchdog import Watchdog
+from trainer.session import Session
+from trainer.tracking.model_summary import Layer, layers
+from trainer.tracking.profiler import Trace
+from trainer.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may begin or go on, its folder claimed."""
+
+    cfg: Config
+    engine: EngineConfig
+    """As resolved: see `choose_arithmetic`."""
+    ctx: DistContext
+    train: Loader
+    val: Loader
+    store: Store
+    newest: Path | None
+    """The checkpoint to go on from; None at the very beginning."""
+    progress: Progress
+    lines: list[str]
+    """For the user, of what a resumed run computes in."""
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether all epochs are trained, or `run.max_steps` is reached."""
+        return self.progress.finished or self.progress.step >= (self.cfg.run.max_steps or math.inf)
+
+
+@contextmanager
+def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
+    """Check a run, claim its folder and record its options there, in this order: who is refused has changed nothing.
+
+    Where nothing is left to train nothing is recorded. Collective. Raises `UserError`, on every rank.
+    """
+    # What can be told at once: to read the images may take minutes.
+    check = partial(check_run, cfg.folder, partial(first_difference, cfg=cfg))
+    if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED)):
+        ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it says so, before anything about options
+    ctx.run_on_rank0(check)
+    check_device(cfg.engine, ctx.device)
+    train, val = ctx.raise_together(lambda: _open_data(cfg, ctx))
+    classes = len(train.catalog.classes)
+    store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
+
+    with ExitStack() as held:
+        # From here on nobody else writes to the folder, so it is looked at anew.
+        ctx.run_on_rank0(lambda: held.enter_context(claim_run(cfg.folder)))
+        ctx.run_on_rank0(check)
+        found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
+        newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
+        progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # it may have been extended
+        start = Start(cfg, cfg.engine, ctx, train, val, store, newest, progress, [])
+        if start.nothing_left:
+            yield start
+            return
+
+        # What would go wrong later.
+        _check_extension(cfg, train, progress)
+        _check_batches(cfg, classes, ctx)
+        for loader in (train, val):
+            limit_bad(loader)
+        ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
+        keep_compiled(cfg.engine, ctx)
+
+        # The same precision and threads as before, while this run trains.
+        engine, arithmetic, lines = choose_arithmetic(cfg.engine, ctx, progress.arithmetic)
+        held.callback(torch.set_num_threads, torch.get_num_threads())
+        if ctx.device.type == "cpu":
+            torch.set_num_threads(arithmetic.threads[ctx.rank])
+
+        ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
+        ctx.run_on_rank0(store.prepare)
+        yield replace(start, engine=engine, progress=replace(progress, arithmetic=arithmetic), lines=lines)
+
+
+@contextmanager
+def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
+    """What a run consists of, at work. `opened` is called when all is there, before the console speaks. Collective."""
+    cfg, ctx, catalog, progress = start.cfg, start.ctx, start.train.catalog, start.progress
+
+    # Weights: fresh, somebody else's, or those of the checkpoint.
+    model, started = fresh_model(cfg, len(catalog.classes)), None
+    if cfg.model.weights and not start.newest:
+        started = load_weights_to_start(model, cfg.model, catalog.classes, ctx)
+    if cfg.model.whiten and not start.newest:
+        first_px = cfg.data.size_at(0, cfg.run.epochs)
+        ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
+    engine = engine_for(replace(cfg, engine=start.engine), model, ctx)
+    if start.newest:
+        engine.load(start.newest)
+    metadata = {
+        "model": cfg.model.name,
+        "classes": json.dumps(catalog.classes),
+        "data": catalog.fingerprint(),
+    }
+    engine.capture_state(metadata)  # thrown away: it gets the memory for copies, which training would wait for
+
+    # Where it tells of itself, and what it tells first.
+    total_steps = sum(start.train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
+    tracker = ctx.raise_together(
+        lambda: Tracker(
+            cfg.tracking,
+            cfg.folder,
+            name=cfg.name,
+            run_config=asdict(cfg),
+            total_steps=total_steps,
+            epochs=cfg.run.epochs,
+            resume_step=progress.step,
+            primary=ctx.primary,
+        )
+    )
+    for line in _first_lines(start, started, total_steps):
+        tracker.note(line)
+    if not progress.step:
+        tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
+
+    saver = Saver(start.store, ctx, progress, tracker.note)
+    trace = Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step)
+    watchdog = Watchdog(cfg.run.stall_s, cfg.folder / "stacks", ctx, partial(tracker.alert, "stalled"))
+    session = Session(
+        cfg,
+        ctx,
+        start.train,
+        start.val,
+        start.store,
+        engine,
+        tracker,
+        saver,
+        trace,
+        progress,
+        metadata,
+        total_steps,
+        scaled=start.engine.precision == "fp16",
+    )
+    opened()
+    with tracker, trace, saver, watchdog:
+        yield session
+
+
+def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterator[str]:
+    """What the user is told before the first step; `weights`: what became of those that the run starts from."""
+    cfg, step = start.cfg, start.progress.step
+    for checkpoint, why in start.store.passed_over.items():
+        yield f"passed over {checkpoint}: {why}"
+    yield from summary(cfg.data, start.train.catalog, start.val.catalog)
+    for catalog in (start.train.catalog, start.val.catalog):
+        for path, why in catalog.bad.items():
+            yield f"left out {catalog.root / path}: {why}"
+    if weights:
+        yield weights
+    if start.newest:
+        yield f"resuming {cfg.folder} at step {step} of {total_steps}"
+        yield from start.lines
+        if cfg.run.extend_to is not None:
+            yield (
+                f"it goes on as a run of {cfg.run.epochs} epochs would from here: the learning rate is "
+                f"{lr_at(step, cfg.optim, total_steps):.3g} now, and ends as the schedule of all of them does"
+            )
+
+
+def step_back(session: Session, found: NonFinite) -> None:
+    """Resume anew from the last checkpoint, past the step that went wrong, or end the run. Collective. Raises `UserError`."""
+    remedy = "lower optim.lr, set optim.clip_norm, or engine.precision to fp32"
+    tracker, ctx, store = session.tracker, session.ctx, session.store
+    tracker.alert("bad update", str(found))
+    if session.cfg.run.on_nonfinite == "stop":
+        raise UserError(f"{found}; {remedy}, or pass over such updates by run.on_nonfinite back") from None
+    session.wait_for_checkpoint()
+    newest = ctx.raise_together(lambda: store.newest() if ctx.primary else None)
+    newest, progress = ctx.broadcast_from_rank0(lambda: (newest, read_progress(newest) if newest else Progress()))
+    trained = progress.step - sum(step <= progress.step for step in progress.skipped)
+    session.steps_back[trained] += 1
+    if newest is None:
+        raise UserError(f"{found}, and there is no checkpoint to step back to; {remedy}") from None
+    if session.steps_back[trained] > STEPS_BACK:
+        raise UserError(f"{found}, and {STEPS_BACK} steps back have not helped; {remedy}") from None
+    session.engine.load(newest)
+    session.resume(
+        replace(
+            progress,
+            skipped=sorted({*session.progress.skipped, found.step}),
+            arithmetic=session.progress.arithmetic,
+            finished=False,
+        )
+    )
+    ctx.raise_together(lambda: tracker.reopen(progress.step))  # without the rows of what is undone
+    tracker.note(f"back to step {progress.step}, and on past the images of step {found.step}")
+
+
+def nothing_left(start: Start) -> str:
+    """Why a run has nothing to train, and what one may do, in a line."""
+    cfg, best = start.cfg, f"best val top-1 {start.progress.best_top1_pct:.2f} %"
+    if start.progress.finished:
+        return (
+            f"{cfg.folder} is finished: {best}; to train it on give --run.extend_to with more than {cfg.run.epochs} "
+            "epochs, to train anew another --run.name"
+        )
+    return f"{cfg.folder} has reached run.max_steps {cfg.run.max_steps}: {best}; to go on give more, or leave it out"
+
+
+def _check_extension(cfg: Config, train: Loader, progress: Progress) -> None:
+    """Raise `UserError` where the steps so far are not those that a run of all these epochs would have made."""
+    if cfg.run.extend_to is None:
+        return
+    epoch, seen = progress.cursor.epoch, progress.cursor.seen
+    steps = sum(map(train.steps_per_epoch, range(epoch))) + -(-seen // cfg.data.batch_at(epoch, cfg.run.epochs))
+    require(
+        progress.step == steps,
+        f"run.extend_to: in {cfg.run.epochs} epochs data.batch {cfg.data.batch} would have come in another order; to go on "
+        f"from its weights as a run of its own: --model.weights {cfg.folder} --run.name NEW",
+    )
+
+
+def _check_batches(cfg: Config, classes: int, ctx: DistContext) -> None:
+    """Raise `UserError` where batch norm would see one value a channel, of which there is no variance."""
+    shares = ctx.world * cfg.optim.accumulate
+    if cfg.engine.sync_bn and ctx.world > 1:
+        return  # it sees the images of all ranks
+    for epoch in range(cfg.run.epochs):
+        batch, size_px = cfg.data.batch_at(epoch, cfg.run.epochs), cfg.data.size_at(epoch, cfg.run.epochs)
+        if batch == shares:
+            with torch.device("meta"):
+                model = fresh_model(cfg, classes).train()
+            try:
+                model(torch.empty(1, 3, size_px, size_px, device="meta"))
+            except ValueError:
+                raise UserError(
+                    f"data.batch: {batch} is one image of {size_px} px for each rank and micro-batch, of which batch norm "
+                    f"cannot tell a variance; give {2 * shares} or more"
+                ) from None
+
+
+def build_engine(cfg: Config, classes: int, ctx: DistContext) -> Engine:
+    """A network with freshly drawn weights, the same on all ranks, and what trains it. Collective."""
+    return engine_for(cfg, fresh_model(cfg, classes), ctx)
+
+
+def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
+    """What reads the training and the validation images."""
+    train = open_catalog(cfg.data, "train")
+    refuse_single_class(train)
+    val = open_catalog(cfg.data, "val", train.classes)
+    return training_loader(cfg, train, ctx), Loader(val, cfg.data, ctx, training=False)
+
+
+def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
+    """What reads the images that a run trains on. Raises `UserError`."""
+    return Loader(
+        catalog,
+        cfg.data,
+        ctx,
+        training=True,
+        seed=cfg.run.seed,
+        epochs=cfg.run.epochs,
+        accumulate=cfg.optim.accumulate,
+    )
+
+
+def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> None:
+    """Raise `UserError` where the disk has no room for the run's checkpoints."""
+    with torch.device("meta"):
+        model = fresh_model(cfg, classes)
+    size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, ctx.world)
+    check_room(store, size, cfg.run.epochs)
+
+
+def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from, if there is one, and how far it had come."""
+    newest = store.newest()
+    if newest and read_metadata(newest).get("data") != train.fingerprint():
+        divided = ", or was divided into training and validation otherwise" if train.taken.divided_from else ""
+        raise UserError(
+            f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started{divided}; "
+            "restore them, or give another --run.dir"
+        )
+    return newest, read_progress(newest) if newest else Progress()
+
+
+def fresh_model(cfg: Config, classes: int) -> ResNet:
+    """A network with freshly drawn weights, the same on all ranks, of which all is frozen that is never trained."""
+    torch.manual_seed(cfg.run.seed)
+    model = build_resnet(cfg.model, classes)
+    freeze(model, cfg.model, epoch=cfg.run.epochs)
+    return model
+
+
+def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
+    """What trains `model`. Collective."""
+    normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
+    if cfg.engine.name == "deepspeed":
+        from trainer.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, ctx)
+    return DdpEngine(model, normalise, cfg.engine, cfg.optim, ctx)
+
+
+def network_layers(cfg: Config, classes: int) -> list[Layer]:
+    """The layers of the run's network as dashboards show them, for one image. Touches no weights and draws nothing."""
+    with torch.device("meta"):
+        size_px = max(cfg.data.sizes_px)
+        return layers(build_resnet(cfg.model, classes), torch.empty(1, 3, size_px, size_px))
