@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,20 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who reads has seen enough
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        _flush()
     sys.exit(0)
+
+
+def _flush() -> None:
+    """Write out what was printed; where nobody reads it, the interpreter shall not complain of it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
