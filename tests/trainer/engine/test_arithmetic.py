@@ -1,0 +1,51 @@
+"""A resumed run computes as it did before, or says that it does not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.runs import SOLO
+from trainer.checkpoint.store import Arithmetic
+from trainer.engine.arithmetic import choose_arithmetic
+from trainer.engine.config import EngineConfig, Precision
+
+BEFORE = Arithmetic("fp32", [1], "AVX2")
+DIFFER = "its bits will differ from those of a run that was not interrupted: "
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one thread, good at bf16."""
+    monkeypatch.setattr("trainer.engine.arithmetic.processor", lambda device: "AVX2")
+    good_at(monkeypatch, "bf16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def good_at(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
+    monkeypatch.setattr(
+        "trainer.engine.arithmetic.resolve_precision", lambda wanted, device: precision if wanted == "auto" else wanted
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "precision", "lines"),
+    [
+        (EngineConfig(), None, "bf16", []),
+        (EngineConfig(), BEFORE, "fp32", []),
+        (EngineConfig(precision="bf16"), BEFORE, "bf16", [DIFFER + "precision was fp32, now bf16"]),
+        (EngineConfig(), replace(BEFORE, processor="AVX512"), "fp32", [DIFFER + "processor was AVX512, now AVX2"]),
+        (EngineConfig(), replace(BEFORE, threads=[1, 1]), "fp32", [DIFFER + "it had 2 processes, now 1"]),
+        (EngineConfig(threads=3), BEFORE, "fp32", [DIFFER + "threads was 1, now 3"]),
+    ],
+)
+def test_what_is_kept(options: EngineConfig, before: Arithmetic | None, precision: str, lines: list[str]) -> None:
+    engine, now, told = choose_arithmetic(options, SOLO, before)
+    assert engine.precision == now.precision == precision
+    assert (now.threads, now.processor, told) == ([options.threads or 1], "AVX2", lines)
+
+
+def test_a_precision_that_is_slow_here_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    good_at(monkeypatch, "fp32")
+    engine, _, told = choose_arithmetic(EngineConfig(), SOLO, replace(BEFORE, precision="bf16"))
+    assert engine.precision == "fp32" and told == [DIFFER + "precision was bf16, now fp32"]
