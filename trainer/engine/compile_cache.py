@@ -5,6 +5,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from data_pipeline.common.atomic_io import why_untrusted
 from data_pipeline.common.errors import UserError
 from data_pipeline.sources.builtin import cache_root
 from trainer.distributed import DistContext
@@ -38,12 +39,15 @@ def _cache(cfg: EngineConfig) -> Path:
                 f"engine.compile_cache: {cfg.compile_cache} cannot be made; give a folder that you may write to"
             ) from None
         return Path(tempfile.mkdtemp(prefix="sluice-compiled-"))  # without a place of its own, for this time alone
-    about = folder.stat()
-    if about.st_uid not in (os.geteuid(), 0) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    root = 0
+    untrusted = why_untrusted(folder, root)
+    if not untrusted and folder.stat().st_mode & stat.S_IWGRP:
+        untrusted = f"its group may write to {folder}"
+    if untrusted:
         option = "engine.compile_cache" if cfg.compile_cache else "cache"
         raise UserError(
-            f"{option}: others may write to {folder}, and what lies there is run; take it over and chmod go-w, or "
-            "give another --engine.compile_cache"
+            f"{option}: {untrusted}, and what lies there is run; take it over and chmod go-w, or give another "
+            "--engine.compile_cache"
         )
     return folder
 
