@@ -1,5 +1,6 @@
 """Commands print what they can, to whoever is there, and never die of it."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +44,13 @@ def test_no_print_fails(redirection: str, tmp_path: Path) -> None:
         assert ended.stdout.startswith("a cat is \\u732b, 0\n")
 
 
-@pytest.mark.parametrize(
-    ("program", "code"), [("print('a\\n' * 100_000)", 141), ("raise SystemExit(print('a\\n'))", 0)]
-)
-def test_who_reads_a_command_may_leave(program: str, code: int) -> None:
+@pytest.mark.parametrize("program", ["print('a\\n' * 100_000)", "raise SystemExit(print('a'))"])
+def test_who_reads_a_command_may_leave(program: str) -> None:
     """Without a word on stderr, not even at the interpreter's end."""
     main = f"from data_pipeline.common.entry_point import run_command\ndef main(): {program}\nrun_command(main)"
     command = ["bash", "-c", '"$0" -c "$1" | true; exit ${PIPESTATUS[0]}', sys.executable, main]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert (ended.returncode, ended.stderr) == (code, "")
+    assert ended.returncode in (0, 128 + signal.SIGPIPE) and ended.stderr == ""
 
 
 def test_a_mistake_that_nobody_reads() -> None:

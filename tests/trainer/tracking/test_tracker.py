@@ -308,8 +308,8 @@ def test_rows_that_are_lost_are_told(folder: Path, capsys: pytest.CaptureFixture
     with open_tracker(folder, TENSORBOARD) as tracker:
         log_steps(tracker, range(3))
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "metrics.jsonl: No space left on device; its rows wait in memory until they can be written"
-    assert told[1].startswith("tensorboard: File exists; its rows wait")
+    assert told[0] == "tensorboard: File exists; its rows wait in memory until they can be written"
+    assert told[1].startswith("metrics.jsonl: No space left on device; its rows wait")
     assert re.fullmatch(r"metrics.jsonl: \d+ bytes could not be written and are lost", told[-2])
     assert re.fullmatch(r"tensorboard: \d+ bytes could not be written and are lost", told[-1])
 
@@ -428,13 +428,13 @@ def test_reader_of_the_console_may_leave(folder: Path) -> None:
 
 def script(folder: Path, program: str) -> list[str]:
     """A command that runs `program` with a `tracker` for the folder, in a process of its own."""
-    head = "import os, pathlib, sys, test_tracker; from test_tracker import *"
+    head = "import os, pathlib, sys; from tests.trainer.tracking.test_tracker import *"
     body = f"with open_tracker(pathlib.Path({str(folder)!r}), OFF) as tracker:\n    {program}\n"
     return [sys.executable, "-c", f"{head}\n{body}"]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 EPOCH = {
