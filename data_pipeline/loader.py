@@ -1,49 +1,37 @@
 """One rank's share of a split as batches in device memory, from any position, the same at any number of ranks.
 
-An epoch is cut into updates of `cfg.batch` images, an update into micro-batches, a micro-batch dealt out to the ranks
-image by image. Which image stands where, and how it is cropped, follows from its position alone (see `draws`), so
-continuing is computing, not replaying.
+Which images a rank reads follows from their positions in the order of an epoch (see `sharding`), and how each is cropped
+and changed from its position alone (see `sampling`), so continuing is computing, not replaying. On its way a batch is read
+from storage by background threads (see `read_ahead`), decoded and augmented by DALI (see `dali.graph`), and mixed on the
+device (see `mixing`).
 """
 
-import io
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline
-from PIL import Image
 
-from data_pipeline import coverage, sampling
-from data_pipeline import mixing as mix
-from data_pipeline.common.errors import UserError
+from data_pipeline import coverage, mixing, sampling
 from data_pipeline.config import DataConfig
-from data_pipeline.dali import augment, graph
-from data_pipeline.sources.catalog import Catalog
-from data_pipeline.sources.image_headers import BadImage, Size, inspect
-
-IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
-
-_READERS = 8  # threads at most that read from storage, each a batch, ahead of DALI
-_PATIENCE_S = 30.0  # that storage may take for a batch before its files are named
-
-
-class RankInfo(Protocol):
-    """Where a loader works; `trainer.distributed.DistContext` is one."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def cores(self) -> int: ...
+from data_pipeline.dali import graph
+from data_pipeline.host_batch import IGNORE_LABEL, Fetcher, HostBatch
+from data_pipeline.read_ahead import ReadAhead
+from data_pipeline.sharding import (
+    BatchSharding,
+    MicroBatch,
+    RankInfo,
+    check_batch,
+    micro_batches,
+    positions_of_rank,
+    shard_batch,
+    steps_per_epoch,
+)
+from data_pipeline.sources.catalog import Catalog, open_catalog
 
 
 @dataclass(frozen=True)
@@ -65,45 +53,10 @@ class Batch(NamedTuple):
     """[B] int64 on the CPU: row in the catalog."""
     num_real: int
     total: int
-    """Samples in the whole update, over its micro-batches and all ranks: what a mean loss is divided by."""
+    """Samples in the whole optimizer step, over its micro-batches and all ranks: what a mean loss is divided by."""
     targets: torch.Tensor | None = None
     """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
     `ids` the image that the row began with."""
-
-
-_Inputs = tuple[list[NDArray[Any]] | NDArray[Any], ...]
-
-
-class _MicroBatch(NamedTuple):
-    """Positions of one micro-batch: from `start`, in the update of positions `update` to `end`."""
-
-    epoch: int
-    start: int
-    update: int
-    end: int
-
-
-class _Deal(NamedTuple):
-    """How the images of an update are dealt out."""
-
-    rows: int
-    """Images of one rank in one micro-batch."""
-    update: int
-    """Images of all ranks and micro-batches."""
-    places: NDArray[np.int64]
-    """[rows] where those of this rank stand in a micro-batch: the ranks take turns, with one image or with a pair's two."""
-
-
-class HostBatch(NamedTuple):
-    """One micro-batch on its way through DALI."""
-
-    inputs: _Inputs
-    labels: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    num_real: int
-    total: int
-    update: int
-    cursor: Cursor
 
 
 class Loader:
@@ -112,61 +65,64 @@ class Loader:
     Training reads every sample once an epoch in a fresh order. Validation (`training=False`) reads the catalog in its
     own order with a centre crop. Where the images run out, batches are filled up with repeated rows that do not count,
     so that all ranks take the same number of steps and all shapes stay the same.
+
+    Without a `catalog` it is that of `cfg.path`. `epochs` is the length of the run, over which `cfg.size_px` and
+    `cfg.batch` may change. Raises `UserError` for options that do not fit the data, the device or the ranks.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
         cfg: DataConfig,
-        rank_info: RankInfo,
+        catalog: Catalog | None = None,
+        rank_info: RankInfo | None = None,
         *,
-        training: bool,
+        training: bool = True,
         seed: int = 0,
         epochs: int = 1,
         accumulate: int = 1,
     ) -> None:
-        graph.check_decode(cfg, on_gpu=rank_info.device.type == "cuda")
-        self.catalog, self.cfg, self.rank_info = catalog, cfg, rank_info
+        self.cfg, self.rank_info = cfg, rank_info or RankInfo()
+        graph.check_decode(cfg, on_gpu=self.rank_info.device.type == "cuda")
+        self.catalog = open_catalog(cfg, "train" if training else "val") if catalog is None else catalog
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
-        self._mixes = training and cfg.augment.mixes
-        self._deals = {batch: self._deal_out(batch) for batch in cfg.batches}
-        self._deal = self._deal_of(0)
         self.cursor = Cursor()
-        self._bad: dict[str, str] = {}
-        self._bad_of_epoch: set[int] = set()
-        self._told = 0
-        self._being_read: set[int] = set()
-        self._rotate = training and cfg.augment.rotate_deg > 0
-        self._operators = augment.operators(cfg) if training else []
-        self._pipeline: Pipeline | None = None
-        self._size_px = 0
-        self._pool = ThreadPoolExecutor(_READERS)
-        self._reading = 1  # batches at a time: threads take the interpreter from each other, so no more than needed
+        self._mixes = training and cfg.augment.mixes
+        self._shardings = {batch: self._shard(batch) for batch in cfg.batches}
+        self._reader = ReadAhead(self.catalog, self.rank_info.rank)
+        self._fetcher = Fetcher(self.catalog, cfg, self._reader.read, training=training, seed=seed)
         self._orders: dict[int, Future[NDArray[np.int64]]] = {}
         self._sample_hashes: Future[NDArray[np.int64]] | None = None
-        self._read_of_epoch: list[NDArray[np.int64]] = []
-        self._started = Cursor()
-        self._ahead: Iterator[HostBatch] = iter(())
-        self._in_flight: deque[HostBatch] = deque()
+        self._bad: dict[str, str] = {}
+        self._told = 0
+        self._epoch: _Epoch | None = None
+        self._idle: graph.ImagePipeline | None = None  # of the last epoch that was read to its end
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Optimizer steps of a whole epoch; for validation, batches."""
-        return -(-len(self.catalog) // self._deal_of(epoch).update)
+        return steps_per_epoch(self._sharding_of(epoch), len(self.catalog))
 
     def seek(self, cursor: Cursor) -> None:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
         self.cursor = cursor
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the cursor to the end of its epoch. The cursor stands behind the step handed out last.
+
+        As it has one cursor, a loader has one iteration: where another begins, the one before it raises RuntimeError.
+        """
+        if self._epoch:
+            self._epoch.end()
+        self._epoch = _Epoch(self, self.cursor)
+        return self._epoch
+
     def coverage_sums(self) -> coverage.CoverageSums:
         """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
-        start, hashes = self._started, self._hashes_of_samples().result()
-        order = self._order_of(start.epoch).result()
-        deal = self._deal_of(start.epoch)
-        firsts = np.arange(start.seen, len(order), deal.rows * self.rank_info.world)
-        share = (firsts[:, None] + deal.places).ravel()
-        read = np.concatenate([np.empty(0, np.int64), *self._read_of_epoch])
-        parts = [read, order[share[share < len(order)]], order[start.seen :]]
+        assert self._epoch, "nothing has been read"
+        start, order = self._epoch.start, self._epoch.order
+        hashes = self._hashes_of_samples().result()
+        share = positions_of_rank(self._epoch.sharding, start.seen, len(order))
+        parts = [self._epoch.read_ids(), order[share], order[start.seen :]]
         return np.array([number for ids in parts for number in coverage.checksum(hashes[ids])], np.int64)
 
     @property
@@ -175,7 +131,7 @@ class Loader:
 
         The ranks share an epoch out, so that their sum counts each once; over more epochs they meet each other's.
         """
-        return len(self._bad_of_epoch)
+        return len(self._epoch.bad) if self._epoch else 0
 
     def take_bad(self) -> list[tuple[str, str]]:
         """Path and reason of the files found unreadable since the last call; none is named twice."""
@@ -183,143 +139,23 @@ class Loader:
         self._told += len(new)
         return new
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the cursor to the end of its epoch. The cursor stands behind the update handed out last."""
-        size_px = self.cfg.size_at(self.cursor.epoch, self.epochs) if self.training else self.cfg.validation_px
-        deal = self._deal_of(self.cursor.epoch)
-        kept = self._pipeline if (size_px, deal.rows) == (self._size_px, self._deal.rows) else None
-        pipeline = kept or self._build(self._next_inputs, deal.rows, size_px)
-        # Kept only once this epoch is read to its end: what an abandoned pipeline has in flight cannot be taken back.
-        self._pipeline, self._size_px, self._deal = None, size_px, deal
-        self._in_flight.clear()
-        self._started, self._read_of_epoch, self._bad_of_epoch = self.cursor, [], set()
-        self._ahead = self._read_ahead(self.cursor)
-        device = self.rank_info.device
-        stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
-        while True:
-            try:
-                images = _tensor(*pipeline.run(*stream))
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                if not _damaged(error):
-                    raise
-                images = self._mend(self._in_flight[0], size_px)
-            rows = self._in_flight.popleft()
-            self.cursor = rows.cursor
-            self._read_of_epoch.append(rows.ids[: rows.num_real])
-            labels, targets = torch.from_numpy(rows.labels).to(device, non_blocking=True), None
-            if self._mixes:
-                mixing = mix.draw(self.seed, rows.cursor.epoch, rows.update, self.cfg.augment)
-                images, labels, targets = mix.mix(images, labels, len(self.catalog.classes), mixing)
-            yield Batch(
-                # [B, H, W, 3] seen as [B, 3, H, W]: the same memory, which is what channels-last means.
-                images=images.permute(0, 3, 1, 2),
-                labels=labels,
-                ids=torch.from_numpy(rows.ids),
-                num_real=rows.num_real,
-                total=rows.total,
-                targets=targets,
-            )
-        pipeline.reset()
-        self._pipeline = pipeline
+    def _sharding_of(self, epoch: int) -> BatchSharding:
+        return self._shardings[self.cfg.batch_at(epoch, self.epochs) if self.training else self.cfg.batches[-1]]
 
-    def _deal_of(self, epoch: int) -> _Deal:
-        return self._deals[self.cfg.batch_at(epoch, self.epochs) if self.training else self.cfg.batches[-1]]
-
-    def _deal_out(self, batch: int) -> _Deal:
-        """Share updates of so many images among ranks and micro-batches. Raises `UserError`."""
-        world = self.rank_info.world
-        shares, turn = world * self.micro_batches, 2 if self._mixes else 1
-        if self.training and batch % (shares * turn):
-            how = " in pairs, as mixup and cutmix need" if self._mixes else ""
-            raise UserError(
-                f"data.batch: {batch} images cannot be shared{how} by {world} ranks x {self.micro_batches} micro-batches; "
-                f"choose a multiple of {shares * turn}"
-            )
-        rows = -(-batch // shares)
-        places = np.arange(rows * world).reshape(-1, world, turn)[:, self.rank_info.rank].ravel()
-        return _Deal(rows, rows * shares, places)
-
-    def _build(self, source: Callable[[], _Inputs], batch: int, size_px: int) -> Pipeline:
-        device = self.rank_info.device
-        return graph.build_graph(
-            source,
-            batch=batch,
-            size_px=size_px,
-            rotate=self._rotate,
-            operators=self._operators,
-            gpu=(device.index or 0) if device.type == "cuda" else None,
-            threads=self.cfg.threads or self.rank_info.cores,
-            cfg=self.cfg,
-        )
-
-    def _mend(self, rows: HostBatch, size_px: int) -> torch.Tensor:
-        """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
-        singles = iter([tuple([value] for value in row) for row in zip(*rows.inputs, strict=True)])
-        pipeline = self._build(lambda: next(singles), 1, size_px)
-        images = []
-        for row, sample in enumerate(rows.ids):
-            try:
-                images.append(_tensor(*pipeline.run()))
-            except RuntimeError as error:
-                if not _damaged(error):
-                    raise
-                images.append(torch.zeros(1, size_px, size_px, 3, dtype=torch.uint8, device=self.rank_info.device))
-                rows.labels[row] = IGNORE_LABEL
-                self._note_bad(int(sample), "its image data are damaged")
-        return torch.cat(images)
-
-    def _next_inputs(self) -> _Inputs:
-        """DALI's source. The rows stay in flight, and so their bytes alive, until DALI has handed out the images."""
-        rows = next(self._ahead)  # its StopIteration ends the epoch for DALI too
-        self._in_flight.append(rows)
-        return rows.inputs
-
-    def _read_ahead(self, start: Cursor) -> Iterator[HostBatch]:
-        """This rank's micro-batches from `start` to the end of the epoch, read by a few threads before they are needed."""
-        count, deal = len(self.catalog), self._deal
-        order = self._order_of(start.epoch).result()
-        micro_batches = (
-            _MicroBatch(
-                start.epoch, first + micro * deal.rows * self.rank_info.world, first, min(first + deal.update, count)
-            )
-            for first in range(start.seen, count, deal.update)
-            for micro in range(self.micro_batches)
-        )
-        pending: deque[Future[HostBatch]] = deque()
-        for number, micro_batch in enumerate(micro_batches):
-            pending.append(self._pool.submit(self._fetch, micro_batch, deal, order))
-            if len(pending) > self._reading:
-                if number > 2 * graph.PREFETCH and not pending[0].done():
-                    self._reading = min(self._reading + 1, _READERS)  # storage is slow here
-                yield self._awaited(pending.popleft())
-        # Of a million images both take a while: the training must not wait for them, nor its first batch.
+    def _shard(self, batch: int) -> BatchSharding:
+        rank, world = self.rank_info.rank, self.rank_info.world
         if self.training:
-            self._order_of(start.epoch + 1)
-            self._hashes_of_samples()
-        while pending:
-            yield self._awaited(pending.popleft())
+            check_batch(batch, world, self.micro_batches, pairs=self._mixes)
+        return shard_batch(batch, rank, world, micro_batches=self.micro_batches, pairs=self._mixes)
 
-    def _awaited(self, rows: Future[HostBatch]) -> HostBatch:
-        """The rows, however long they take; what they wait for is said again and again."""
-        waited_s = 0.0
-        while wait([rows], _PATIENCE_S).not_done:
-            waited_s += _PATIENCE_S
-            files = [f"{self.catalog.root}/{self.catalog.paths[sample]}" for sample in list(self._being_read)]
-            print(
-                f"rank {self.rank_info.rank} has waited {waited_s:g} s for {', '.join(files[:3])}"
-                f"{' and others' * (len(files) > 3)}; storage does not answer",
-                file=sys.stderr,
-                flush=True,
-            )
-        return rows.result()
+    def _size_of(self, epoch: int) -> int:
+        return self.cfg.size_at(epoch, self.epochs) if self.training else self.cfg.validation_px
 
     def _order_of(self, epoch: int) -> Future[NDArray[np.int64]]:
         """The order of an epoch, drawn in another thread from the first call on; the one before it is kept."""
         if epoch not in self._orders:
             self._orders = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
-            self._orders[epoch] = self._pool.submit(self._draw_order, epoch)
+            self._orders[epoch] = self._reader.in_background(self._draw_order, epoch)
         return self._orders[epoch]
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
@@ -329,77 +165,125 @@ class Loader:
     def _hashes_of_samples(self) -> Future[NDArray[np.int64]]:
         """The hash of every sample, found in another thread from the first call on."""
         if self._sample_hashes is None:
-            self._sample_hashes = self._pool.submit(coverage.sample_hashes, self.catalog.paths)
+            self._sample_hashes = self._reader.in_background(coverage.sample_hashes, self.catalog.paths)
         return self._sample_hashes
 
-    def _fetch(self, micro: _MicroBatch, deal: _Deal, order: NDArray[np.int64]) -> HostBatch:
-        positions = micro.start + deal.places
-        ids = order[positions % len(order)]
-        labels = np.where(positions < micro.end, self.catalog.labels[ids], IGNORE_LABEL)
-        sizes = np.empty((deal.rows, 2), np.int32)
-        encoded = []
-        for row, sample in enumerate(ids):
-            image = self._read(int(sample))
-            if image is None:
-                labels[row] = IGNORE_LABEL
-            data, sizes[row] = image or _BLANK
-            encoded.append(np.frombuffer(data, np.uint8))
+    def _prepare(self, epoch: int) -> None:
+        """Begin what the end of this epoch and the next one need: of a million images it takes a while."""
         if self.training:
-            u = sampling.uniforms(self.seed, micro.epoch, positions)
-            geometry = sampling.training_geometry(u, sizes, self.cfg.augment)
-        else:
-            geometry = sampling.centre_geometry(sizes, self.cfg.validation_px, self.cfg.eval_crop)
-        inputs = [np.ascontiguousarray(geometry.roi[:, :2]), np.ascontiguousarray(geometry.roi[:, 2:])]
-        if self._rotate:
-            inputs.append(geometry.angle_deg)
-        if self._operators:
-            u = sampling.uniforms(self.seed, micro.epoch, positions, sampling.LOOK)
-            inputs += [operator.draw(u, self._size_px) for operator in self._operators]
-        return HostBatch(
-            inputs=(encoded, *inputs),
-            labels=labels,
-            ids=ids,
-            num_real=int((positions < micro.end).sum()),
-            total=micro.end - micro.update,
-            update=micro.update,
-            cursor=Cursor(micro.epoch, micro.end),
+            self._order_of(epoch + 1)
+            self._hashes_of_samples()
+
+    def _take_pipeline(self, rows: int, size_px: int) -> graph.ImagePipeline:
+        """The pipeline that an epoch left behind, if it fits, or a new one."""
+        idle, self._idle = self._idle, None
+        if idle and idle.shape == (rows, size_px):
+            return idle
+        del idle  # before memory for another one is taken
+        return self._build(rows, size_px)
+
+    def _build(self, rows: int, size_px: int) -> graph.ImagePipeline:
+        return graph.ImagePipeline(
+            batch=rows,
+            size_px=size_px,
+            rotate=self._fetcher.rotates,
+            operators=self._fetcher.operators,
+            device=self.rank_info.device,
+            threads=self.cfg.threads or self.rank_info.cores,
+            cfg=self.cfg,
         )
 
-    def _read(self, sample: int) -> tuple[bytes, Size] | None:
-        """The bytes of a sample and its size, or None where they cannot be decoded; `take_bad` then names it."""
-        self._being_read.add(sample)
+
+class _Epoch(Iterator[Batch]):
+    """The batches of one rank from `start` to the end of its epoch, and all that belongs to reading them."""
+
+    def __init__(self, loader: Loader, start: Cursor) -> None:
+        self._loader, self.start = loader, start
+        self.sharding = loader._sharding_of(start.epoch)
+        self.order = loader._order_of(start.epoch).result()
+        self.bad: set[int] = set()
+        self._size_px = loader._size_of(start.epoch)
+        self._read: list[NDArray[np.int64]] = []
+        self._in_flight: deque[HostBatch] = deque()
+        self._finished = False
+        self._pipeline: graph.ImagePipeline | None = loader._take_pipeline(self.sharding.rows, self._size_px)
+        self._pipeline.feed(self._inputs())
+
+    def __next__(self) -> Batch:
+        if self._finished:
+            raise StopIteration
+        if not self._pipeline:
+            raise RuntimeError("another iteration of this Loader has begun; two at a time need a Loader each")
         try:
-            data = self.catalog.read(sample)
-            return data, inspect(data)
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-        except BadImage as error:
-            why = str(error)
-        finally:
-            self._being_read.discard(sample)
-        self._note_bad(sample, why)
-        return None
+            images = self._pipeline.run()
+        except graph.DamagedImage:
+            images = self._mend(self._in_flight[0])
+        except StopIteration:
+            self._finish()
+            raise
+        host_batch = self._in_flight.popleft()
+        return self._hand_out(images, host_batch)
 
-    def _note_bad(self, sample: int, why: str) -> None:
-        self._bad.setdefault(self.catalog.paths[sample], why)
-        self._bad_of_epoch.add(sample)
+    def end(self) -> None:
+        """Give up what is not read yet; what a pipeline has in flight cannot be taken back, so it goes too."""
+        self._pipeline = None
 
+    def read_ids(self) -> NDArray[np.int64]:
+        """[N] samples of the batches handed out so far, padding left out."""
+        return np.concatenate([np.empty(0, np.int64), *self._read])
 
-def _tensor(output: Any) -> torch.Tensor:
-    """DALI's output as a tensor in the same memory."""
-    return torch.from_dlpack(output.as_tensor())
+    def _finish(self) -> None:
+        assert self._pipeline
+        self._loader._idle = self._pipeline
+        self._finished, self._pipeline = True, None
 
+    def _hand_out(self, images: torch.Tensor, host_batch: HostBatch) -> Batch:
+        """The batch of `images` [B, H, W, 3] uint8, mixed where that is asked for."""
+        loader, micro_batch = self._loader, host_batch.micro_batch
+        loader.cursor = Cursor(self.start.epoch, micro_batch.end)
+        self._read.append(host_batch.real_ids)
+        for sample, why in host_batch.bad.items():
+            self.bad.add(sample)
+            loader._bad.setdefault(loader.catalog.paths[sample], why)
+        labels, targets = torch.from_numpy(host_batch.labels).to(images.device, non_blocking=True), None
+        if loader._mixes:
+            drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
+            images, labels, targets = mixing.mix(images, labels, len(loader.catalog.classes), drawn)
+        return Batch(
+            # [B, H, W, 3] seen as [B, 3, H, W]: the same memory, which is what channels-last means.
+            images=images.permute(0, 3, 1, 2),
+            labels=labels,
+            ids=torch.from_numpy(host_batch.ids),
+            num_real=micro_batch.num_real,
+            total=micro_batch.end - micro_batch.start,
+            targets=targets,
+        )
 
-def _damaged(error: RuntimeError) -> bool:
-    """Whether DALI stumbled over an image, and not over anything else."""
-    return "Failed to decode sample" in str(error)
+    def _inputs(self) -> Iterator[graph.Inputs]:
+        """What DALI is fed. The batches stay in flight, and so their bytes alive, until it has handed out the images."""
 
+        def fetch(micro_batch: MicroBatch) -> HostBatch:
+            return self._loader._fetcher.fetch(micro_batch, self.start.epoch, self.order, self._size_px)
 
-def _blank() -> tuple[bytes, Size]:
-    """A grey image for the row of one that cannot be read."""
-    size, stream = Size(16, 16), io.BytesIO()
-    Image.new("RGB", size, (128, 128, 128)).save(stream, "JPEG")
-    return stream.getvalue(), size
+        for host_batch in self._loader._reader.fetched(fetch, self._micro_batches()):
+            self._in_flight.append(host_batch)
+            yield host_batch.inputs
 
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        yield from micro_batches(self.sharding, self.start.seen, len(self.order))
+        self._loader._prepare(self.start.epoch)  # with the last batch under way, and none kept waiting by it
 
-_BLANK = _blank()
+    def _mend(self, host_batch: HostBatch) -> torch.Tensor:
+        """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
+        pipeline = self._loader._build(1, self._size_px)
+        pipeline.feed(tuple([values[row]] for values in host_batch.inputs) for row in range(self.sharding.rows))
+        images = []
+        for row, sample in enumerate(host_batch.ids.tolist()):
+            try:
+                images.append(pipeline.run())
+            except graph.DamagedImage:
+                shape, device = (1, self._size_px, self._size_px, 3), self._loader.rank_info.device
+                images.append(torch.zeros(shape, dtype=torch.uint8, device=device))
+                host_batch.labels[row] = IGNORE_LABEL
+                host_batch.bad[sample] = "its image data are damaged"
+        return torch.cat(images)

@@ -3,7 +3,6 @@
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,6 @@ from data_pipeline.sources.catalog import Catalog
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """One of `world` ranks, without the process."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = CPU
-    cores: int = 2
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,19 +11,14 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.sharding import RankInfo
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class DistContext:
+class DistContext(RankInfo):
     """This process among the `world` processes of a run."""
-
-    device: torch.device
-    rank: int
-    world: int
-    cores: int
-    """Processor cores that are this process's share of its node."""
 
     @property
     def primary(self) -> bool:

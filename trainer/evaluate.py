@@ -137,7 +137,7 @@ def main() -> None:
     with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
-        loader = Loader(catalog, cfg.data, ctx, training=False)
+        loader = Loader(cfg.data, catalog, ctx, training=False)
         predict = with_mirror(trained.predict) if args.flip else trained.predict
         with progress("evaluating", len(catalog)) as advance:
 

@@ -279,14 +279,14 @@ def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     train = open_catalog(cfg.data, "train")
     refuse_single_class(train)
     val = open_catalog(cfg.data, "val", train.classes)
-    return training_loader(cfg, train, ctx), Loader(val, cfg.data, ctx, training=False)
+    return training_loader(cfg, train, ctx), Loader(cfg.data, val, ctx, training=False)
 
 
 def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
     """What reads the images that a run trains on. Raises `UserError`."""
     return Loader(
-        catalog,
         cfg.data,
+        catalog,
         ctx,
         training=True,
         seed=cfg.run.seed,

@@ -22,6 +22,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from data_pipeline.config import AugmentConfig, DataConfig, require
 from data_pipeline.dali import graph
 from data_pipeline.loader import Cursor, Loader
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
 
 MINUTES = 5.0
@@ -87,7 +88,7 @@ Delivery = Iterator[int]
 
 def _sluice(task: Task) -> Delivery:
     cfg = DataConfig(path=str(task.folder), batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
-    loader = Loader(open_catalog(cfg, "train"), cfg, _Here(task.workers), training=True, epochs=1 << 30)
+    loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(cores=task.workers), training=True, epochs=1 << 30)
     for epoch in range(1 << 30):
         loader.seek(Cursor(epoch))
         for batch in loader:
@@ -196,15 +197,6 @@ CONTESTANTS = {
 
 def _crop(task: Task) -> v2.Transform:
     return v2.RandomResizedCrop(task.size_px, _AREA, _RATIO, antialias=True)
-
-
-class _Here(NamedTuple):
-    """The place of a loader in a single process without a GPU."""
-
-    cores: int
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
 
 
 def copy_sample(cfg: DataConfig, folder: Path, count: int) -> None:

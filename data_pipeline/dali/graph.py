@@ -8,12 +8,16 @@ and resize for a GPU that does the rest.
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, ops, pipeline_def, types
+from nvidia.dali.backend import TensorCPU, TensorListCPU
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
@@ -34,9 +38,85 @@ os.register_at_fork(after_in_child=gc.freeze)
 
 _DEFAULTS = DataConfig()
 
-Source = Callable[[], tuple[Any, ...]]
-"""Returns a batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], for `rotate` angles [] float32, and
-the draws of each operator."""
+Inputs = tuple[Any, ...]
+"""A batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], for `rotate` angles [] float32, and the draws
+of each operator; each as a `TensorListCPU` or whatever else DALI takes for a batch."""
+Source = Callable[[], Inputs]
+
+
+def inputs_of(encoded: list[bytes], *tables: NDArray[Any]) -> Inputs:
+    """Encoded images and arrays [B, ...] as DALI holds them, without a copy.
+
+    Given lists and arrays, DALI would make the same of them in the thread that runs the pipeline, for 7 us an image.
+    """
+    streams = TensorListCPU([TensorCPU(stream) for stream in encoded], contiguous=False)  # type: ignore[call-overload]
+    return (streams, *(TensorListCPU(np.ascontiguousarray(table)) for table in tables))
+
+
+class DamagedImage(Exception):
+    """An image of the batch cannot be decoded."""
+
+
+class ImagePipeline:
+    """A DALI graph that turns the batches of a source into images of one size, a few batches ahead of the caller."""
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        size_px: int,
+        rotate: bool,
+        operators: Sequence[Operator],
+        device: torch.device,
+        threads: int,
+        cfg: DataConfig,
+    ) -> None:
+        self.shape = batch, size_px
+        self._device = device
+        self._feed = _Feed()
+        self._pipeline = build_graph(
+            self._feed.next_inputs,
+            batch=batch,
+            size_px=size_px,
+            rotate=rotate,
+            operators=operators,
+            gpu=(device.index or 0) if device.type == "cuda" else None,
+            threads=threads,
+            cfg=cfg,
+        )
+
+    def feed(self, source: Iterator[Inputs]) -> None:
+        """Let the next images be those of `source`. What the source before gave must have come out, to its end."""
+        self._feed.source = source
+
+    def run(self) -> torch.Tensor:
+        """Images [B, S, S, 3] uint8 in 0..255 of the next batch, in DALI's memory on the device.
+
+        Raises StopIteration behind the last batch, and `DamagedImage` in place of a batch that holds one.
+        """
+        stream = [torch.cuda.current_stream(self._device)] if self._device.type == "cuda" else []
+        try:
+            (images,) = self._pipeline.run(*stream)
+        except StopIteration:
+            self._pipeline.reset()
+            raise
+        except RuntimeError as error:
+            if "Failed to decode sample" in str(error):
+                raise DamagedImage from error
+            raise
+        return torch.from_dlpack(images.as_tensor())
+
+
+class _Feed:
+    """The source of a pipeline, which a following epoch replaces by its own.
+
+    An object beside the pipeline, as a pipeline that is part of a circle of objects is freed late.
+    """
+
+    source: Iterator[Inputs] = iter(())
+
+    def next_inputs(self) -> Inputs:
+        return next(self.source)
 
 
 def build_graph(

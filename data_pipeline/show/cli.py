@@ -22,21 +22,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import AugmentConfig, DataConfig, require
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sampling import order
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.quarantine import printable
 from data_pipeline.summary import print_summary
 
 ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original
 _SMALLEST, _LINE, _GAP = 144, 15, 4  # pixels: side of a cell, height of a line of text, space between cells
-
-
-class _Share(NamedTuple):
-    """The place of a rank that holds but one image of each update, or one pair."""
-
-    rank: int
-    world: int
-    device: torch.device = torch.device("cpu")
-    cores: int = 1
 
 
 class Cell(NamedTuple):
@@ -82,8 +74,8 @@ def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: i
     """
     rows, images = 2 if cfg.augment.mixes else 1, cfg.batch_at(place.epoch, epochs)
     within = place.seen % images
-    share = _Share(within // rows, images // rows)
-    loader = Loader(catalog, replace(cfg, batch=images), share, training=True, seed=seed, epochs=epochs)
+    share = RankInfo(rank=within // rows, world=images // rows, cores=1)
+    loader = Loader(replace(cfg, batch=images), catalog, share, training=True, seed=seed, epochs=epochs)
     loader.seek(Cursor(place.epoch, place.seen - within))
     batch = next(iter(loader))
     row = within % rows

@@ -9,8 +9,9 @@ import pytest
 from data_pipeline.config import AugmentConfig
 from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Cursor, Loader
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from tests.conftest import RankInfo, config, take
+from tests.conftest import config, take
 
 START = Cursor()
 
@@ -26,7 +27,7 @@ def coverage_of(
     rows = []
     for catalog, rank in zip(catalogs, ranks, strict=True):
         cfg = config(folder, batch=12, augment=augment)
-        loader = Loader(catalog, cfg, RankInfo(rank, len(ranks)), training=True, epochs=3)
+        loader = Loader(cfg, catalog, RankInfo(rank=rank, world=len(ranks)), training=True, epochs=3)
         loader.seek(start)
         take(loader)
         rows.append(loader.coverage_sums())
@@ -61,6 +62,6 @@ def test_a_node_with_other_images(catalog: Catalog, folder: Path) -> None:
 
 
 def test_a_rank_that_stops_early(catalog: Catalog, folder: Path) -> None:
-    loader = Loader(catalog, config(folder, batch=12), RankInfo(), training=True)
+    loader = Loader(config(folder, batch=12), catalog, RankInfo(), training=True)
     take(loader, 2)
     assert "rank 0 read 24 images" in (first_fault(loader.coverage_sums()[None]) or "")

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline import loader as loading
+from data_pipeline import read_ahead
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.pack.cli import PackConfig, pack
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
-from tests.conftest import RankInfo, config, in_order, take
+from tests.conftest import config, in_order, take
 from tests.end_to_end.test_faults import mounted
 from tests.support.runs import STEPS, Job, dotted, images, render_images, rows, settings_of
 from trainer.checkpoint.store import Store
@@ -36,7 +37,7 @@ def folders(tmp_path: Path) -> Path:
 
 def opened(root: Path, batch: int = 6) -> Loader:
     cfg = config(root, batch=batch)
-    return Loader(open_catalog(cfg, "train"), cfg, RankInfo(), training=True)
+    return Loader(cfg, open_catalog(cfg, "train"), RankInfo(), training=True)
 
 
 def epoch_of(loader: Loader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +149,7 @@ def test_storage_that_answers_late(
     loader = opened(folders)
     whole = epoch_of(loader)
     _, path = image_of(loader, update)
-    monkeypatch.setattr(loading, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(read_ahead, "_PATIENCE_S", 0.5)
     with held(path) as let_go:
         timer = threading.Timer(1.3, let_go)
         timer.start()
@@ -171,7 +172,7 @@ def test_a_pipe_that_nobody_writes(
     sample, path = image_of(loader, 2)
     path.unlink()
     os.mkfifo(path)
-    monkeypatch.setattr(loading, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(read_ahead, "_PATIENCE_S", 0.3)
     timer = threading.Timer(1, lambda: os.close(os.open(path, os.O_WRONLY)))
     timer.start()
     assert_lost_once(loader, whole, sample, "Illegal seek")
@@ -201,7 +202,7 @@ def test_ranks_together_count_each_bad_image_once(folders: Path) -> None:
     for path in catalog.paths[:2]:
         (catalog.root / path).unlink()
     (catalog.root / catalog.paths[2]).write_bytes(b"no image")
-    ranks = [Loader(catalog, cfg, RankInfo(rank, 2), training=True, epochs=6) for rank in range(2)]
+    ranks = [Loader(cfg, catalog, RankInfo(rank=rank, world=2), training=True, epochs=6) for rank in range(2)]
     for epoch in range(6):
         for loader in ranks:
             loader.seek(Cursor(epoch))

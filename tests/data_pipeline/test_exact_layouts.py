@@ -11,8 +11,9 @@ import torch
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.pack.cli import PackConfig, pack
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
-from tests.conftest import HOSTILE_NAMES, KINDS, RankInfo, picture, take
+from tests.conftest import HOSTILE_NAMES, KINDS, picture, take
 from tests.data_pipeline.dali.test_augment import EVERYTHING
 
 LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack")
@@ -79,7 +80,7 @@ def epoch_of(cfg: DataConfig, world: int, split: str = "train", seen: int = 0) -
     ranks = []
     for rank in range(world):
         catalog = open_catalog(cfg, split)
-        loader = Loader(catalog, cfg, RankInfo(rank, world), training=split == "train", seed=7, epochs=2)
+        loader = Loader(cfg, catalog, RankInfo(rank=rank, world=world), training=split == "train", seed=7, epochs=2)
         loader.seek(Cursor(1, seen))
         ranks.append(take(loader))
     turn = 2 if split == "train" and cfg.augment.mixes else 1  # neighbouring positions that one rank reads

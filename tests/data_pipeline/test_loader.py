@@ -24,8 +24,9 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.dali.graph import images_of
 from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from tests.conftest import KINDS, RankInfo, config, decoded, in_order, picture, take
+from tests.conftest import KINDS, config, decoded, in_order, picture, take
 
 SEED = 1
 ROTATED = AugmentConfig(min_area=0.2, rotate_deg=30)
@@ -36,7 +37,7 @@ def opened(
 ) -> Loader:
     catalog = open_catalog(cfg, "train" if training else "val")
     return Loader(
-        catalog, cfg, rank_info or RankInfo(), training=training, seed=SEED, epochs=epochs, accumulate=accumulate
+        cfg, catalog, rank_info or RankInfo(), training=training, seed=SEED, epochs=epochs, accumulate=accumulate
     )
 
 
@@ -46,7 +47,7 @@ def epoch_of(
     """The batches of each rank."""
     ranks = []
     for rank in range(world):
-        loader = opened(cfg, RankInfo(rank, world), training=training, accumulate=accumulate, epochs=2)
+        loader = opened(cfg, RankInfo(rank=rank, world=world), training=training, accumulate=accumulate, epochs=2)
         loader.seek(cursor or Cursor())
         ranks.append(take(loader))
     return ranks
@@ -106,7 +107,7 @@ def test_validation_pixels_of_real_images_are_torchvisions(imagenette: Path, siz
     cfg = config(imagenette, batch=50, size_px=size_px)
     catalog = every(20, open_catalog(cfg, "val"))
     transform = Compose([Resize(round(size_px / 0.875)), CenterCrop(size_px)])
-    images, _, ids = in_order([take(Loader(catalog, cfg, RankInfo(), training=False))])
+    images, _, ids = in_order([take(Loader(cfg, catalog, RankInfo(), training=False))])
     levels = np.stack([difference(image, transform(decoded(catalog, i))) for i, image in enumerate(images)])
     assert len(ids) == len(levels) == 99
     assert levels.mean() < 0.2 and np.percentile(levels, 99) <= 1 and levels.max() <= 2
@@ -141,7 +142,7 @@ def test_training_pixels_of_real_images_are_nearly_those_of_a_crop(imagenette: P
     """torchvision crops, then resizes: at the edges of the window it cannot see what DALI's filter sees beyond them."""
     cfg = config(imagenette, batch=50, size_px=128)
     catalog = every(90, open_catalog(cfg, "train"))
-    images, _, ids = in_order([take(Loader(catalog, cfg, RankInfo(), training=True, seed=SEED))])
+    images, _, ids = in_order([take(Loader(cfg, catalog, RankInfo(), training=True, seed=SEED))])
     levels = []
     for position, (image, sample) in enumerate(zip(images, ids.tolist(), strict=True)):
         source = decoded(catalog, sample)
@@ -256,7 +257,7 @@ def test_pixels_of_a_position_do_not_depend_on_who_reads_it(
 
 
 def test_the_cursor_and_totals_count_whole_updates(folder: Path) -> None:
-    loader = opened(config(folder, batch=20, size_px=8), RankInfo(1, 2), accumulate=2)
+    loader = opened(config(folder, batch=20, size_px=8), RankInfo(rank=1, world=2), accumulate=2)
     seen = [(batch.num_real, batch.total, loader.cursor.seen) for batch in loader]
     assert seen == [(5, 20, 20), (5, 20, 20), (5, 20, 40), (5, 20, 40), (4, 8, 48), (0, 8, 48)]
     assert loader.steps_per_epoch() == 3
@@ -283,7 +284,7 @@ def test_each_epoch_has_its_size(folder: Path) -> None:
 def test_each_epoch_has_its_batch(folder: Path) -> None:
     """Batches grow with the sizes; the images of a position stay, and each epoch is read once."""
     cfg = config(folder, batch=[12, 24], size_px=[16, 24])
-    loaders = [opened(cfg, RankInfo(rank, 2), epochs=4) for rank in range(2)]
+    loaders = [opened(cfg, RankInfo(rank=rank, world=2), epochs=4) for rank in range(2)]
     for epoch, (batch, size_px) in enumerate([(12, 16), (12, 16), (24, 24), (24, 24)]):
         ranks = []
         for loader in loaders:
@@ -300,13 +301,13 @@ def test_each_epoch_has_its_batch(folder: Path) -> None:
 
 def test_every_batch_must_be_shared(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.batch: 9 images cannot be shared by 2 ranks"):
-        opened(config(folder, batch=[12, 9]), RankInfo(0, 2))
+        opened(config(folder, batch=[12, 9]), RankInfo(rank=0, world=2))
 
 
 @pytest.mark.parametrize(("world", "accumulate", "multiple"), [(3, 1, 3), (4, 3, 12)])
 def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, world: int, accumulate: int, multiple: int) -> None:
     with pytest.raises(UserError, match=rf"data.batch: 64 .* {world} ranks x {accumulate} .* multiple of {multiple}$"):
-        opened(config(folder, batch=64), RankInfo(0, world), accumulate=accumulate)
+        opened(config(folder, batch=64), RankInfo(rank=0, world=world), accumulate=accumulate)
 
 
 # Resuming
@@ -317,7 +318,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(folder: Path, world: int, accu
 def test_seeking_gives_the_same_remainder(folder: Path, seen: int, world: int) -> None:
     cfg = config(folder, batch=12, augment=ROTATED)
     for rank, whole in enumerate(epoch_of(cfg, world, cursor=Cursor(1))):
-        loader = opened(cfg, RankInfo(rank, world), epochs=2)
+        loader = opened(cfg, RankInfo(rank=rank, world=world), epochs=2)
         loader.seek(Cursor(1, seen))
         assert equal(take(loader), whole[seen // 12 :])
 
@@ -353,6 +354,42 @@ def test_abandoned_iterations_leave_no_trace(folder: Path) -> None:
     for _ in range(2):
         loader.seek(Cursor())
         assert equal(take(loader), whole)
+
+
+def test_a_second_iteration_ends_the_first(folder: Path) -> None:
+    """In place of each taking what the other lacks."""
+    cfg = config(folder, batch=12)
+    (whole,) = epoch_of(cfg)
+    loader = opened(cfg, epochs=2)
+    first = iter(loader)
+    assert equal([next(first)], whole[:1])
+    second = iter(loader)
+    with pytest.raises(RuntimeError, match="another iteration of this Loader has begun"):
+        next(first)
+    assert equal(list(second), whole[1:])
+    for ended in (first, iter(loader), second):
+        with pytest.raises((RuntimeError, StopIteration)):
+            next(ended)
+
+
+def test_loaders_of_the_same_data_do_not_mind_each_other(folder: Path) -> None:
+    cfg = config(folder, batch=12)
+    (whole,) = epoch_of(cfg)
+    for one, other in zip(opened(cfg, epochs=2), opened(cfg, epochs=2), strict=True):
+        assert equal([one], [other]) and any(equal([one], [batch]) for batch in whole)
+
+
+def test_an_abandoned_iteration_does_not_count_its_bad_images_to_the_next(copied: Path) -> None:
+    """What threads still read for it is its own."""
+    loader = opened(config(copied, batch=4), epochs=2)
+    order = [int(sample) for batch in take(loader) for sample in batch.ids]
+    loader.seek(Cursor())
+    spoil(loader.catalog.root / loader.catalog.paths[order[0]], "deleted")
+    take(loader, 1)
+    assert loader.bad_images == 1
+    loader.seek(Cursor(0, 4))
+    take(loader)
+    assert loader.bad_images == 0 and len(loader.take_bad()) == 1
 
 
 def test_a_forked_process_does_not_collect_a_loader(folder: Path) -> None:

@@ -14,9 +14,10 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sampling import order
+from data_pipeline.sharding import RankInfo
 from data_pipeline.show import cli as show
 from data_pipeline.sources.catalog import open_catalog
-from tests.conftest import RankInfo, take
+from tests.conftest import take
 
 SIDE = 144  # as large as a cell, so that nothing is enlarged
 MIXED = {"policy": "trivialaugment", "mixup": 0.4, "cutmix": 1.0, "erase": 0.3, "rotate_deg": 10.0}
@@ -40,7 +41,7 @@ def test_cells_are_what_training_sees(
     sheet = np.asarray(picture)
 
     catalog = open_catalog(cfg, "train")
-    loader = Loader(catalog, cfg, RankInfo(), training=True, seed=5, epochs=4)
+    loader = Loader(cfg, catalog, RankInfo(), training=True, seed=5, epochs=4)
     ids = list(dict.fromkeys(order(5, 2, len(catalog), cfg.augment.repeats).tolist()))[:6]
     columns = dict.fromkeys(ids, 0)
     epoch = 2

@@ -125,7 +125,7 @@ def large_catalog(cfg: Config) -> Catalog:
 def timed_seeks(cfg: Config, ctx: DistContext) -> list[tuple[float, float]]:
     """Seconds, and seconds of processor time, from `seek` to the first batch from there."""
     draw = random.Random(0)
-    loader = Loader(large_catalog(cfg), replace(cfg.data, batch=64), ctx, training=True, epochs=EPOCHS)
+    loader = Loader(replace(cfg.data, batch=64), large_catalog(cfg), ctx, training=True, epochs=EPOCHS)
     seconds = []
     for _ in range(SEEKS):
         cursor = Cursor(draw.randrange(EPOCHS), 64 * draw.randrange(IMAGES // 64))

@@ -44,7 +44,7 @@ def scored(run: Path, ctx: DistContext) -> Scores:
     network = build_resnet(cfg.model, len(TINTS)).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
-    loader = Loader(open_catalog(cfg.data, "val", list(TINTS)), cfg.data, ctx, training=False)
+    loader = Loader(cfg.data, open_catalog(cfg.data, "val", list(TINTS)), ctx, training=False)
     return evaluate(Predictor(network, normalise, EngineConfig(precision="fp32"), ctx.device), loader, ctx)
 
 
@@ -103,7 +103,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     """A predictor that knows one class only, on images counted by hand; its loss is known too."""
     cfg = DataConfig(path=str(render_images(tmp_path)), batch=8, size_px=16)
     logits = torch.arange(7.0).flip(0)  # most for the first class, least for the last
-    loader = Loader(open_catalog(cfg, "val", sorted(TINTS)), cfg, SOLO, training=False)
+    loader = Loader(cfg, open_catalog(cfg, "val", sorted(TINTS)), SOLO, training=False)
     scores = evaluate(lambda images: logits.expand(len(images), 7), loader, SOLO)
     counts = np.array([len(list((tmp_path / "val" / name).iterdir())) for name in sorted(TINTS)])
     losses = np.log(np.exp(logits.numpy()).sum()) - logits.numpy()
@@ -200,7 +200,7 @@ def test_unreadable_images_are_left_out_and_said(
 def test_a_mirror_image_has_half_a_say(tmp_path: Path) -> None:
     """A predictor that goes by the brightness of the left half: with mirror images it is the mean of both halves' words."""
     cfg = DataConfig(path=str(render_images(tmp_path)), batch=8, size_px=16)
-    loader = Loader(open_catalog(cfg, "val", sorted(TINTS)), cfg, SOLO, training=False)
+    loader = Loader(cfg, open_catalog(cfg, "val", sorted(TINTS)), SOLO, training=False)
 
     def by_half(images: torch.Tensor) -> torch.Tensor:
         left = images[..., :8].float().mean(dim=(1, 2, 3)) / 100

@@ -194,7 +194,7 @@ def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
 
 def _inputs(cfg: DataConfig, catalog: Catalog) -> Tensor:
     """[N, 3, H, W] float32: all images of `catalog`, cut and normalised as in validation, on the CPU."""
-    loader = Loader(catalog, replace(cfg, batch=len(catalog), decode="cpu"), HERE, training=False)
+    loader = Loader(replace(cfg, batch=len(catalog), decode="cpu"), catalog, HERE, training=False)
     (batch,) = loader
     return Normalise(cfg.mean, cfg.std, HERE.device)(batch.images).contiguous()
 

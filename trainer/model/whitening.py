@@ -27,7 +27,7 @@ def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int
     rows = catalog.spread(IMAGES)
     here = replace(ctx, device=torch.device("cpu"), rank=0, world=1)
     options = replace(cfg, batch=len(rows), decode="cpu", eval_size_px=size_px)
-    (batch,) = Loader(catalog.part(rows), options, here, training=False)
+    (batch,) = Loader(options, catalog.part(rows), here, training=False)
     images = batch.images[batch.labels != IGNORE_LABEL]
     if not len(images):
         raise UserError(f"model.whiten: none of {len(rows)} images in {catalog.root} could be read; leave it out")

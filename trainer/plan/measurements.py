@@ -245,8 +245,8 @@ def _measure_loader(
 ) -> float:
     """Seconds an image, as one process reads for itself."""
     loader = Loader(
-        catalog,
         replace(cfg.data, batch=images),
+        catalog,
         alone,
         training=True,
         seed=cfg.run.seed,

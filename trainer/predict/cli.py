@@ -65,7 +65,7 @@ def predict_all(
         rows = [row for rows in own for row in rows]
         # A loader of its own for each rank: ranks that shared a batch would change the places of its images.
         alone = replace(ctx, rank=0, world=1)
-        loader = Loader(catalog.part(rows), replace(view.source(cfg), batch=batch), alone, training=False)
+        loader = Loader(replace(view.source(cfg), batch=batch), catalog.part(rows), alone, training=False)
         with progress("predicting", count) as advance:
             for loaded, places in zip(loader, own, strict=True):
                 shown = view.of(loaded.images, cfg.validation_px)

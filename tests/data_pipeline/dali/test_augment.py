@@ -21,8 +21,9 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.dali.augment import BINS, Operator, erased_boxes, operators, stages_of
 from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
+from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
-from tests.conftest import RankInfo, picture, take
+from tests.conftest import picture, take
 
 SIDE = 64
 NAMES = {
@@ -407,9 +408,9 @@ EVERYTHING: dict[str, dict[str, object]] = {
 def batches(
     cfg: DataConfig, rank: int = 0, world: int = 1, *, accumulate: int = 1, cursor: Cursor | None = None
 ) -> list[Batch]:
-    rank_info = RankInfo(rank, world)
+    rank_info = RankInfo(rank=rank, world=world)
     catalog = open_catalog(cfg, "train")
-    loader = Loader(catalog, cfg, rank_info, training=True, seed=7, epochs=2, accumulate=accumulate)
+    loader = Loader(cfg, catalog, rank_info, training=True, seed=7, epochs=2, accumulate=accumulate)
     loader.seek(cursor or Cursor(1))
     return take(loader)
 
@@ -446,7 +447,7 @@ def test_the_last_images_of_an_epoch_are_no_others_than_in_the_middle(folder: Pa
     cfg = DataConfig(str(folder), batch=10, size_px=32, augment=AugmentConfig(mixup=0.4, repeats=1))
     catalog = open_catalog(cfg, "train")
     short = replace(catalog, paths=catalog.paths[:13], labels=catalog.labels[:13])
-    last = take(Loader(short, cfg, RankInfo(), training=True, seed=7))[-1]
+    last = take(Loader(cfg, short, RankInfo(), training=True, seed=7))[-1]
     assert last.num_real == 3 and last.targets is not None
     assert last.labels[3:].tolist() == [IGNORE_LABEL] * 7
     assert last.targets.sum(dim=1).tolist() == pytest.approx([1] * 3 + [0] * 7)
@@ -457,7 +458,7 @@ def test_a_damaged_image_changes_no_pixel_but_of_its_pair(folder: Path, tmp_path
     """What is found to be damaged only in decoding is mixed with nothing; all others are as if it were whole."""
     root = Path(shutil.copytree(folder, tmp_path / "data"))
     cfg = DataConfig(str(root), batch=8, size_px=32, augment=AugmentConfig(**EVERYTHING["all"]))  # type: ignore[arg-type]
-    loader = Loader(open_catalog(cfg, "train"), cfg, RankInfo(), training=True, seed=7)
+    loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(), training=True, seed=7)
     catalog = loader.catalog
     spoilt = next(sample for sample, name in enumerate(catalog.paths) if name.endswith(" rgb.png"))
     epochs = [sampling.order(7, epoch, len(catalog), 2) == spoilt for epoch in (0, 1)]

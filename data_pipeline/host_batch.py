@@ -1,0 +1,98 @@
+"""A micro-batch in host memory: its encoded images, and how each is to be cut and changed."""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline import sampling
+from data_pipeline.config import DataConfig
+from data_pipeline.dali import augment, graph
+from data_pipeline.sharding import MicroBatch
+from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.image_headers import BadImage, Size
+
+IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
+
+
+class HostBatch(NamedTuple):
+    """One micro-batch of one rank, B rows, as DALI is given it."""
+
+    inputs: graph.Inputs
+    labels: NDArray[np.int64]
+    """[B] IGNORE_LABEL for padding and for images that cannot be read."""
+    ids: NDArray[np.int64]
+    """[B] row in the catalog."""
+    bad: dict[int, str]
+    """Images among `ids` that cannot be read, and why."""
+    micro_batch: MicroBatch
+
+    @property
+    def real_ids(self) -> NDArray[np.int64]:
+        """`ids` without those of padding."""
+        return self.ids[: self.micro_batch.num_real]
+
+
+class Fetcher:
+    """Reads micro-batches of a catalog, and draws how each of their images is changed."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cfg: DataConfig,
+        read: Callable[[int], tuple[bytes, Size]],
+        *,
+        training: bool,
+        seed: int,
+    ) -> None:
+        """`read` gives the encoded bytes of a sample and the image's size, or raises `BadImage`."""
+        self._catalog, self._cfg, self._read = catalog, cfg, read
+        self._training, self._seed = training, seed
+        self.rotates = training and cfg.augment.rotate_deg > 0
+        self.operators = augment.operators(cfg) if training else []
+
+    def fetch(self, micro_batch: MicroBatch, epoch: int, order: NDArray[np.int64], size_px: int) -> HostBatch:
+        """The micro-batch of an epoch with this `order`, for images of `size_px`."""
+        positions = micro_batch.positions
+        ids = order[positions % len(order)]
+        labels = np.where(positions < micro_batch.end, self._catalog.labels[ids], IGNORE_LABEL)
+
+        # The bytes. A grey image stands in for one that cannot be read.
+        sizes = np.empty((len(ids), 2), np.int32)
+        encoded, bad = [], {}
+        for row, sample in enumerate(ids.tolist()):
+            try:
+                stream, sizes[row] = self._read(sample)
+            except BadImage as error:
+                stream, sizes[row] = _BLANK
+                bad[sample], labels[row] = str(error), IGNORE_LABEL
+            encoded.append(stream)
+
+        # The window of each image, which depends on its size.
+        if self._training:
+            u = sampling.uniforms(self._seed, epoch, positions)
+            geometry = sampling.training_geometry(u, sizes, self._cfg.augment)
+        else:
+            geometry = sampling.centre_geometry(sizes, size_px, self._cfg.eval_crop)
+        tables = [geometry.roi[:, :2], geometry.roi[:, 2:]]
+
+        # What else happens to it, in the order of the graph's inputs.
+        if self.rotates:
+            tables.append(geometry.angle_deg)
+        if self.operators:
+            u = sampling.uniforms(self._seed, epoch, positions, sampling.LOOK)
+            tables += [operator.draw(u, size_px) for operator in self.operators]
+        return HostBatch(graph.inputs_of(encoded, *tables), labels, ids, bad, micro_batch)
+
+
+def _blank() -> tuple[bytes, Size]:
+    """A grey image for the row of one that cannot be read."""
+    size, stream = Size(16, 16), io.BytesIO()
+    Image.new("RGB", size, (128, 128, 128)).save(stream, "JPEG")
+    return stream.getvalue(), size
+
+
+_BLANK = _blank()

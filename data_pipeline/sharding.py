@@ -1,0 +1,103 @@
+"""Which images of an epoch each rank reads: pure functions of positions in the epoch's order.
+
+An epoch is cut into optimizer steps, a step into micro-batches. In a micro-batch the ranks take turns, with one image
+each, or with a pair where images are mixed in pairs. So the images of a step are the same at any number of ranks.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.common.errors import UserError
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a loader works: one of `world` processes that share an epoch. Alone on the CPU, if nothing else is said."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world: int = 1
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processor cores that are this process's share of its node."""
+
+
+class BatchSharding(NamedTuple):
+    """One rank's share of an optimizer step."""
+
+    local_positions: Positions
+    """[B] where the rows of this rank stand in a micro-batch of all ranks, ascending."""
+    micro_batch: int
+    """Images in a micro-batch, over all ranks."""
+    step: int
+    """Images in a step, over all its micro-batches and ranks."""
+
+    @property
+    def rows(self) -> int:
+        """Images of this rank in a micro-batch."""
+        return len(self.local_positions)
+
+
+class MicroBatch(NamedTuple):
+    """One rank's share of a micro-batch, as positions in the epoch."""
+
+    positions: Positions
+    """[B] ascending; those from `end` on are padding."""
+    start: int
+    """Position that its step begins at."""
+    end: int
+    """Position behind the last image of its step."""
+
+    @property
+    def num_real(self) -> int:
+        """Rows that are no padding: the first ones."""
+        return int((self.positions < self.end).sum())
+
+
+def check_batch(batch: int, world: int, micro_batches: int, *, pairs: bool) -> None:
+    """Raise `UserError` where a step of `batch` images, or of pairs of images, cannot be shared evenly."""
+    shares = world * micro_batches * (2 if pairs else 1)
+    if batch % shares:
+        how = " in pairs, as mixup and cutmix need" if pairs else ""
+        raise UserError(
+            f"data.batch: {batch} images cannot be shared{how} by {world} ranks x {micro_batches} micro-batches; "
+            f"choose a multiple of {shares}"
+        )
+
+
+def shard_batch(batch: int, rank: int, world: int, *, micro_batches: int = 1, pairs: bool = False) -> BatchSharding:
+    """The share of `rank` in a step of `batch` images, each share rounded up to the same size."""
+    turn = 2 if pairs else 1
+    rows = -(-batch // (world * micro_batches * turn)) * turn
+    local_positions = np.arange(rows * world).reshape(-1, world, turn)[:, rank].ravel()
+    return BatchSharding(local_positions, rows * world, rows * world * micro_batches)
+
+
+def steps_per_epoch(sharding: BatchSharding, count: int) -> int:
+    """Optimizer steps in an epoch of `count` images, the last of which may be a short one."""
+    return -(-count // sharding.step)
+
+
+def micro_batches(sharding: BatchSharding, start: int, count: int) -> Iterator[MicroBatch]:
+    """What a rank reads from position `start` to the end of an epoch of `count` images, in order.
+
+    Every rank gets as many micro-batches of as many rows: what lies behind the end is padding.
+    """
+    for first in range(start, count, sharding.step):
+        for offset in range(0, sharding.step, sharding.micro_batch):
+            positions = first + offset + sharding.local_positions
+            yield MicroBatch(positions, first, min(first + sharding.step, count))
+
+
+def positions_of_rank(sharding: BatchSharding, start: int, count: int) -> Positions:
+    """[N] the positions that a rank reads from `start` to the end of an epoch of `count` images, padding left out."""
+    firsts = np.arange(start, count, sharding.micro_batch)
+    positions = (firsts[:, None] + sharding.local_positions).ravel()
+    return positions[positions < count]
