@@ -25,7 +25,7 @@ def checksum(hashes: NDArray[np.int64]) -> tuple[int, int]:
 
 
 def first_fault(sums: NDArray[np.int64]) -> str | None:
-    """What is wrong with the `sums` [world, 6] of all ranks, if anything."""
+    """Say what is wrong with the `sums` [world, 6] of all ranks; None where nothing is."""
     read, share, whole = sums[:, 0:2], sums[:, 2:4], sums[:, 4:6]
     for rank in np.flatnonzero((whole != whole[0]).any(axis=1)):
         return f"rank {rank} finds other images than rank 0; make data.path the same on every node"

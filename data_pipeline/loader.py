@@ -117,7 +117,7 @@ class Loader:
         return self._epoch
 
     def coverage_sums(self) -> coverage.CoverageSums:
-        """What this rank has read since the last iteration began, and what it should have, to the end of the epoch."""
+        """Counts and checksums of what this rank has read since the last iteration began, and should have, to its epoch's end."""
         assert self._epoch, "nothing has been read"
         start, order = self._epoch.start, self._epoch.order
         hashes = self._hashes_of_samples().result()
@@ -260,7 +260,7 @@ class _Epoch(Iterator[Batch]):
         )
 
     def _inputs(self) -> Iterator[graph.Inputs]:
-        """What DALI is fed. The batches stay in flight, and so their bytes alive, until it has handed out the images."""
+        """Inputs of DALI. Their batches stay in flight, and so the bytes alive, until it has handed out the images."""
 
         def fetch(micro_batch: MicroBatch) -> HostBatch:
             return self._loader._fetcher.fetch(micro_batch, self.start.epoch, self.order, self._size_px)

@@ -1,7 +1,7 @@
 """mixup and cutmix on the training device, in pairs of neighbours in the order of the epoch.
 
-Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. Where images are mixed, the loader deals them out in such
-pairs, and one draw serves a whole update: so neither the number of ranks nor that of micro-batches changes a pixel.
+Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. Where images are mixed, the ranks are given such pairs,
+and one draw serves a whole optimizer step: so neither the number of ranks nor that of micro-batches changes a pixel.
 """
 
 import math
@@ -17,7 +17,7 @@ from data_pipeline.sampling import MIX, philox
 
 
 class Mixing(NamedTuple):
-    """How the images of one update are mixed."""
+    """The one way in which all images of an optimizer step are mixed."""
 
     cut: bool
     """cutmix rather than mixup."""
@@ -28,9 +28,9 @@ class Mixing(NamedTuple):
     """Centre of the rectangle that cutmix swaps, as a share of the image's height and width, in 0..1."""
 
 
-def draw(seed: int, epoch: int, update: int, cfg: AugmentConfig) -> Mixing:
-    """How the update that begins at position `update` is mixed, by mixup or cutmix, whichever `cfg` switches on."""
-    generator = np.random.Generator(philox(seed, MIX, epoch, update))
+def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing:
+    """Draw the mixing of the optimizer step that begins at position `start`: mixup or cutmix, whichever `cfg` switches on."""
+    generator = np.random.Generator(philox(seed, MIX, epoch, start))
     either, y, x = generator.random(3)
     cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < 0.5)
     alpha = cfg.cutmix if cut else cfg.mixup

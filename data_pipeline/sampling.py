@@ -21,7 +21,7 @@ _APART = 3  # images whose repetitions take turns; an odd number, so that mixing
 
 
 class Geometry(NamedTuple):
-    """What happens to the shape of each image of a batch of B."""
+    """Window, flips and rotation of each image of a batch of B."""
 
     roi: NDArray[np.float32]
     """[B, 4] window in source pixels: top, left, bottom, right; left > right asks for a mirror image, top > bottom for
@@ -30,8 +30,9 @@ class Geometry(NamedTuple):
     """[B] counter-clockwise rotation after the resize."""
 
 
-def philox(seed: int, stream: int, epoch: int, place: int = 0) -> np.random.Philox:
-    return np.random.Philox(key=[seed, stream], counter=[0, 0, place, epoch])
+def philox(seed: int, stream: int, epoch: int, position: int = 0) -> np.random.Philox:
+    """A generator whose numbers follow from these four alone."""
+    return np.random.Philox(key=[seed, stream], counter=[0, 0, position, epoch])
 
 
 def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int64]:
@@ -43,9 +44,9 @@ def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int
     permutation = np.random.Generator(philox(seed, ORDER, epoch // repeats)).permutation(count)
     if repeats == 1:
         return permutation
-    places = epoch % repeats * count + np.arange(count)  # in the order of all `repeats` epochs
-    first = places // (_APART * repeats) * _APART
-    return permutation[first + places % (_APART * repeats) % np.minimum(_APART, count - first)]
+    positions = epoch % repeats * count + np.arange(count)  # in the order of all `repeats` epochs
+    first = positions // (_APART * repeats) * _APART
+    return permutation[first + positions % (_APART * repeats) % np.minimum(_APART, count - first)]
 
 
 def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:
@@ -61,6 +62,7 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
 
     `u` [B, 32] from `uniforms`; `sizes` [B, 2] height and width of the sources in pixels.
     """
+    # Ten windows of random area and ratio, of which the first that fits into the image counts.
     height, width = sizes[:, 0:1].astype(np.float64), sizes[:, 1:2].astype(np.float64)
     area = height * width * (cfg.min_area + (cfg.max_area - cfg.min_area) * u[:, 0 : 2 * CROP_TRIES : 2])
     ratio = np.exp(np.log(cfg.max_ratio) * (2 * u[:, 1 : 2 * CROP_TRIES : 2] - 1))
@@ -75,8 +77,10 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
     )
     w = np.where(found, np.take_along_axis(crop_w, pick, axis=1), widest)
     h = np.where(found, np.take_along_axis(crop_h, pick, axis=1), highest)
+    # Where it lies: anywhere, but for the centred one.
     top = np.where(found, np.floor(u[:, _TOP, None] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(u[:, _LEFT, None] * (width - w + 1)), (width - w) // 2)
+    # A flip exchanges two edges of the window.
     mirrored, upturned = u[:, _FLIP, None] < cfg.flip, u[:, _VERTICAL_FLIP, None] < cfg.vertical_flip
     roi = np.hstack([top + upturned * h, left + mirrored * w, top + ~upturned * h, left + ~mirrored * w])
     angle = cfg.rotate_deg * (2 * u[:, _ANGLE] - 1)

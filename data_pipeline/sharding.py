@@ -1,4 +1,4 @@
-"""Which images of an epoch each rank reads: pure functions of positions in the epoch's order.
+"""Sharding of an epoch over ranks and micro-batches: pure functions of positions in the epoch's order.
 
 An epoch is cut into optimizer steps, a step into micro-batches. In a micro-batch the ranks take turns, with one image
 each, or with a pair where images are mixed in pairs. So the images of a step are the same at any number of ranks.
@@ -20,7 +20,7 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a loader works: one of `world` processes that share an epoch. Alone on the CPU, if nothing else is said."""
+    """One of `world` processes that share an epoch, and its device. Alone on the CPU, if nothing else is said."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
@@ -86,7 +86,7 @@ def steps_per_epoch(sharding: BatchSharding, count: int) -> int:
 
 
 def micro_batches(sharding: BatchSharding, start: int, count: int) -> Iterator[MicroBatch]:
-    """What a rank reads from position `start` to the end of an epoch of `count` images, in order.
+    """Yield what a rank reads from position `start` to the end of an epoch of `count` images, in order.
 
     Every rank gets as many micro-batches of as many rows: what lies behind the end is padding.
     """

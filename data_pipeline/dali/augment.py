@@ -1,4 +1,4 @@
-"""What changes an image of its final size: a policy, colour jitter, random erasing, in this order.
+"""Changes of an image of its final size: a policy, colour jitter, random erasing, in this order.
 
 Each is an `Operator`: its draws, made in NumPy by position (see `draws`), and the DALI operators that follow them. One
 that is switched off does not exist.

@@ -72,7 +72,7 @@ def _compile(signature: Any, function: Callable[..., None]) -> int:
 
 @njit(**_OPTIONS)
 def _triangle(start: float, stop: float, size: int, limit: int) -> tuple[Index, Floats]:
-    """What `size` outputs blend of the `limit` inputs when start...stop is stretched over them; start > stop mirrors.
+    """Weights by which `size` outputs blend `limit` inputs when start...stop is stretched over them; start > stop mirrors.
 
     Returns the first input [size] and the weights [size, taps] of it and those that follow.
     """
@@ -140,12 +140,14 @@ def _blend_columns(out: Floats, row: Floats, first: Index, weights: Floats, taps
 def _resize(out: Bytes, image: Bytes, top: float, left: float, bottom: float, right: float) -> None:
     """Fill `out` [S, 3 * S] with a window of `image` [H, 3 * W]."""
     size, height, width = len(out), len(image), image.shape[1] // 3
+    # Weights of rows and columns, and the part of the image that they touch.
     top_row, row_weights = _triangle(top, bottom, size, height)
     column, column_weights = _triangle(left, right, size, width)
     taps = column_weights.shape[1]
     leftmost = column.min()
     image = image[:, 3 * leftmost : 3 * (column.max() + taps)]
     column = 3 * (column - leftmost)
+    # Row by row: down, then across, then to the nearest level.
     padded = np.zeros(image.shape[1] + 1, np.float32)  # as the pixels are read in vectors of four
     blended = np.empty(3 * size + 1, np.float32)
     for y in range(size):

@@ -172,7 +172,7 @@ def check_decode(cfg: DataConfig, *, on_gpu: bool) -> None:
 
 @cache
 def cpu_kernel() -> "Addresses | None":
-    """What resizes faster than DALI on a CPU; None, and one line that says why, where numba does not work."""
+    """Our resize, faster than DALI's on a CPU; None, and one line that says why, where numba does not work."""
     try:
         from data_pipeline.dali import cpu_resize as kernel
 
@@ -205,6 +205,8 @@ def images_of(
         source=source, num_outputs=3 + rotate + len(operators), no_copy=True
     )
     angle, draws = angle_and_draws[:rotate], angle_and_draws[rotate:]
+
+    # Decode.
     # Fancy upsampling is what PIL does; the orientation tag is ignored as torchvision ignores it.
     # Whole images: on a CPU their windows alone took 1.1 to 1.2 times as long, and damage beside them would go unseen.
     images = fn.decoders.image(
@@ -215,6 +217,8 @@ def images_of(
         adjust_orientation=False,
         **(_hardware_decoder(cfg) if decode_on_gpu else {}),
     )
+
+    # Cut, mirror and resize, where the pixels are; from then on all work is on the device that trains.
     if kernel:
         images = _resize(images, top_left, bottom_right, size_px, kernel)
     else:
@@ -229,6 +233,8 @@ def images_of(
         )
     if on_gpu and not decode_on_gpu:
         images = images.gpu()
+
+    # Change what has its final size.
     if rotate:
         # Nearest neighbour, as torchvision's RandomRotation; linear costs nine times as much on a CPU.
         images = fn.rotate(
@@ -240,7 +246,7 @@ def images_of(
 
 
 def _hardware_decoder(cfg: DataConfig) -> dict[str, Any]:
-    """What a GPU with a decoder for JPEG (A100, H100) wants to know; no other minds."""
+    """Arguments for a GPU that has a decoder for JPEG (A100, H100); no other minds."""
     return {
         "hw_decoder_load": cfg.hw_decoder_load,
         "preallocate_width_hint": cfg.preallocate_width_hint,

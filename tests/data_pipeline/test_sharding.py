@@ -1,4 +1,4 @@
-"""Which positions a rank reads: cases worked out by hand, and every image once whatever the numbers are."""
+"""Sharding: cases worked out by hand, and every image once whatever the numbers are."""
 
 from itertools import product
 
