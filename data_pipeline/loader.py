@@ -109,12 +109,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the cursor to the end of its epoch. The cursor stands behind the step handed out last.
 
-        As it has one cursor, a loader has one iteration: where another begins, the one before it raises RuntimeError.
+        It begins with its first batch. As a loader has one cursor, the iteration before then raises RuntimeError.
         """
         if self._epoch:
             self._epoch.end()
-        self._epoch = _Epoch(self, self.cursor)
-        return self._epoch
+        self._epoch = epoch = _Epoch(self, self.cursor)
+        yield from epoch
 
     def coverage_sums(self) -> coverage.CoverageSums:
         """Counts and checksums of what this rank has read since the last iteration began, and should have, to its epoch's end."""
