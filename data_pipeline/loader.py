@@ -109,7 +109,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the cursor to the end of its epoch. The cursor stands behind the step handed out last.
 
-        It begins with its first batch. As a loader has one cursor, the iteration before then raises RuntimeError.
+        A loader has one cursor: once the first batch is taken, the iteration before this one raises RuntimeError.
         """
         if self._epoch:
             self._epoch.end()
