@@ -94,7 +94,7 @@ class Loader:
         self._orders: dict[int, Future[NDArray[np.int64]]] = {}
         self._sample_hashes: Future[NDArray[np.int64]] | None = None
         self._bad: dict[str, str] = {}
-        self._told = 0
+        self._reported = 0
         self._epoch: _Epoch | None = None
         self._idle: graph.ImagePipeline | None = None  # of the last epoch that was read to its end
 
@@ -135,8 +135,8 @@ class Loader:
 
     def take_bad(self) -> list[tuple[str, str]]:
         """Path and reason of the files found unreadable since the last call; none is named twice."""
-        new = list(self._bad.items())[self._told :]
-        self._told += len(new)
+        new = list(self._bad.items())[self._reported :]
+        self._reported += len(new)
         return new
 
     def _sharding_of(self, epoch: int) -> BatchSharding:
