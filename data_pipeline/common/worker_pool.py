@@ -55,7 +55,7 @@ class Workers(Generic[Piece, Result]):
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"--workers: one of {self.count} processes was ended from outside, as for want of memory; give fewer"
+                f"--workers: a process (of {self.count} in all) was ended from outside, as for want of memory; give fewer"
             ) from None
 
 

@@ -222,8 +222,9 @@ class DeepSpeedEngine:
                 "set it back, or give another --run.dir"
             )
         if self.stage > 0 and state["world"] != self.ctx.world:
+            processes = f"{state['world']} process" + "es" * (state["world"] != 1)
             raise UserError(
-                f"--nproc_per_node: {folder} was saved by {state['world']} processes, each with its part of the "
+                f"--nproc_per_node: {folder} was saved by {processes}, each with its part of the "
                 f"optimiser's state, and now there are {self.ctx.world}; start as many as before"
             )
 

@@ -99,9 +99,13 @@ def _shown(
     names, numbers = values <= known, values <= {str(number) for number in range(len(classes))}
     if topk > 1:
         spaced = [name for name in classes if " " in name]
-        require(not spaced, f"--topk: {few(spaced)} have spaces, which stand between classes; leave it out")
         tokens = {token for value in values for token in value.split()}
         names, numbers = tokens <= known, tokens <= {str(number) for number in range(len(classes))}
+        require(
+            not spaced or (bool(tokens) and numbers and not names),
+            f"--topk: in column {columns[0]} of {file} spaces part several classes, and some names have spaces themselves "
+            f"({few(spaced)}); leave out --topk, or give a sample with the classes' numbers",
+        )
     odd = sorted(values - known)
     require(
         names or numbers,

@@ -214,6 +214,18 @@ def test_a_sample_of_something_else_is_refused(content: str, topk: int, says: st
     assert "\n" not in str(error.value).strip()
 
 
+def test_several_classes_whose_names_have_spaces(tmp_path: Path) -> None:
+    """Spaces part the classes of a row: names with spaces are refused, numbers are not."""
+    names, file = ["cat", "golf ball", "chain saw"], tmp_path / "sample.csv"
+    for shown in ("cat", "", "golf ball"):
+        file.write_text(f"id,label\n1,{shown}\n2,{shown}\n3,{shown}\n")
+        with pytest.raises(UserError, match=r"^--topk: .*some names have spaces themselves \(golf ball, chain saw\)"):
+            sample.read(file, PATHS, names, 2)
+    file.write_text("id,label\n1,0 1\n2,0 1\n3,0 1\n")
+    filled = sample.read(file, PATHS, names, 2).fill(PROBABILITIES, np.array([[0, 1], [2, 0], [1, 0]]))
+    assert filled.label.to_list() == ["0 1", "2 0", "1 0"]
+
+
 def test_unreadable_images_are_named_and_refused_or_given_the_fallback(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
