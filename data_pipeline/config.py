@@ -123,9 +123,10 @@ class DataConfig:
     """Which images, at which size, in which batches."""
 
     path: str = free("builtin")
-    """Folder with train/CLASS/ and val/CLASS/, or with CLASS/ folders only (see val_share); with *.tar shards in WebDataset
-    layout in their place; a pack; a CSV or Parquet table of images and labels. "builtin" is the built-in set; imagenette,
-    cifar10, flowers102, oxford_pets and food101 are fetched once, unless something of that name exists."""
+    """Folder with train/CLASS/ and val/CLASS/ (or other usual names), or with CLASS/ folders only (see val_share); with *.tar
+    shards in WebDataset layout in their place; a pack; a CSV or Parquet table of images and labels, or a folder with one.
+    "builtin" is the built-in set; imagenette, cifar10, flowers102, oxford_pets and food101 are fetched once, unless something
+    of that name exists."""
     images: str | None = free(None)
     """Folder of the images that a table names; the table's own folder if not given."""
     image_column: str | None = None
@@ -135,7 +136,8 @@ class DataConfig:
     split_column: str | None = None
     """Column of a table that says train or val; "split" if there is one, else val_share decides."""
     val_share: float = 0.1
-    """Share held out for validation when the folder has no train/ and val/: decided by a hash of each file's path."""
+    """Share of each class held out for validation where the data has no validation part: one image at least of a class of
+    two or more, those whose paths have the smallest hashes."""
     on_error: Literal["skip", "fail"] = free("skip")
     """What an image that cannot be decoded does: skip names it once and does not count it; fail ends the run."""
     max_bad_share: float = free(0.01)
