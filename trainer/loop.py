@@ -1,5 +1,6 @@
 """The training loop: build or resume a run (`setup`), then step by step to the end, with a save whenever one is due."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import NonFinite
-from trainer.resilience.signals import StopFlag
+from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
 from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session
 from trainer.setup import nothing_left, open_session, start_run, step_back
@@ -121,7 +122,10 @@ def say_end(session: Session, outcome: Outcome) -> None:
     run, progress, tracker = session.cfg.run, session.progress, session.tracker
     best = f"best val top-1 {progress.best_top1_pct:.2f} %"
     if outcome is Outcome.STOPPED:
-        tracker.alert("asked to stop", f"saved step {progress.step}; the same command goes on from there")
+        # By its page on W&B a run is stopped for good; a signal may only want the machine for a while.
+        comes_back = None if tracker.stop_requested else os.environ.get(AFTER_SIGNAL)
+        follows = comes_back or "the same command goes on from there"
+        tracker.alert("asked to stop", f"saved step {progress.step}; {follows}")
     elif outcome is Outcome.MAX_STEPS:
         tracker.note(
             f"stopped after run.max_steps: {progress.step} of {session.total_steps} steps, {best}, saved in "

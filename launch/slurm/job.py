@@ -1,6 +1,8 @@
 """What runs in a job: each process joins the others and trains, and rank 0 says how it ended."""
 
 import os
+import platform
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -8,9 +10,9 @@ from pathlib import Path
 
 from data_pipeline.common.entry_point import keep_printing, run_command
 from data_pipeline.common.errors import UserError
-from launch.slurm.commands import first_host
-from launch.slurm.submission import Submission, restart_count
-from trainer.resilience.signals import StopFlag
+from launch.slurm.commands import first_host, own_job
+from launch.slurm.submission import Submission, restart_count, short_name
+from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
 
 
 def train(folder: str) -> None:
@@ -45,6 +47,10 @@ def enter(submission: Submission, log: Path) -> None:
         os.dup2(file, stream.fileno())
     os.close(file)
     os.chdir(submission.job.cwd)
+    name = shlex.quote(short_name(Path(submission.job.run)))
+    os.environ[AFTER_SIGNAL] = (
+        f"the job goes on from there when SLURM starts it again; if it was cancelled: python -m launch resubmit {name}"
+    )
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
 
@@ -62,9 +68,17 @@ def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
     }
 
 
+def whereabouts(variables: Mapping[str, str]) -> str:
+    """Which of how many ranks this is, and where, for its log."""
+    rank, world, local, locals_ = (variables[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    node = variables.get("SLURMD_NODENAME") or platform.node()
+    return f"job {own_job()}: rank {rank} of {world}, number {local} of {locals_} on {node}"
+
+
 def train_rank(submission: Submission) -> None:
     """Train as the run folder says, until the end or a signal; rank 0 then writes which. Collective. Raises `UserError`."""
     with keep_printing(), StopFlag() as stop:
+        print(f"{whereabouts(os.environ)}, start {restart_count() + 1}", flush=True)
         import torch  # here, for it takes seconds, in which a signal may come
 
         from trainer.config import load_run

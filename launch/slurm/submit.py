@@ -39,6 +39,7 @@ HANDED_ON = (
     "LANG",
     "LC_ALL",
     "LD_LIBRARY_PATH",
+    "PYTHONPATH",
     "VIRTUAL_ENV",
     "NETRC",
     "HTTPS_PROXY",
@@ -92,6 +93,8 @@ def submit_runs(
     if request.dry_run:
         print(script)
         return iter(())
+    if path := os.environ.get("PYTHONPATH"):  # handed on to a job that starts in another folder
+        os.environ["PYTHONPATH"] = ":".join(str(Path(part).absolute()) for part in path.split(":") if part)
     run_slurm("sbatch", "--test-only", stdin=script)
     for cfg in runs:
         with claim_run(cfg.folder):
@@ -194,15 +197,15 @@ def script_of(executor: SlurmExecutor) -> str:
 
 def _before(submissions: list[Submission], profile: Profile) -> list[str]:
     """The script's lines before srun."""
-    paths = [str(ROOT), *(str(Path(part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(":") if part)]
-    variables = {"PYTHONPATH": ":".join(dict.fromkeys(paths)), **profile.env}
     return [
         "submissions=(",
         *(f"  {shlex.quote(str(submission.folder))}" for submission in submissions),
         ")",
         "SLUICE_SUBMISSION=${submissions[${SLURM_ARRAY_TASK_ID:-0}]}",
         f'exec >>"$SLUICE_SUBMISSION"/{SCRIPT_LOG} 2>&1',
-        *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export SUBMITIT_LOG_LEVEL=ERROR",  # else it tells of each signal that it leaves alone
+        *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
         *profile.setup,
     ]
 

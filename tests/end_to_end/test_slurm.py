@@ -21,6 +21,7 @@ from launch.slurm.submit import executor_for, script_of
 from tests.conftest import HOSTILE_NAMES
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.runs import ROOT, checkpoint, dotted, render_images, rows, settings_of
+from tests.support.wandb_backend import wandb_rows
 from trainer.checkpoint.store import Store
 
 EPOCHS, STEPS = 2, 10
@@ -85,7 +86,10 @@ def test_two_nodes_to_the_end(cluster: Cluster, undisturbed: Path) -> None:
     assert logs == ["rank-0.log", "rank-1.log", "rank-2.log", "rank-3.log"]
     assert "epoch 2/2" in submission.rank_log(0).read_text()
     for rank, node in enumerate([0, 0, 1, 1]):
-        assert f"local_rank={rank % 2}(2), node={node}(2), global_rank={rank}(4)" in submission.script_log.read_text()
+        assert (
+            f"rank {rank} of 4, number {rank % 2} of 2 on 127.0.1.{node + 1}" in submission.rank_log(rank).read_text()
+        )
+    assert submission.script_log.read_text() == "", "nothing that only submitit needs to know"
 
     shown = cluster.launch("status", str(undisturbed.parent))
     line = next(line for line in shown.stdout.splitlines() if "disturbed" in line)
@@ -113,8 +117,9 @@ def test_preempted_in_mid_epoch(cluster: Cluster, base: Path, undisturbed: Path)
 
 
 def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, base: Path) -> None:
+    """W&B has every row, though SLURM's signals go to each process of a job."""
     run = base / "requeued"
-    cluster.submit(run, ["--nodes", "2"], [*settings(base, run), "--run.epochs", "4"])
+    cluster.submit(run, ["--nodes", "2"], [*settings(base, run), "--run.epochs", "4", "--tracking.wandb", "offline"])
     cluster.wait_for_step(run, 1)
     cluster.run("scontrol", "requeue", cluster.job(run))
     cluster.wait(run, "PENDING")
@@ -141,6 +146,13 @@ def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, bas
     assert Store(run).progress().finished
     second = cluster.submission(run)
     assert second.folder != first.folder and second.job.profile["nodes"] == 1
+    words = first.rank_log(0).read_text() + second.rank_log(0).read_text()
+    assert "if it was cancelled: python -m launch resubmit " in words and "dropped" not in words
+    assert "Bypassing" not in first.script_log.read_text()
+    segments = [wandb_rows(path) for path in sorted(run.glob("wandb/offline-run-*/*.wandb"))]
+    assert len(segments) == 3 and [row["train/step"] for rows in segments for row in rows if "train/lr" in row] == [
+        *range(1, 2 * STEPS + 1)
+    ]
 
 
 def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, undisturbed: Path) -> None:
@@ -155,7 +167,7 @@ def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, un
     again = cluster.launch("resubmit", str(run), "--nodes", "1", "--tasks_per_node", "4")
     assert again.returncode == 0, again.stderr
     cluster.wait(run, "COMPLETED", "FAILED")
-    assert "local_rank=3(4), node=0(1), global_rank=3(4)" in cluster.said(run)
+    assert "rank 3 of 4, number 3 of 4 on " in cluster.said(run)
     assert_same_end(run, undisturbed)
     assert_events_once(run)
 
@@ -252,7 +264,7 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
     cluster.submit(run, options, [*settings(base, run), "--data.path", "/nowhere"], WANDB_API_KEY="a,b", OTHER="c")
     cluster.wait(run, "FAILED")
     assert cluster.restarts(run) == 0
-    assert "local_rank=1(2), node=1(2), global_rank=3(4)" in cluster.said(run), "a process for each GPU"
+    assert "rank 3 of 4, number 1 of 2 on " in cluster.said(run), "a process for each GPU"
     assert cluster.said(run).count("error: data.path: /nowhere is not a folder") == 1
     assert "the job sees a,b and nothing else and it's $HOME\n" in cluster.said(run)
     assert "error: data.path: /nowhere" in cluster.launch("status", str(base)).stdout

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -281,6 +282,19 @@ def wandb_cores() -> set[int]:
             if command[0].endswith("/wandb-core") and str(os.getpid()) in command:
                 found.add(int(process.name))
     return found
+
+
+def inspect(segment: Path) -> list[dict[str, Any]]:
+    """The records of a file that wandb has written."""
+    beside = Path(sys.executable).parent / "wandb"
+    command = [str(beside if beside.exists() else "wandb"), "leet", "inspect", "--json", str(segment)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def wandb_rows(segment: Path) -> list[dict[str, Any]]:
+    """The rows of a file that wandb has written."""
+    return [record["history"]["item"] for record in inspect(segment) if record["type"] == "history"]
 
 
 def train_here(cfg: Config) -> Progress:

@@ -11,6 +11,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 ECHO_S = 2.0
 """The same signal again within this time is one: SLURM sends it to all processes, and torchrun passes its own on."""
 
+AFTER_SIGNAL = "SLUICE_AFTER_SIGNAL"
+"""Variable with what becomes of a run that has saved on a signal, in words: set where a job comes back by itself."""
+
 
 class StopFlag:
     """Context manager: the first of SIGNALS sets `raised`, and is sent on when the context ends.

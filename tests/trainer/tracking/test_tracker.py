@@ -6,7 +6,6 @@ import math
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import checkpoint, descendants, dotted, settings_of
-from tests.support.wandb_backend import train_here, wandb_cores
+from tests.support.wandb_backend import inspect, train_here, wandb_cores
 from trainer.config import load
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.tracking.model_summary import Layer, layers
@@ -560,16 +559,6 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Backend]]:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield handler
         server.shutdown()
-
-
-def inspect(segment: Path) -> list[dict[str, Any]]:
-    command = [wandb_command(), "leet", "inspect", "--json", str(segment)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [json.loads(line) for line in output.splitlines()]
-
-
-def wandb_command() -> str:
-    return shutil.which("wandb", path=Path(sys.executable).parent) or "wandb"
 
 
 def history(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
