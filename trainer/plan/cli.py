@@ -35,6 +35,17 @@ from trainer.plan.measurements import Parts, Step, measure, recipe_of
 
 AllReduce = Literal["ring", "tree", "best"]
 
+NODES = (1, 2, 4, 8)
+"""Numbers of nodes that are planned where none are named, as far as their GPUs can share the batch evenly."""
+
+ASSUMED = {
+    ("inside", False): Link(10e-6, 200e9),  # NVLink
+    ("between", False): Link(20e-6, 50e9),  # InfiniBand of 400 Gbit/s
+    ("inside", True): Link(50e-6, 2e9),  # gloo between processes of one machine
+    ("between", True): Link(100e-6, 1.25e9),  # Ethernet of 10 Gbit/s
+}
+"""Links to reckon with where none is measured or given, on GPUs and, True, on cores that loader and computation share."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -194,7 +205,9 @@ def origins(parts: Parts, cluster: Cluster) -> str:
         ("between", cluster.between, parts.between),
     ):
         if link:
-            how = "measured there" if link == measured else "as given"
+            assumed = link == ASSUMED[name, parts.shared_cores]
+            how = f"assumed: give yours by --{name}_us and --{name}_gb_per_s" if assumed else "as given"
+            how = "measured there" if link == measured else how
             lines.append(f"link {name} nodes: {1e6 * link.latency_s:.3g} µs, {link.bytes_per_s / 1e9:.3g} GB/s, {how}")
     shared = (
         "share the cores: their times add up" if parts.shared_cores else "have processors of their own: they overlap"
@@ -231,7 +244,11 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", default="1,2,4,8", metavar="N,N", help="Numbers of nodes, one row each. Default: %(default)s.")
+    add(
+        "--nodes",
+        metavar="N,N",
+        help="Numbers of nodes, one row each. Default: those of 1,2,4,8 whose GPUs can share the batch evenly.",
+    )
     add(
         "--gpus_per_node",
         type=int,
@@ -269,6 +286,13 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     return parse_known(parser, sys.argv[1:])
 
 
+def _default_nodes(cfg: Config, gpus_per_node: int, gpu_images: int | None) -> list[int]:
+    """The numbers of nodes to plan where none are named: at least one."""
+    batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
+    fits = [nodes for nodes in NODES if gpu_images or batch % (nodes * gpus_per_node * micro_batches) == 0]
+    return fits or [1]
+
+
 def _node_counts(text: str) -> list[int]:
     counts = text.split(",")
     require(
@@ -278,15 +302,11 @@ def _node_counts(text: str) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _link(args: argparse.Namespace, name: str, measured: Link | None, needed: bool) -> Link | None:
-    """The link that is given, else the measured one. Raises `UserError` where one is needed and there is none."""
+def _link(args: argparse.Namespace, name: str, measured: Link | None, assumed: Link | None) -> Link | None:
+    """The link that is given, else the measured one, else the assumed. Raises `UserError` for one that is none."""
     latency_us, gb_per_s = getattr(args, f"{name}_us"), getattr(args, f"{name}_gb_per_s")
     if latency_us is None and gb_per_s is None:
-        require(
-            measured is not None or not needed,
-            f"--{name}_us, --{name}_gb_per_s: no link {name} nodes was measured; give its latency and its bandwidth",
-        )
-        return measured
+        return measured or assumed
     if latency_us is None or gb_per_s is None or latency_us < 0 or gb_per_s <= 0:
         raise UserError(
             f"--{name}_us, --{name}_gb_per_s: {latency_us}, {gb_per_s} are no link; give both, the bandwidth above 0"
@@ -313,8 +333,9 @@ def main() -> None:
     args, rest = _arguments()
     cfg = load(rest)
     require(cfg.engine.name == "ddp", f"engine.name: {cfg.engine.name} cannot be planned; give ddp")
-    nodes, gpus_per_node = _node_counts(args.nodes), args.gpus_per_node
+    gpus_per_node = args.gpus_per_node
     require(gpus_per_node > 0, f"--gpus_per_node: {gpus_per_node} is not positive; give the GPUs of a node")
+    nodes = _node_counts(args.nodes) if args.nodes else _default_nodes(cfg, gpus_per_node, args.gpu_batch)
     price = args.price_per_gpu_hour
     require(price is None or price > 0, f"--price_per_gpu_hour: {price} is not positive; leave it out for no cost")
     images = gpu_images_of(cfg, [gpus_per_node * count for count in nodes], args.gpu_batch)
@@ -328,8 +349,9 @@ def main() -> None:
         return
     if kept:
         parts_of.save(parts, kept)
-    inside = _link(args, "inside", parts.inside, gpus_per_node > 1)
-    between = _link(args, "between", parts.between, max(nodes) > 1)
+    shared = parts.shared_cores
+    inside = _link(args, "inside", parts.inside, ASSUMED["inside", shared] if gpus_per_node > 1 else None)
+    between = _link(args, "between", parts.between, ASSUMED["between", shared] if max(nodes) > 1 else None)
     all_reduce: AllReduce = args.all_reduce or ("ring" if parts.shared_cores else "best")
     clusters = [
         Cluster(count, gpus_per_node, share, inside, between, all_reduce)

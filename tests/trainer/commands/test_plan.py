@@ -224,6 +224,8 @@ def test_the_command_measures_and_plans_again_elsewhere(tmp_path: Path, command:
     assert planned[0].equals(planned[1])
     assert planned[0].gpu_images.tolist() == [8, 4] and planned[0].measured.all()
     assert json.loads((tmp_path / "here/plan.json").read_text())["parts"] == json.loads(parts.read_text())
+    plain = command(*dotted({"data.batch": "8", "data.size_px": "32"}), "--parts", str(parts))
+    assert "link inside nodes: 50 µs, 2 GB/s, assumed: give yours by --inside_us" in plain and "between" not in plain
     with pytest.raises(UserError, match=r"plan\.csv exists and is kept"):
         command(*layout, *between, "--parts", str(parts), "--out", str(tmp_path / "here"))
     with pytest.raises(UserError, match="gradients sent as bf16; give the options"):
