@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from data_pipeline.common.errors import printable
 from data_pipeline.config import DataConfig, require
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import counted
-from data_pipeline.sources.quarantine import printable
 
 _SMALL = 100  # validation images below which their number is worth a line
 _SHOWN = 5  # classes that are named

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
@@ -148,9 +148,8 @@ def main() -> None:
             scores = evaluate(predict_and_tell, loader, ctx)
     if ctx.primary:
         views = ", with mirror images," if args.flip else ""
-        print(
-            f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}: {scores.words(len(trained.classes))}"
-        )
+        judged = printable(f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}")
+        print(f"{judged}: {scores.words(len(trained.classes))}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
@@ -106,7 +106,7 @@ class Session:
             if self.ctx.primary:
                 self.tracker.note(line)
             else:
-                print(line, flush=True)  # a tracker elsewhere has no console
+                print(printable(line), flush=True)  # a tracker elsewhere has no console
 
     def prove_coverage(self) -> None:
         """Make sure that the ranks together read every image of this epoch exactly once. Collective."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -21,7 +21,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if rank == 0:
             with suppress(OSError):  # nobody may be there to read it
-                print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+                print("error:", printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
         sys.exit(2)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_pipeline.common.cli import command_line, parse
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import Workers, progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.pack.writer import Note, Shard, Workshop, refuse_foreign
@@ -25,7 +25,7 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.image_headers import BadImage, Size, inspect
 from data_pipeline.sources.pack_format import SPLITS, Pack
 from data_pipeline.sources.pil_decode import as_rgb, decode
-from data_pipeline.sources.quarantine import Fault, print_faults, printable, relative_to_data
+from data_pipeline.sources.quarantine import Fault, print_faults, relative_to_data
 from data_pipeline.summary import print_summary
 
 _PIECE = 16  # images that a process works on at a time

@@ -18,13 +18,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import command_line, parse
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import AugmentConfig, DataConfig, require
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sampling import order
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from data_pipeline.sources.quarantine import printable
 from data_pipeline.summary import print_summary
 
 ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original

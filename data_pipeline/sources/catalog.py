@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.sources import pack_format
@@ -181,7 +181,7 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
 def _say_forgetful(root: str, why: str) -> None:
     """Tell once, of all splits and ranks, that nothing scanned can be remembered."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"scanning {root} anew each time: {why}", file=sys.stderr)
+        print(f"scanning {printable(root)} anew each time: {why}", file=sys.stderr)
 
 
 class _Unread(str):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.torchvision_sets import dataset_root
 
@@ -63,11 +63,6 @@ def print_faults(faults: list[Fault]) -> None:
     for kind, hits in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
         table.add_row(kind, str(len(hits)), Text(printable(hits[0].path)))
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
-
-
-def printable(path: str) -> str:
-    """A path or name on one line that any terminal takes, whatever bytes are in it: what does not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def write_quarantine(file: Path, faults: Iterable[Fault]) -> None:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.cli import CHOOSING, command_line, parse
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import Workers, progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.image_headers import BadImage, Size
 from data_pipeline.sources.pack_format import SPLITS, Index, Pack, is_pack, key, sha256, shard_name
 from data_pipeline.sources.pil_decode import decode
-from data_pipeline.sources.quarantine import Fault, print_faults, printable, relative_to_data, write_quarantine
+from data_pipeline.sources.quarantine import Fault, print_faults, relative_to_data, write_quarantine
 from data_pipeline.sources.torchvision_sets import dataset_root
 from data_pipeline.summary import print_summary
 

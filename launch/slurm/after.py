@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import own_job, requeue, state_of
 from launch.slurm.submission import Submission, restart_count
 
@@ -57,7 +57,7 @@ def patiently(ask: Callable[[], T]) -> T:
         try:
             return ask()
         except UserError as error:
-            print(f"{error}; trying again", flush=True)
+            print(f"{printable(str(error))}; trying again", flush=True)
             time.sleep(PAUSE_S)
     return ask()
 

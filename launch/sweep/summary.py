@@ -17,9 +17,8 @@ from jsonargparse import ArgumentParser
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable, printable_lines
 from data_pipeline.config import require
-from data_pipeline.sources.quarantine import printable
 from launch.runs import state_of
 from launch.slurm.commands import Queued, queue
 from launch.slurm.submission import newest
@@ -135,13 +134,17 @@ def plot(runs: pd.DataFrame, title: str) -> bytes:
     return stream.getvalue()
 
 
+def _csv(table: pd.DataFrame) -> bytes:
+    return table.map(lambda cell: printable(cell) if isinstance(cell, str) else cell).to_csv(index=False).encode()
+
+
 def text_of(table: pd.DataFrame) -> str:
     """A table for people: figures rounded, and nothing where there is none."""
     rounded = table.drop(columns="done", errors="ignore").copy()
     for column in rounded.select_dtypes("number"):
         digits = 0 if column in (SPEED, "runs") else 2
         rounded[column] = [f"{value:.{digits}f}" if math.isfinite(value) else "" for value in rounded[column]]
-    return printable(rounded.to_string(index=False))
+    return printable_lines(rounded.to_string(index=False))
 
 
 def jobs_if_any() -> dict[str, Queued]:
@@ -179,9 +182,9 @@ def main(arguments: list[str]) -> None:
     for table in (runs, seeds):
         if table is not None:
             print(text_of(table), end="\n\n")
-    files = {"summary.csv": runs.drop(columns="done").to_csv(index=False).encode()}
+    files = {"summary.csv": _csv(runs.drop(columns="done"))}
     if seeds is not None:
-        files["summary-seeds.csv"] = seeds.to_csv(index=False).encode()
+        files["summary-seeds.csv"] = _csv(seeds)
     if runs[TOP1].notna().any():
         files["summary.png"] = plot(runs, f"{folder.resolve().name}: best top-1 of each setting")
     for name, content in files.items():
@@ -189,4 +192,4 @@ def main(arguments: list[str]) -> None:
             replace_file(out / name, content)
         except OSError as error:
             raise UserError(f"--out: cannot write {out / name} ({error.strerror}); give another folder") from None
-    print(f"written to {out}: {', '.join(files)}")
+    print(f"written to {printable(str(out))}: {', '.join(files)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from data_pipeline.sources.quarantine import printable
+from data_pipeline.common.errors import printable, printable_lines
 from trainer.compare.mcnemar import ALL
 from trainer.report import charts, html_page
 from trainer.report.charts import Curve, Panel
@@ -117,7 +117,7 @@ class Comparison:
     def printed(self) -> str:
         """What a terminal shows."""
         parts = [shown(self.runs), *([shown(self.spread)] if self.repeated else []), shown(self.reached)]
-        return "\n\n".join(printable(part.to_string(index=False)) for part in parts if len(part)) + "".join(
+        return "\n\n".join(printable_lines(part.to_string(index=False)) for part in parts if len(part)) + "".join(
             f"\n{printable(note)}" for note in ["", *self.notes]
         )
 

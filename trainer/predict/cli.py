@@ -21,12 +21,11 @@ from torch import Tensor
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_images
-from data_pipeline.sources.quarantine import printable
 from data_pipeline.sources.tables.manifest import table_images
 from data_pipeline.sources.tables.text_table import TABLES, is_table
 from trainer.config import load_run, run_folder

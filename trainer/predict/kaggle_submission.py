@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import require
-from data_pipeline.sources.quarantine import printable
 
 _WAYS: tuple[Callable[[str], str], ...] = (
     lambda path: path,

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import require
 from data_pipeline.sources.catalog import Catalog
-from data_pipeline.sources.quarantine import printable
 from trainer.config import load_run, run_folder
 from trainer.distributed import open_dist_context
 from trainer.evaluate import open_scored, open_trained, scored_on
@@ -121,20 +120,21 @@ class Report:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The CSV files by their names."""
-        names = np.array(self.classes, object)
+        classes, images = list(map(printable, self.classes)), list(map(printable, self.images))
+        names = np.array(classes, object)
         predictions = {
-            "image": self.images,
+            "image": images,
             "label": names[self.labels],
             "predicted": names[self.predicted],
             "confidence": self.confidence,
         }
-        probabilities = pd.DataFrame(self.probabilities, columns=self.classes)
-        probabilities.insert(0, "image", self.images, allow_duplicates=True)
-        matrix = pd.DataFrame(self.matrix, columns=self.classes)
-        matrix.insert(0, "label", self.classes, allow_duplicates=True)
+        probabilities = pd.DataFrame(self.probabilities, columns=classes)
+        probabilities.insert(0, "image", images, allow_duplicates=True)
+        matrix = pd.DataFrame(self.matrix, columns=classes)
+        matrix.insert(0, "label", classes, allow_duplicates=True)
         return {
             "probabilities.csv": probabilities,
-            "classes.csv": self.by_class,
+            "classes.csv": self.by_class.assign(**{self.by_class.columns[0]: classes}),
             "confusion.csv": matrix,
             "calibration.csv": self.bins,
             PREDICTIONS: pd.DataFrame(predictions),

@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from data_pipeline.sources.quarantine import printable
+from data_pipeline.common.errors import printable
 
 INK, SOFT, RULE = "#1b1f24", "#5b6570", "#dde2e8"
 """By day: of words, of what is said beside them, of lines."""

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.common.errors import printable
 from data_pipeline.show import cli as show
 from data_pipeline.sources.catalog import Catalog
-from data_pipeline.sources.quarantine import printable
 
 _ACROSS = 6  # images in a row of the contact sheet
 SHEET = 24

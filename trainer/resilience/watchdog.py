@@ -24,6 +24,7 @@ from typing import NamedTuple, Self
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from data_pipeline.common.errors import printable
 from trainer.distributed import DistContext
 
 STALLED = 75
@@ -179,7 +180,7 @@ class Watchdog:
 
         def report() -> None:
             if self.ctx.rank == first or not met:
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print(f"error: {printable(line)}", file=sys.stderr, flush=True)
             self._write_stacks(line)
             self.tell(line)
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.common.worker_pool import SILENT_S
 from trainer.tracking.alerts import Alarms
 from trainer.tracking.row_file import RowFile
@@ -200,7 +200,7 @@ class Tracker:
     def note(self, text: str) -> None:
         """One console line, information or a warning, that leaves the progress bar whole."""
         encoding = sys.stdout.encoding or "utf-8"  # a file name in the text may hold what it cannot say
-        line = " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
+        line = printable(" ".join(text.split())).encode(encoding, "backslashreplace").decode(encoding)
         self._tell(lambda console: console.line(line))
 
     def close(self, failed: bool = False) -> None:

@@ -455,14 +455,14 @@ def test_piped_output_is_plain_lines(folder: Path) -> None:
     program = (
         "tracker.log({'perf/ckpt_save_s': 1.0}, 28, 2.8);"  # nothing to tell a person
         "log_steps(tracker, range(29, 30)); tracker.epoch(EPOCH, 30, 3, best=True); log_steps(tracker, range(31, 40));"
-        "tracker.note('two\\nlines and \\udcff ' + 'x' * 200)"
+        "tracker.note('two\\nlines and \\x1b[2J \\udcff ' + 'x' * 200)"
     )
     env = {**environment(), "FORCE_COLOR": "1", "COLUMNS": "80"}
     output = subprocess.run(script(folder, program), capture_output=True, text=True, check=True, env=env).stdout
     progress, epoch, note = output.splitlines()  # one progress line: the others came within ten seconds
     assert re.fullmatch(r"step  29/100  epoch   2\.90/10  loss 29\.000    412 img/s  eta \d+:\d\d:\d\d", progress)
     assert epoch == EPOCH_LINE
-    assert note == "two lines and \\udcff " + "x" * 200
+    assert note == "two lines and \\x1b[2J \\udcff " + "x" * 200
     assert "\x1b" not in output and "\r" not in output
 
 
