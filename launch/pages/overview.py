@@ -19,9 +19,8 @@ from markupsafe import Markup
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import require
-from data_pipeline.sources.quarantine import printable
 from trainer.report import charts, html_page
 from trainer.report.charts import Curve
 from trainer.report.run_reader import Run, differences, find_runs, read_run
@@ -107,6 +106,21 @@ def _figure(value: float, form: str) -> str:
     return "–" if math.isnan(value) else format(value, form)
 
 
+def _readable(folders: list[Path]) -> list[Run]:
+    """The runs that can be read; each of the others is one line on stderr. Raises `UserError` where there are none."""
+    runs, errors = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {printable(str(error))}", file=sys.stderr)
+    return runs
+
+
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m launch overview",
@@ -121,7 +135,7 @@ def main(arguments: list[str]) -> None:
     out = Path(args.out)
     require(args.force or not out.exists(), f"--out: {out} exists; give another file, or --force to replace it")
     require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
-    runs = [read_run(folder) for folder in find_runs(map(Path, args.runs))]
+    runs = _readable(find_runs(map(Path, args.runs)))
     try:
         replace_file(out, page(runs, time.time()).encode())
     except OSError as error:

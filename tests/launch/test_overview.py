@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -104,6 +105,36 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     names = [row[0] for row in reader.rows[1:]]
     assert names[0] == f"{HOSTILE}\n{tmp_path}/<i>folder</i> \\udcff" and names[1].startswith("other\n")
     assert reader.rows[1][-1] == '\noptim.note "<b>bold</b>"'
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", "a: &a [x, x]\nb: &b [*a, *a]\nrun: {name: *b}\n"),
+        ("config.yaml", "run: &r\n  name: *r\n"),
+        ("config.yaml", "".join(" " * depth + "a:\n" for depth in range(1500))),
+        ("config.yaml", "[1, 2]\n"),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+        ("metrics.jsonl", '{"step": 1' + "0" * 400 + ', "epoch": 1, "time": 1}\n'),
+        ("checkpoints/last/progress.json", "[1]"),
+        ("checkpoints/last/progress.json", "fifo"),
+    ],
+)
+def test_hostile_run_is_left_out(
+    file: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path / "runs/good", [{"val/top1_pct": 50.0}])
+    hostile = made(tmp_path / "runs/\x1b[31mbad", [{"val/top1_pct": 50.0}]) / file
+    hostile.parent.mkdir(parents=True, exist_ok=True)
+    if content == "fifo":
+        os.mkfifo(hostile)
+    else:
+        hostile.write_text(content)
+    main(["runs"])
+    output, errors = capsys.readouterr()
+    assert output == "overview.html: 1 run\n"
+    assert errors.startswith(f"left out: RUNS: runs/\\x1b[31mbad/{file} cannot be read (") and errors.count("\n") == 1
 
 
 def test_page_needs_no_network_and_no_script(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from data_pipeline.sources.quarantine import printable
+from data_pipeline.common.errors import printable
 from trainer.report.html_page import INK, RULE, SOFT
 
 if TYPE_CHECKING:

@@ -14,12 +14,16 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import require
-from data_pipeline.sources.quarantine import printable
 
 RUNNING_S = 600.0
 """A run that has not finished counts as running for so long after its last row of metrics."""
+
+
+LONGEST_BYTES = 1 << 29  # some millions of rows
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a file may raise that another has written."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,32 @@ def read_run(folder: Path) -> Run:
     """The run in a folder, finished or under way. Raises `UserError` for files that are none of ours."""
     file = folder / "config.yaml"
     try:
-        options = _flat(yaml.safe_load(file.read_text()))
+        options = _flat(_plain_yaml(_text(file)))
         file = folder / "checkpoints/last/progress.json"
-        progress = json.loads(file.read_text()) if file.exists() else {}
-        saved_step, finished = progress.get("step", 0), progress.get("finished", False)
+        progress = json.loads(_text(file)) if file.exists() else {}
+        saved_step, finished = int(progress.get("step", 0)), bool(progress.get("finished", False))
         file = folder / "metrics.jsonl"
-        rows = _rows(file.read_text() if file.exists() else "")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        rows = _rows(_text(file) if file.exists() else "")
+    except (*UNREADABLE, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())[:200]
         raise UserError(f"RUNS: {file} cannot be read ({why}); mend it, or leave this run out") from None
     return Run(folder, options, rows, saved_step, finished)
+
+
+def _text(file: Path) -> str:
+    """What is in a file of text, and of no length that fills the memory."""
+    if not file.is_file():
+        raise ValueError("it is no file")  # a pipe would be waited for
+    if file.stat().st_size > LONGEST_BYTES:
+        raise ValueError(f"it has {file.stat().st_size:,} bytes")
+    return file.read_text()
+
+
+def _plain_yaml(text: str) -> Any:
+    """What a configuration of ours says. Without references, by which a short text may stand for a table without an end."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ValueError("it has references (*name), which no run writes")
+    return yaml.safe_load(text)
 
 
 def _rows(text: str) -> list[dict[str, float]]:
