@@ -336,8 +336,17 @@ def _remedy(message: str) -> str:
 
 def _no_such_option(name: str) -> str:
     dashes = "--" if name.startswith("-") else ""
-    close = difflib.get_close_matches(name.lstrip("-"), _flat(asdict(Config())), 1, 0.7)
-    return f"{name}: no such option; " + (f"did you mean {dashes}{close[0]}?" if close else "see --help")
+    options, wanted = list(_flat(asdict(Config()))), name.lstrip("-").replace("-", "_")
+    last = {option: option.rpartition(".")[2] for option in options}
+    meant = [option for option in options if last[option] == wanted] or difflib.get_close_matches(
+        wanted, options, 1, 0.7
+    )
+    if not meant and "." not in wanted:
+        near = difflib.get_close_matches(wanted, last.values(), 1, 0.6)
+        meant = [option for option in options if last[option] in near]
+    if not meant:
+        return f"{name}: no such option; see --help"
+    return f"{name}: no such option; did you mean {' or '.join(dashes + option for option in meant)}?"
 
 
 def _one_line(text: str) -> str:
