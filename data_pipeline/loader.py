@@ -9,7 +9,6 @@ device (see `mixing`).
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import coverage, mixing, sampling
 from data_pipeline.config import DataConfig
+from data_pipeline.cursor import Cursor
 from data_pipeline.dali import graph
 from data_pipeline.host_batch import IGNORE_LABEL, Fetcher, HostBatch
 from data_pipeline.read_ahead import ReadAhead
@@ -32,14 +32,6 @@ from data_pipeline.sharding import (
     steps_per_epoch,
 )
 from data_pipeline.sources.catalog import Catalog, open_catalog
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the order of training: `seen` images of `epoch`, counted over all ranks."""
-
-    epoch: int = 0
-    seen: int = 0
 
 
 class Batch(NamedTuple):

@@ -1,27 +1,29 @@
-"""python -m launch local [-n RANKS] [trainer options]: train on this machine, one process for each GPU.
+"""python -m launch local [-n RANKS] [trainer options]: train on this machine, one process for each GPU."""
 
-torchrun does the work. Called as a program, it answers whatever a process does with a report of its own and exit code 1;
-called from here, a user's mistake stays the one line that rank 0 says, and exit code 2.
-"""
-
-import logging
-import signal
 import sys
-import tempfile
-import uuid
-from collections.abc import Mapping
-
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from data_pipeline.common.errors import UserError
-from trainer.distributed import gpu_count
+from trainer.config import load
+
+USAGE = """usage: python -m launch local [-n RANKS] [--config RECIPE] [--OPTION VALUE ...]
+
+Train on this machine, as torchrun does, but without its report: a mistake in the options is one line and exit code 2.
+
+  -n RANKS    processes; one for each GPU if not given, or one where there is none. It comes first.
+
+All other options are those of python -m trainer; see python -m trainer --help."""
 
 
 def main(arguments: list[str]) -> None:
     """Exits with the code of the process that ended first without success, or 0. Raises `UserError`."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
     ranks, options = split_ranks(arguments)
+    load(options)  # a mistake is told before torch is imported, and any process started
+    from launch.workers import run_workers, this_machine
+    from trainer.distributed import gpu_count
+
     sys.exit(run_workers(this_machine(ranks or gpu_count() or 1), "trainer", options))
 
 
@@ -33,52 +35,3 @@ def split_ranks(arguments: list[str]) -> tuple[int | None, list[str]]:
     if not number.isdecimal() or int(number) == 0:
         raise UserError(f"-n: {number!r} is no number of processes; give one such as 2, or leave it out for one a GPU")
     return int(number), arguments[2:]
-
-
-def this_machine(ranks: int) -> LaunchConfig:
-    """`ranks` processes on this machine alone."""
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,  # two runs on one machine must not find each other
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-
-
-def join_nodes(variables: Mapping[str, str], ranks: int) -> LaunchConfig:
-    """`ranks` processes on this node, one of WORLD_SIZE nodes, the first of which is at MASTER_ADDR.
-
-    A static rendezvous, for torchrun's own gives nodes numbers other than SLURM's.
-    """
-    nodes = int(variables["WORLD_SIZE"])
-    return LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=ranks,
-        run_id=variables["MASTER_PORT"],
-        rdzv_backend="static",
-        rdzv_endpoint=f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}",
-        rdzv_configs={"rank": int(variables["RANK"])},
-        max_restarts=0,
-    )
-
-
-def run_workers(config: LaunchConfig, module: str, arguments: list[str]) -> int:
-    """Run `python -m module arguments` in every process; the exit code of the first to fail, 128 + N for signal N, or 0."""
-    logging.disable(logging.CRITICAL)  # torchrun's report
-    try:
-        with tempfile.TemporaryDirectory() as notes:  # which torchrun would leave in /tmp
-            config.logs_specs = DefaultLogsSpecs(log_dir=notes)
-            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    except SignalException as received:
-        return 128 + int(received.sigval)
-    return 0

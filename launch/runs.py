@@ -1,4 +1,4 @@
-"""python -m launch status [FOLDER], logs [-f] NAME, cancel NAME: runs that were submitted, and what became of them.
+"""python -m launch status [FOLDER], logs [-f] RUN, cancel RUN: runs in SLURM's hands, and what became of them.
 
 All is read from the run folders and from the controller's queue; no accounting is needed.
 """
@@ -7,14 +7,42 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.common.errors import UserError
+import yaml
+from jsonargparse import ArgumentParser
+
+from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.submission import Submission, find, newest
+from trainer.checkpoint.store import read_job
 
 POLL_S = 0.5
+ETA_ROWS, GAP_S = 50, 600.0
+"""Rows of metrics that an estimate rests on, and the longest time between two of them without an interruption."""
+
+REASONS = {
+    "Resources": "no free nodes yet",
+    "Priority": "others come first",
+    "JobArrayTaskLimit": "as many of its sweep run as may",
+    "Dependency": "waits for another job",
+    "BeginTime": "starts again in a moment",
+    "JobHeldUser": "held; scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "Reservation": "waits for its reservation",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is down",
+    "PartitionNodeLimit": "more nodes than the partition allows",
+    "PartitionTimeLimit": "more time than the partition allows",
+    "NodeDown": "a node is down",
+    "launch failed requeued held": "a node failed to start it, and it is held; scontrol release lets it go",
+}
+"""SLURM's word for why a job waits, and what it means."""
 
 
 class Row(NamedTuple):
@@ -25,6 +53,8 @@ class Row(NamedTuple):
     nodes: str
     restarts: int
     epoch: float | None
+    left_s: float | None
+    """Seconds until it has trained all its epochs, where it is training."""
     images_per_s: float | None
     best_top1_pct: float | None
 
@@ -35,38 +65,46 @@ def status(arguments: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    folder = Path("".join(arguments[:1]) or "runs")
-    rows = table(folder, queue())
+    parser = _parser("status", "A table of the runs that SLURM has, or has had, and of how far they are.")
+    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="Of run folders. Default: runs.")
+    folder = Path(parse_plain(parser, arguments).folder)
+    rows = table(folder, queue(), time.time())
     if not rows:
         raise UserError(f"{folder}: no run in it was submitted; `python -m launch submit` does that")
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "nodes", "restarts", "epoch", "img/s", "best top-1 %"):
+    for name in ("run", "state", "nodes", "restarts", "epoch", "eta", "img/s", "best top-1 %"):
         shown.add_column(name, no_wrap=True, justify="left" if name in ("run", "state", "nodes") else "right")
     for row in rows:
-        figures = (_figure(row.epoch, ".2f"), _figure(row.images_per_s, ".0f"), _figure(row.best_top1_pct, ".2f"))
-        shown.add_row(*map(Text, (row.name, row.state, row.nodes, str(row.restarts), *figures)))
+        eta = "" if row.left_s is None else str(timedelta(seconds=round(row.left_s)))
+        figures = (_figure(row.epoch, ".2f"), eta, _figure(row.images_per_s, ".0f"), _figure(row.best_top1_pct, ".2f"))
+        words = (row.name, row.state, row.nodes, str(row.restarts), *figures)
+        shown.add_row(*(Text(printable(word)) for word in words))
     wide = None if sys.stdout.isatty() else 10_000  # a file or a pipe takes whole names
     Console(width=wide, highlight=False).print(shown)
 
 
-def table(folder: Path, jobs: dict[str, Queued]) -> list[Row]:
-    """The submitted runs in `folder`, and those of the sweeps in it, by name."""
+def table(folder: Path, jobs: dict[str, Queued], now_s: float) -> list[Row]:
+    """The runs in `folder` and in the sweeps in it that SLURM has or has had, by name, at `now_s` (Unix seconds)."""
     folders = sorted([*folder.glob("*/"), *folder.glob("*/*/")])
-    runs = [(run, newest(run)) for run in folders]
-    return [_row(str(run.relative_to(folder)), run, submission, jobs) for run, submission in runs if submission]
+    return [row for run in folders if (row := _row(str(run.relative_to(folder)), run, jobs, now_s))]
 
 
-def _row(name: str, run: Path, submission: Submission, jobs: dict[str, Queued]) -> Row:
-    known = jobs.get(submission.job.id or "")
+def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | None:
+    submission, plain = newest(run), read_job(run)
+    if not (submission or plain):
+        return None
+    known = jobs.get(submission.job.id or "" if submission else plain)
+    rows = list(_rows(run))
     last: dict[str, Any] = {}
-    for row in _rows(run):
+    for row in rows:
         last |= {name: value for name, value in row.items() if value is not None}
     return Row(
         name,
-        state_of(submission, known),
+        state_of(submission, known) if submission else _plain_state(run, known),
         known.nodes if known else "",
-        max(submission.restarts, known.restarts if known else 0),
+        max(submission.restarts if submission else 0, known.restarts if known else 0),
         last.get("epoch"),
+        _seconds_left(run, rows, now_s) if known and known.state == "RUNNING" else None,
         last.get("perf/images_per_s"),
         last.get("val/best_top1_pct"),
     )
@@ -75,30 +113,76 @@ def _row(name: str, run: Path, submission: Submission, jobs: dict[str, Queued]) 
 def state_of(submission: Submission, known: Queued | None) -> str:
     """SLURM's word while the job is in its hands, with the reason for waiting; then the job's own."""
     if known and known.active:
-        waits = known.state == "PENDING" and known.reason not in ("", "None")
-        return known.state.lower() + (f" ({known.reason})" if waits else "")
+        return _state_in_words(known)
     return submission.end or (known.state.lower() if known else "gone")
+
+
+def _state_in_words(job: Queued) -> str:
+    """Such as "pending: no free nodes yet (Resources)"."""
+    if job.state != "PENDING" or job.reason in ("", "None"):
+        return job.state.lower()
+    why = next((words for reason, words in REASONS.items() if job.reason.startswith(reason)), None)
+    limit = "a limit on what may run at once" if job.reason.startswith(("QOS", "Assoc", "MaxJobs")) else None
+    return f"pending: {why or limit} ({job.reason})" if why or limit else f"pending ({job.reason})"
+
+
+def _plain_state(run: Path, known: Queued | None) -> str:
+    """Of a run that `sbatch` alone has submitted, of whose end only the run folder tells."""
+    if known and known.active:
+        return _state_in_words(known)
+    try:
+        finished = json.loads((run / "checkpoints/last/progress.json").read_text())["finished"]
+    except (OSError, ValueError, KeyError, TypeError):
+        finished = False
+    return "finished" if finished else known.state.lower() if known else "stopped"
+
+
+def _seconds_left(run: Path, rows: list[dict[str, Any]], now_s: float) -> float | None:
+    """As the last rows are in time, without a gap in which the job was elsewhere."""
+    try:
+        epochs = float(yaml.safe_load((run / "config.yaml").read_text())["run"]["epochs"])
+        points = [(float(row["time"]), float(row["epoch"])) for row in rows[-ETA_ROWS:]]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    gaps = [n for n in range(1, len(points)) if points[n][0] - points[n - 1][0] > GAP_S]
+    points = points[gaps[-1] :] if gaps else points
+    if len(points) < 2 or points[-1][1] <= points[0][1]:
+        return None
+    (start_s, start), (end_s, end) = points[0], points[-1]
+    return max(0.0, (epochs - end) * (end_s - start_s) / (end - start) - (now_s - end_s))
 
 
 def _rows(run: Path) -> Iterator[dict[str, Any]]:
     """The whole rows of the run's metrics."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
     except OSError:
         return
-    yield from (json.loads(line) for line in lines if line.endswith("\n"))
+    for line in lines:
+        with suppress(ValueError):  # it is being written, or torn
+            row = json.loads(line)
+            if line.endswith("\n") and isinstance(row, dict):
+                yield row
 
 
 def _figure(value: float | None, layout: str) -> str:
     return "" if value is None else format(value, layout)
 
 
+def _parser(command: str, description: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"python -m launch {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
 def logs(arguments: list[str]) -> None:
     """Print what rank 0 of a run says; with -f, until the job has ended. Raises `UserError`."""
-    follow, names = "-f" in arguments, [one for one in arguments if one != "-f"]
-    if len(names) != 1:
-        raise UserError("NAME: give the name of one run; call python -m launch logs [-f] NAME")
-    _, submission = find(names[0])
+    parser = _parser("logs", "What rank 0 of a submitted run says; every rank has a file, in RUN/slurm/.")
+    parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
+    parser.add_argument("-f", "--follow", action="store_true", help="Go on until the job has ended.")
+    args = parse_plain(parser, arguments)
+    follow = args.follow
+    _, submission = find(args.run)
     job = submission.job.id or ""
     texts = (submission.script_log, submission.rank_log(0))
     for text in tail(texts, lambda: follow and (known := queue().get(job)) is not None and known.active):
@@ -126,13 +210,14 @@ def tail(files: tuple[Path, ...], goes_on: Callable[[], bool]) -> Iterator[str]:
 
 def cancel(arguments: list[str]) -> None:
     """End a run's job for good; where it runs, it saves first. Raises `UserError`."""
-    if len(arguments) != 1:
-        raise UserError("NAME: give the name of one run; call python -m launch cancel NAME")
-    run, submission = find(arguments[0])
+    parser = _parser("cancel", "End a run's job for good; where it trains, it saves first.")
+    parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
+    name = parse_plain(parser, arguments).run
+    run, submission = find(name)
     job = submission.job.id or ""
     known = queue().get(job)
     if known is None or not known.active:
-        raise UserError(f"{arguments[0]}: its job {job} has ended already: {state_of(submission, known)}")
+        raise UserError(f"{name}: its job {job} has ended already: {state_of(submission, known)}")
     run_slurm("scancel", job)
     submission.write_restarts(crashes=submission.crashes, restarts=known.restarts, end="cancelled")
-    print(f"job {job} of {run} is being ended; python -m launch resubmit goes on where it saved")
+    print(f"job {job} of {printable(str(run))} is being ended; python -m launch resubmit goes on where it saved")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.__main__ import COMMANDS
+from launch.cli import COMMANDS
 from tests.conftest import ROOT
 from trainer.config import Config
 

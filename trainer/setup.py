@@ -19,7 +19,7 @@ from data_pipeline.sources.torchvision_sets import NAMED
 from data_pipeline.summary import refuse_single_class, summary
 from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.files import read_metadata
-from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_run
+from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_job, record_run
 from trainer.config import Config, first_difference, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.arithmetic import choose_arithmetic
@@ -108,6 +108,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
             torch.set_num_threads(arithmetic.threads[ctx.rank])
 
         ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
+        ctx.run_on_rank0(lambda: record_job(cfg.folder))
         ctx.run_on_rank0(store.prepare)
         yield replace(start, engine=engine, progress=replace(progress, arithmetic=arithmetic), lines=lines)
 

@@ -25,7 +25,7 @@ def train(folder: str) -> None:
 
 def train_node(folder: str) -> None:
     """One node of a job in which torchrun starts the ranks: what submitit runs in every task of the submission `folder`."""
-    from launch.local import join_nodes, run_workers
+    from launch.workers import join_nodes, run_workers
 
     submission = Submission(Path(folder))
     variables = rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"]))

@@ -22,7 +22,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.job import train, train_node
 from launch.slurm.profile import Profile, Request, parse_request
@@ -59,14 +59,17 @@ def main(arguments: list[str]) -> None:
 
 def resubmit(arguments: list[str]) -> None:
     """Submit a run as it was submitted last, but for the options given. Raises `UserError`."""
+    prog = "python -m launch resubmit"
+    if arguments[:1] in (["-h"], ["--help"]):
+        parse_request(f"{prog} RUN", arguments)
     if not arguments or arguments[0].startswith("-"):
-        raise UserError("NAME: no run given; call python -m launch resubmit NAME [--nodes N ...]")
+        raise UserError(f"RUN: no run given; call {prog} RUN [--nodes N ...]")
     run, last = find(arguments[0])
     job = last.job
     earlier = {**job.profile, "launcher": job.launcher}
     cfg = load_run(run, [])
     cfg = replace(cfg, run=replace(cfg.run, dir=str(run.absolute())))
-    submit(cfg, parse_request("python -m launch resubmit", arguments[1:], earlier), job.cwd)
+    submit(cfg, parse_request(f"{prog} RUN", arguments[1:], earlier), job.cwd)
 
 
 def submit(cfg: Config, request: Request, cwd: str) -> None:
@@ -75,7 +78,7 @@ def submit(cfg: Config, request: Request, cwd: str) -> None:
     check_free(cfg, queue())
     for job in submit_runs([cfg], request, cwd, cfg.folder):
         name = shlex.quote(short_name(cfg.folder))
-        print(f"job {job} trains {cfg.folder}; to watch it: python -m launch logs -f {name}")
+        print(f"job {job} trains {printable(str(cfg.folder))}; to watch it: python -m launch logs -f {name}")
 
 
 def submit_runs(

@@ -19,7 +19,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from data_pipeline.config import require
 from launch.slurm.commands import queue, run_slurm
 from launch.slurm.profile import Request, parse, request_of, request_parser
@@ -118,7 +118,7 @@ def submit(folder: Path, members: list[Member], record: Record, request: Request
             return
         forget = {member.name for member in waiting}
         replace(record, failed={name: code for name, code in record.failed.items() if name not in forget}).write(folder)
-        print(f"job {numbers[0].partition('_')[0]} trains {len(waiting)} runs in {folder}")
+        print(f"job {numbers[0].partition('_')[0]} trains {len(waiting)} runs in {printable(str(folder))}")
     if len(waiting) < len(members):
         print(f"{len(members) - len(waiting)} of its {len(members)} runs are done, or in SLURM's hands, and left alone")
     print(f"to watch them: python -m launch status {shlex.quote(os.path.relpath(folder))}")
@@ -126,7 +126,7 @@ def submit(folder: Path, members: list[Member], record: Record, request: Request
 
 def train_here(folder: Path, members: list[Member], record: Record, ranks: int | None, *, dry_run: bool) -> int:
     """Train what is not done, one run after another; the exit code: 1 if one has failed, 128 + N on signal N."""
-    from launch.local import run_workers, this_machine
+    from launch.workers import run_workers, this_machine
     from trainer.distributed import gpu_count
 
     ranks = ranks or gpu_count() or 1
@@ -135,9 +135,9 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
             print(shlex.join(["python", "-m", "launch", "local", "-n", str(ranks), *member.arguments]))
             continue
         if is_done(member.cfg):
-            print(f"[{number}/{len(members)}] {member.name} is done already", flush=True)
+            print(f"[{number}/{len(members)}] {printable(member.name)} is done already", flush=True)
             continue
-        print(f"[{number}/{len(members)}] {member.name}", flush=True)
+        print(f"[{number}/{len(members)}] {printable(member.name)}", flush=True)
         record.write(folder)
         code = run_workers(this_machine(ranks), "trainer", member.arguments)
         if code in ASKED_TO_STOP:
@@ -148,5 +148,5 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
         record.write(folder)
     failed_now = [member.name for member in members if member.name in record.failed]
     for name in failed_now:
-        print(f"error: {folder / name} failed with exit code {record.failed[name]}", file=sys.stderr)
+        print(f"error: {printable(str(folder / name))} failed with exit code {record.failed[name]}", file=sys.stderr)
     return 1 if failed_now else 0

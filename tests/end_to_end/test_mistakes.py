@@ -32,6 +32,9 @@ MISTAKES = {
     "trainer --optim.lrr 1": "--optim.lrr: no such option; did you mean --optim.lr?",
     "trainer --optm.lr=1": "--optm.lr: no such option; did you mean --optim.lr?",
     "trainer --optim.l 1": "--optim.l: no such option; did you mean --optim.lr?",
+    "trainer --lr 3": "--lr: no such option; did you mean --optim.lr?",
+    "trainer --batch-size 3": "--batch-size: no such option; did you mean --data.batch?",
+    "trainer '--\x1b[31m' 1": "--\\x1b[31m: no such option; see --help",
     "trainer --zzz 1": "--zzz: no such option; see --help",
     "trainer --optim.lr": "--optim.lr: expected one argument",
     "trainer --optim.lr -1": "optim.lr: -1.0 is not positive; give a learning rate above 0",
@@ -197,11 +200,11 @@ MISTAKES = {
     "launch submit -- --run.dir new": "no sbatch here: this machine has no SLURM; `python -m launch local` trains on "
     "this machine alone",
     "launch status": "no squeue here: this machine has no SLURM; `python -m launch local` trains on this machine alone",
-    "launch logs": "NAME: give the name of one run; call python -m launch logs [-f] NAME",
+    "launch logs": "the following arguments are required: run; see python -m launch logs --help",
     "launch logs nope": f"nope: {NO_SUBMISSION}",
-    "launch cancel": "NAME: give the name of one run; call python -m launch cancel NAME",
+    "launch cancel": "the following arguments are required: run; see python -m launch cancel --help",
     "launch cancel nope": f"nope: {NO_SUBMISSION}",
-    "launch resubmit": "NAME: no run given; call python -m launch resubmit NAME [--nodes N ...]",
+    "launch resubmit": "RUN: no run given; call python -m launch resubmit RUN [--nodes N ...]",
     "launch resubmit unfinished": f"unfinished: {NO_SUBMISSION}",
     "launch overview": "the following arguments are required: runs; see python -m launch overview --help",
     "launch overview nowhere": "RUNS: nowhere is not a folder; give run folders, or one of them such as runs",
@@ -270,7 +273,7 @@ def test_mistake(
         run_command(main)
     line = MISTAKES[command].replace("RUN has", f"{run} has").replace("RUN holds", f"{run} holds")
     if "COMMANDS" in line:
-        line = line.replace("COMMANDS", ", ".join(import_module("launch.__main__").COMMANDS))
+        line = line.replace("COMMANDS", ", ".join(import_module("launch.cli").COMMANDS))
     assert capfd.readouterr() == ("", f"error: {line}\n")
     assert ended.value.code == 2
     assert [tree(folder) for folder in kept] == before

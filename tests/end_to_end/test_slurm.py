@@ -89,7 +89,7 @@ def test_two_nodes_to_the_end(cluster: Cluster, undisturbed: Path) -> None:
         assert (
             f"rank {rank} of 4, number {rank % 2} of 2 on 127.0.1.{node + 1}" in submission.rank_log(rank).read_text()
         )
-    assert submission.script_log.read_text() == "", "nothing that only submitit needs to know"
+    assert "submitit" not in submission.script_log.read_text()
 
     shown = cluster.launch("status", str(undisturbed.parent))
     line = next(line for line in shown.stdout.splitlines() if "disturbed" in line)
@@ -192,7 +192,7 @@ def test_a_sweep(cluster: Cluster, base: Path) -> None:
     array = cluster.job(saved).partition("_")[0]
     assert [cluster.job(run) for run in runs] == [f"{array}_{number}" for number in range(4)]
     assert "ArrayTaskThrottle=2" in cluster.run("scontrol", "show", "job", array)
-    assert "pending (JobArrayTaskLimit)" in line_of(cluster, waiting)
+    assert "(JobArrayTaskLimit)" in line_of(cluster, waiting)
     assert cluster.launch("cancel", f"{file.stem}/{waiting.name}").returncode == 0
 
     cluster.wait_for_step(saved, 1)
@@ -322,6 +322,8 @@ def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
         return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
     cluster.eventually(lambda: len(rows(run)) > 0, log.read_text)
+    shown = cluster.launch("status", str(base)).stdout
+    assert "running" in next(line for line in shown.splitlines() if run.name in line)
     cluster.run("scancel", "--signal=USR2", job)
     cluster.eventually(lambda: state() == "PENDING", log.read_text)
     assert not Store(run).progress().finished

@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.common.errors import UserError
-from launch.__main__ import main
+from launch.cli import COMMANDS, MODULES, main, sluice
 from launch.runs import table, tail
 from launch.slurm.after import decide
 from launch.slurm.commands import Queued, own_job
 from launch.slurm.job import rank_variables
 from launch.slurm.profile import PROFILES, Profile, parse_request
 from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
-from tests.support.runs import descendants, dotted, environment, rows, settings_of
+from tests.support.runs import ROOT, descendants, dotted, environment, rows, settings_of
 from trainer.checkpoint.store import Store
 
 PROFILE_NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
@@ -91,8 +93,7 @@ def terminate(launcher: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "COMMAND: no such command; give one of local, submit, sweep, summary, status"),
-        (["start"], "start: no such command"),
+        (["start"], "start: no such command; give one of local, submit, sweep, summary, status"),
         (["local", "-n", "two"], "-n: 'two' is no number of processes"),
         (["local", "-n", "0"], "-n: '0' is no number of processes"),
         (["submit", "--nodes", "2", "--", "--run.name", "a"], "no sbatch here: this machine has no SLURM"),
@@ -100,10 +101,11 @@ def terminate(launcher: int) -> None:
         (["submit", "--run.name", "a"], "put the trainer's options after --"),
         (["submit", "--", "--optim.lr", "fast"], "optim.lr: fast does not fit"),
         (["status"], "no squeue here: this machine has no SLURM"),
-        (["logs"], "NAME: give the name of one run"),
+        (["logs"], "the following arguments are required: run; see python -m launch logs --help"),
+        (["local", "--lr", "3"], "--lr: no such option; did you mean --optim.lr?"),
         (["logs", "nobody"], "nobody: no run of that name was submitted"),
         (["cancel", "nobody"], "nobody: no run of that name was submitted"),
-        (["resubmit"], "NAME: no run given"),
+        (["resubmit"], "RUN: no run given"),
         (["resubmit", "nobody", "--nodes", "2"], "nobody: no run of that name was submitted"),
     ],
 )
@@ -141,21 +143,52 @@ exit 1
     assert done.stderr.startswith("error: squeue belongs to no cluster: SLURM is installed here, but has no slurm.conf")
 
 
-def test_help_names_every_command(tmp_path: Path) -> None:
-    said = launch("--help", cwd=tmp_path).stdout
-    for command in (
-        "local",
-        "submit",
-        "status",
-        "logs",
-        "cancel",
-        "resubmit",
-        "sweep",
-        "summary",
-        "overview",
-        "dashboard",
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+        main()
+        said = capsys.readouterr().out
+        assert all(f"  {command} " in said for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_has_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is no SLURM."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sys, "argv", ["launch", command, "--help"])
+    with suppress(SystemExit):
+        main()
+    output, errors = capsys.readouterr()
+    assert output.startswith(f"usage: python -m launch {command}") and errors == ""
+
+
+def test_one_name_has_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"sluice": "launch.cli:sluice"}
+    monkeypatch.setattr(sys, "argv", ["sluice"])
+    with pytest.raises(SystemExit) as ended:
+        sluice()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"  {command} " in said for command in (*MODULES, *COMMANDS))
+    modules = {"trainer.__main__", "trainer.evaluate", *(f"{package}.cli" for package in packages_with_a_command())}
+    assert {module for module, _ in MODULES.values()} == modules, "every `python -m` is there"
+    for command, words in (
+        ("train --lr 1", "did you mean --optim.lr"),
+        ("logs nobody", "nobody: no run"),
+        ("x", "x: no"),
     ):
-        assert f"  {command} " in said
+        monkeypatch.setattr(sys, "argv", ["sluice", *command.split()])
+        with pytest.raises(SystemExit) as ended:
+            sluice()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and words in said
+
+
+def packages_with_a_command() -> list[str]:
+    mains = [*ROOT.glob("trainer/*/__main__.py"), *ROOT.glob("data_pipeline/*/__main__.py")]
+    return [".".join(path.parent.relative_to(ROOT).parts) for path in mains]
 
 
 # Profiles
@@ -305,12 +338,14 @@ def test_an_outcome_is_that_of_one_start(tmp_path: Path) -> None:
 
 def test_the_table_of_runs(tmp_path: Path) -> None:
     figures: list[dict[str, Any]] = [
-        {"step": 5, "epoch": 1, "perf/images_per_s": 100.0, "val/best_top1_pct": 50.0},
-        {"step": 7, "epoch": 1.5, "perf/images_per_s": 120.0, "train/loss": None},
+        {"step": 1, "epoch": 0.1, "time": 1.0},
+        {"step": 5, "epoch": 1, "time": 1000.0, "perf/images_per_s": 100.0, "val/best_top1_pct": 50.0},
+        {"step": 7, "epoch": 1.5, "time": 1100.0, "perf/images_per_s": 120.0, "train/loss": None},
     ]
     for number, name in enumerate(("waiting", "running", "ended", "lost", "cancelled")):
         submission = submitted(tmp_path / name, str(number))
         if name == "running":
+            (tmp_path / name / "config.yaml").write_text("run: {epochs: 3}")
             (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures) + '{"st')
         if name in ("ended", "cancelled"):
             submission.write_restarts(crashes=1, restarts=3, end="finished" if name == "ended" else "cancelled")
@@ -320,13 +355,28 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         "5_1": Queued("PENDING", "", 0, "JobArrayTaskLimit"),
         "0": Queued("PENDING", "", 0, "Priority"),
         "1": Queued("RUNNING", "gpu[1-2]", 2, "None"),
+        "7": Queued("PENDING", "", 0, "QOSMaxJobsPerUserLimit"),
         "4": Queued("COMPLETING", "gpu3", 0, "None"),
     }
-    rows = {row.name: row for row in table(tmp_path, jobs)}
-    assert list(rows) == ["cancelled", "ended", "lost", "running", "sweep/lr=0.1", "waiting"]
-    assert rows["sweep/lr=0.1"].state == "pending (JobArrayTaskLimit)"
-    assert rows["waiting"].state == "pending (Priority)" and rows["waiting"].epoch is None
-    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 120.0, 50.0)
+    for name, job in (("by sbatch", "7"), ("by sbatch and done", "8")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slurm_job.txt").write_text(f"{job}\n")
+    rows = {row.name: row for row in table(tmp_path, jobs, 1110.0)}
+    assert list(rows) == [
+        "by sbatch",
+        "by sbatch and done",
+        "cancelled",
+        "ended",
+        "lost",
+        "running",
+        "sweep/lr=0.1",
+        "waiting",
+    ]
+    assert rows["sweep/lr=0.1"].state == "pending: as many of its sweep run as may (JobArrayTaskLimit)"
+    assert rows["waiting"].state == "pending: others come first (Priority)" and rows["waiting"].epoch is None
+    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 290.0, 120.0, 50.0)
+    assert rows["by sbatch"].state == "pending: a limit on what may run at once (QOSMaxJobsPerUserLimit)"
+    assert rows["by sbatch and done"].state == "stopped"
     assert (rows["ended"].state, rows["ended"].restarts) == ("finished", 3)
     assert rows["lost"].state == "gone"
     assert rows["cancelled"].state == "completing"

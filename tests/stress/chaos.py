@@ -37,7 +37,7 @@ from data_pipeline.config import DataConfig, require
 from data_pipeline.dali import graph
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources.builtin import builtin_dataset
-from launch.local import this_machine
+from launch.workers import this_machine
 from tests.support.recorded import (
     EPOCHS,
     faults_of_losses,

@@ -23,11 +23,12 @@ from typing import IO, Any, NamedTuple
 
 from data_pipeline.common.atomic_io import sync
 from data_pipeline.common.errors import UserError
-from data_pipeline.loader import Cursor
+from data_pipeline.cursor import Cursor
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
 LOCK = ".lock"
 LINKS = ("last", "best")
+JOB = "slurm_job.txt"
 PARTIAL = ".partial"
 """How the name begins of what is being written, in its folder; left behind by a crash, it is of no worth."""
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
@@ -428,6 +429,23 @@ def check_run(run: Path, differences: Callable[[str], tuple[str, str] | None]) -
             raise UserError(f"run.dir: {run} is in use and holds no run; give another --run.dir")
     except OSError as error:
         raise UserError(f"run.dir: cannot read {run} ({error.strerror}); give another --run.dir") from None
+
+
+def record_job(run: Path) -> None:
+    """Note the number of the SLURM job that this process is part of, if it is, for `python -m launch status`."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+    with suppress(OSError):
+        if job:
+            (run / JOB).write_text(job + "\n")
+
+
+def read_job(run: Path) -> str:
+    """The number of the SLURM job that has trained in `run` last; "" where none has."""
+    try:
+        return (run / JOB).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def record_run(run: Path, config: str) -> None:

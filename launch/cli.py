@@ -1,0 +1,74 @@
+"""The commands behind `python -m launch`, and `sluice`: one name for these and for every `python -m` of the project."""
+
+import sys
+from importlib import import_module
+
+from data_pipeline.common.entry_point import run_command
+from data_pipeline.common.errors import UserError
+
+COMMANDS = {
+    "local": ("launch.local", "main", "train on this machine, one process for each GPU"),
+    "submit": ("launch.slurm.submit", "main", "hand a run to SLURM"),
+    "sweep": ("launch.sweep.cli", "main", "a run for each of many settings, as a job array or here"),
+    "summary": ("launch.sweep.summary", "main", "what a sweep has found: a table and a plot"),
+    "status": ("launch.runs", "status", "a table of the runs that were submitted"),
+    "logs": ("launch.runs", "logs", "what a run prints; -f follows it"),
+    "cancel": ("launch.runs", "cancel", "end a run's job; it saves first"),
+    "resubmit": ("launch.slurm.submit", "resubmit", "hand a run that has ended to SLURM again"),
+    "overview": ("launch.pages.overview", "main", "one page of HTML about runs"),
+    "dashboard": ("launch.pages.dashboards", "main", "a workspace of Weights & Biases about runs"),
+}
+"""Module and function behind each command, imported when it is called for, and what it does."""
+
+MODULES = {
+    "train": ("trainer.__main__", "train a ResNet, in one process; under torchrun, in many"),
+    "evaluate": ("trainer.evaluate", "scores of a run on validation images"),
+    "predict": ("trainer.predict.cli", "classes of images, for people or for Kaggle"),
+    "report": ("trainer.report.cli", "a page about one run: confusion, worst images"),
+    "compare": ("trainer.compare.cli", "a page that compares runs"),
+    "export": ("trainer.export.cli", "a run's network for other programs"),
+    "bench": ("trainer.bench.cli", "how fast this machine trains, and what holds it up"),
+    "plan": ("trainer.plan.cli", "what more GPUs would bring"),
+    "pack": ("data_pipeline.pack.cli", "images at the size that training needs, in few files"),
+    "verify": ("data_pipeline.verify.cli", "find the images that cannot be read"),
+    "show": ("data_pipeline.show.cli", "a sheet of images as the model sees them"),
+    "data-bench": ("data_pipeline.bench.cli", "how fast images are loaded"),
+}
+"""Module with the function `main` behind each further command of `sluice`, and what it does."""
+
+
+def main() -> None:
+    """`python -m launch COMMAND ...`. Raises `UserError`."""
+    name, arguments = "".join(sys.argv[1:2]), sys.argv[2:]
+    if name in ("", "-h", "--help"):
+        print(_index("python -m launch", {command: what for command, (_, _, what) in COMMANDS.items()}))
+    elif name in COMMANDS:
+        module, function, _ = COMMANDS[name]
+        getattr(import_module(module), function)(arguments)
+    else:
+        raise UserError(f"{name}: no such command; give one of {', '.join(COMMANDS)}")
+
+
+def sluice() -> None:
+    """`sluice COMMAND ...`, as installed: every command of the project. Exits."""
+    run_command(_any_command)
+
+
+def _any_command() -> None:
+    name = "".join(sys.argv[1:2])
+    if name in MODULES:
+        module, _ = MODULES[name]
+        sys.argv = [f"sluice {name}", *sys.argv[2:]]
+        import_module(module).main()
+    elif name in COMMANDS:
+        main()
+    elif name in ("", "-h", "--help"):
+        what = {command: what for command, (_, what) in MODULES.items()}
+        print(_index("sluice", what | {command: what for command, (_, _, what) in COMMANDS.items()}))
+    else:
+        raise UserError(f"{name}: no such command; give one of {', '.join((*MODULES, *COMMANDS))}")
+
+
+def _index(prog: str, commands: dict[str, str]) -> str:
+    lines = [f"  {command:10} {what}" for command, what in commands.items()]
+    return "\n".join([f"usage: {prog} COMMAND ...", "", *lines, "", f"{prog} COMMAND --help says more."])
