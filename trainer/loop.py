@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum, auto
 
+from data_pipeline.common.errors import printable
 from data_pipeline.loader import Batch
 from trainer.checkpoint.files import WEIGHTS
 from trainer.checkpoint.store import Progress
@@ -41,7 +42,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
     with start_run(cfg, ctx) as start:
         if start.nothing_left:
             if ctx.primary:
-                print(nothing_left(start))
+                print(printable(nothing_left(start)))
             return start.progress
         with open_session(start, started) as session:
             outcome = train(session, stop)

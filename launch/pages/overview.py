@@ -116,8 +116,8 @@ def _readable(folders: list[Path]) -> list[Run]:
             errors.append(error)
     if not runs:
         raise errors[0]
-    for error in errors:
-        print(f"left out: {printable(str(error))}", file=sys.stderr)
+    for why in errors:
+        print(f"left out: {printable(str(why))}", file=sys.stderr)
     return runs
 
 
