@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+from data_pipeline.common.errors import printable
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.image_headers import BadImage, Size, inspect
 
@@ -60,7 +61,7 @@ class ReadAhead:
             waited_s += _PATIENCE_S
             files = [f"{self._catalog.root}/{self._catalog.paths[sample]}" for sample in list(self._being_read)]
             print(
-                f"rank {self._rank} has waited {waited_s:g} s for {', '.join(files[:3])}"
+                f"rank {self._rank} has waited {waited_s:g} s for {printable(', '.join(files[:3]))}"
                 f"{' and others' * (len(files) > 3)}; storage does not answer",
                 file=sys.stderr,
                 flush=True,
