@@ -1,7 +1,7 @@
 """A micro-batch in host memory: its encoded images, and how each is to be cut and changed."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +16,14 @@ from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.image_headers import BadImage, Size
 
 IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
+_MOST_PIXELS = 1 << 28  # that a rank decodes at once, 0.8 GB: three times as many are under way
 
 
 class HostBatch(NamedTuple):
     """One micro-batch of one rank, B rows, as DALI is given it."""
 
-    inputs: graph.Inputs
+    inputs: list[graph.Inputs]
+    """Its rows in order, as many at a time as may be decoded at once; all of them, but where images are huge."""
     labels: NDArray[np.int64]
     """[B] IGNORE_LABEL for padding and for images that cannot be read."""
     ids: NDArray[np.int64]
@@ -85,7 +87,19 @@ class Fetcher:
         if self.operators:
             u = sampling.uniforms(self._seed, epoch, positions, sampling.LOOK)
             tables += [operator.draw(u, size_px) for operator in self.operators]
-        return HostBatch(graph.inputs_of(encoded, *tables), labels, ids, bad, micro_batch)
+        inputs = [graph.inputs_of(encoded[rows], *(table[rows] for table in tables)) for rows in _cut(sizes)]
+        return HostBatch(inputs, labels, ids, bad, micro_batch)
+
+
+def _cut(sizes: NDArray[np.int32]) -> Iterator[slice]:
+    """Rows whose images of `sizes` [B, 2] may be decoded at once: no more pixels than `_MOST_PIXELS`, or a single image."""
+    first, pixels = 0, 0
+    for row, more in enumerate(sizes.astype(np.int64).prod(axis=1).tolist()):
+        if pixels + more > _MOST_PIXELS and row > first:
+            yield slice(first, row)
+            first, pixels = row, 0
+        pixels += more
+    yield slice(first, len(sizes))
 
 
 def _blank() -> tuple[bytes, Size]:

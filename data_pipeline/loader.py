@@ -207,9 +207,7 @@ class _Epoch(Iterator[Batch]):
         if not self._pipeline:
             raise RuntimeError("another iteration of this Loader has begun; two at a time need a Loader each")
         try:
-            images = self._pipeline.run()
-        except graph.DamagedImage:
-            images = self._mend(self._in_flight[0])
+            images = self._decoded(self._pipeline)
         except StopIteration:
             self._finish()
             raise
@@ -223,6 +221,22 @@ class _Epoch(Iterator[Batch]):
     def read_ids(self) -> NDArray[np.int64]:
         """[N] samples of the batches handed out so far, padding left out."""
         return np.concatenate([np.empty(0, np.int64), *self._read])
+
+    def _decoded(self, pipeline: graph.ImagePipeline) -> torch.Tensor:
+        """The images of the next batch; of huge ones DALI decodes a few at a time."""
+        parts: list[torch.Tensor] = []
+        damaged = False
+        while not parts or len(parts) < len(self._in_flight[0].inputs):
+            try:
+                parts.append(pipeline.run())
+            except graph.DamagedImage:
+                damaged = True
+                parts.append(torch.empty(0))
+            if len(self._in_flight[0].inputs) > 1:
+                parts[-1] = parts[-1].clone()  # the next part may take its memory
+        if damaged:
+            return self._mend(self._in_flight[0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _finish(self) -> None:
         assert self._pipeline
@@ -259,7 +273,7 @@ class _Epoch(Iterator[Batch]):
 
         for host_batch in self._loader._reader.fetched(fetch, self._micro_batches()):
             self._in_flight.append(host_batch)
-            yield host_batch.inputs
+            yield from host_batch.inputs
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         yield from micro_batches(self.sharding, self.start.seen, len(self.order))
@@ -268,7 +282,9 @@ class _Epoch(Iterator[Batch]):
     def _mend(self, host_batch: HostBatch) -> torch.Tensor:
         """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
         pipeline = self._loader._build(1, self._size_px)
-        pipeline.feed(tuple([values[row]] for values in host_batch.inputs) for row in range(self.sharding.rows))
+        pipeline.feed(
+            tuple([values[row]] for values in inputs) for inputs in host_batch.inputs for row in range(len(inputs[0]))
+        )
         images = []
         for row, sample in enumerate(host_batch.ids.tolist()):
             try:

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize  # type: ignore[import-untyped]
 from torchvision.transforms.functional import rotate  # type: ignore[import-untyped]
 
-from data_pipeline import coverage, sampling
+from data_pipeline import coverage, host_batch, sampling
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
@@ -543,3 +543,34 @@ def test_a_gpu_gives_the_pixels_of_a_cpu(folder: Path, training: bool) -> None:
     assert levels.mean() < 2 and levels.flatten().kthvalue(int(0.99 * levels.numel())).values <= 12
     loader.seek(Cursor())
     assert torch.equal(in_order([list(loader)])[0].cpu(), images)
+
+
+# Huge images
+
+
+def test_batches_of_huge_images_are_decoded_a_few_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same pixels, the damaged ones included; how many are decoded at once follows from their headers."""
+    for split in ("train", "val"):
+        shutil.copytree(folder / split, tmp_path / "images" / split)
+    image = next((tmp_path / "images/train").rglob("*rgb.png"))
+    data = image.read_bytes()
+    image.write_bytes(data[: len(data) // 2] + bytes(100) + data[len(data) // 2 + 100 :])
+    cfg = config(tmp_path / "images", batch=16, augment=ROTATED)
+    whole = take(opened(cfg))
+    assert sum((batch.labels == IGNORE_LABEL).sum() for batch in whole) == 1
+    most, cut, parts = 20_000, host_batch._cut, []
+
+    def noted(sizes: NDArray[np.int32]) -> Iterator[slice]:
+        for part in cut(sizes):
+            parts.append(part)
+            assert sizes[part].astype(int).prod(axis=1).sum() <= most or part.stop == part.start + 1
+            yield part
+
+    monkeypatch.setattr(host_batch, "_MOST_PIXELS", most)
+    monkeypatch.setattr(host_batch, "_cut", noted)
+    few = take(opened(cfg))
+    assert len(few) == len(whole) == 3 and len(parts) > 9
+    for one, other in zip(whole, few, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
