@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig, free, require
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
@@ -279,7 +280,7 @@ def _config_file(name: str) -> Path:
 def _refuse_unknown(file: Path) -> None:
     """Make sure that every option in a file exists. Raises `UserError`."""
     try:
-        text = file.read_text()
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file} cannot be read: {error}") from None
     for key in _flat(_tree(text, str(file))):
@@ -290,7 +291,7 @@ def _refuse_unknown(file: Path) -> None:
 def _tree(text: str, file: str) -> dict[str, Any]:
     """What YAML `text` says, a table of options."""
     try:
-        tree = yaml.safe_load(text)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{file}: it is no YAML: {_one_line(str(error))}") from None
     if not isinstance(tree, dict):
@@ -375,5 +376,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

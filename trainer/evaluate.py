@@ -4,7 +4,6 @@ python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from trainer.checkpoint.files import load_weights, read_metadata
+from trainer.checkpoint.files import load_weights, read_classes, read_metadata
 from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run, run_folder
 from trainer.distributed import DistContext, open_dist_context
@@ -51,10 +50,9 @@ def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
     checkpoint = Store(folder).chosen()
     if checkpoint is None:
         raise UserError(f"{folder} has no complete checkpoint yet; train it first")
-    metadata = read_metadata(checkpoint)
-    if metadata["model"] != cfg.model.name:
-        raise UserError(f"model.name: {folder} holds a {metadata['model']}, not a {cfg.model.name}")
-    classes = json.loads(metadata["classes"])
+    metadata, classes = read_metadata(checkpoint), read_classes(checkpoint)
+    if metadata.get("model") != cfg.model.name or classes is None:
+        raise UserError(f"model.name: {folder} holds a {metadata.get('model')}, not a {cfg.model.name}")
     network = build_resnet(cfg.model, len(classes)).to(ctx.device).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)

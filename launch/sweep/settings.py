@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.safe_yaml import read_yaml
 from data_pipeline.config import require
 from trainer.config import Config, load
 
@@ -109,7 +110,7 @@ def _digest(setting: Setting) -> str:
 def read_sweep(file: Path) -> Sweep:
     """The sweep that a file asks for; of the options only the names' form is looked at. Raises `UserError`."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = read_yaml(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"FILE: {file} cannot be read as YAML: {error}") from None
     require(isinstance(tree, dict), f"{file}: it is no table; give config, options, and grid or list")

@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +31,7 @@ def load_state(file: Path, device: torch.device) -> dict[str, Any]:
         return state
 
 
-def unpickled(file: Path, device: torch.device, *known: type) -> Any:
+def unpickled(file: Path, device: torch.device, *known: Any) -> Any:
     """What torch.save wrote: tensors, containers, plain values and what is `known`; else torch's error, without its warning."""
     with torch.serialization.safe_globals([*known]), warnings.catch_warnings(action="ignore"):
         return torch.load(file, map_location=device, weights_only=True)
@@ -44,15 +43,27 @@ def read_metadata(folder: Path) -> dict[str, str]:
     Raises `UserError` where they cannot be read.
     """
     with _reading(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
-        metadata: dict[str, str] = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is no table of text")
         return metadata
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """Names of the classes that a checkpoint's weights tell apart; None where they do not say. Raises `UserError`."""
+    names = read_metadata(folder).get("classes")
+    with _reading(folder / WEIGHTS):
+        classes = None if names is None else json.loads(names)
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ValueError("its classes are no list of names")
+        return classes
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # a file that is none of ours may look like any
         why = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0].rstrip(".: ")
         raise UserError(
             f"{file}: it cannot be loaded ({why}); restore it, or begin anew in another --run.dir"

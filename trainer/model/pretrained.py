@@ -1,10 +1,7 @@
 """Weights to start a run from: torchvision's by name, or a file or run folder of PyTorch, timm, safetensors or ours."""
 
-import argparse
-import json
 import pickle
 import re
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -14,27 +11,23 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.safe_yaml import read_yaml
 from data_pipeline.config import require
-from trainer.checkpoint.files import WEIGHTS, read_metadata, unpickled
+from trainer.checkpoint.files import WEIGHTS, read_classes
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 from trainer.model.config import ModelConfig, Shortcut, Stem, is_torchvision
 from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, ResNet, build_resnet
 from trainer.model.running_stats import keep_statistics
+from trainer.model.weight_files import State, few, read_network
 
 PREPROCESSING = ("mean", "std", "eval_crop")
 """Options of `data` that weights bring with them, as far as they are known."""
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model")
-_PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model|backbone)\.)+")
 _CONSTANT = ("num_batches_tracked", f".{BLUR}")  # what files may lack: old ones all, and those of plain networks
 _SHAPING = ("name", "stem", "width", "blur", "shortcut")  # options by which networks differ in what they hold
-_LISTED = 3  # names in a message
-
-State = dict[str, Tensor]
 
 
 def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], ctx: DistContext) -> str:
@@ -68,7 +61,7 @@ def _options_of_run(path: Path, section: str) -> dict[str, Any]:
     if saved is None or not path.is_dir():
         return {}
     try:
-        options: dict[str, Any] = yaml.safe_load(saved.read_text())[section]
+        options: dict[str, Any] = read_yaml(saved)[section]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
         raise UserError(f"model.weights: {saved} is not the configuration of a run; mend it, or give a file") from None
     return options
@@ -76,7 +69,7 @@ def _options_of_run(path: Path, section: str) -> dict[str, Any]:
 
 def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
     assert cfg.weights
-    state, theirs = _read(cfg.weights)
+    state, beside, theirs = _read(cfg.weights)
     wanted = network.state_dict()
     blurred = _options_of_run(Path(cfg.weights).absolute(), "model").get("blur", False)
     require(cfg.blur or not blurred, f"model.weights: {cfg.weights} was trained with blur; set model.blur to true")
@@ -90,10 +83,11 @@ def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
         raise UserError(f"model.weights: {cfg.weights} does not fit {cfg.name}: {', '.join(faults)}; {remedy}")
     network.load_state_dict(state, strict=False)
     keep_statistics(network)
+    rest = f"; left out {len(beside)} beside the network ({few(beside)})" if beside else ""
     if same:
-        return f"starting from {cfg.weights}, head included"
+        return f"starting from {cfg.weights}, head included{rest}"
     left = "it has no head" if head is None else f"its head is for {len(head)} other classes"
-    return f"starting from {cfg.weights}; {left}, so the one for {len(classes)} starts anew"
+    return f"starting from {cfg.weights}; {left}, so the one for {len(classes)} starts anew{rest}"
 
 
 def _without_head(state: State) -> State:
@@ -139,17 +133,13 @@ def _faults(state: State, wanted: State) -> list[str]:
         "unknown": [name for name in state if name not in wanted],
         "of another shape": shapes,
     }
-    return [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds.items() if names]
+    return [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))
-
-
-def _read(weights: str) -> tuple[State, list[str] | None]:
-    """Tensors by their names in our networks, and the classes of the head where they are known."""
+def _read(weights: str) -> tuple[State, list[str], list[str] | None]:
+    """Tensors by their names in our networks, names of those left out, and the classes of the head where they are known."""
     if is_torchvision(weights):
-        return _download(weights), None
+        return _download(weights), [], None
     path = Path(weights)
     require(
         path.exists(),
@@ -157,47 +147,13 @@ def _read(weights: str) -> tuple[State, list[str] | None]:
     )
     try:
         if not path.is_dir():
-            return _named(_open(path), path), None
+            return *read_network(path), None
         checkpoint = path if (path / WEIGHTS).is_file() else Store(path).chosen()
         if checkpoint is None:
             raise UserError(f"model.weights: {weights} holds no complete checkpoint; give the folder of a trained run")
-        return load_file(checkpoint / WEIGHTS), json.loads(read_metadata(checkpoint).get("classes", "null"))
+        return load_file(checkpoint / WEIGHTS), [], read_classes(checkpoint)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.weights: {weights} cannot be read ({error}); give another file") from None
-
-
-def _open(path: Path) -> object:
-    """What a file holds. A pickle may hold tensors, containers and timm's record of its arguments, and nothing that runs."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return unpickled(path, torch.device("cpu"), argparse.Namespace)
-    except OSError:
-        raise
-    except Exception:  # what is not a pickle may look like any
-        raise UserError(
-            f"model.weights: {path} is no PyTorch file of tensors alone, and what else it holds might run code; "
-            "save its state_dict() with torch.save, or as safetensors"
-        ) from None
-
-
-def _named(content: object, path: Path) -> State:
-    """The state dict in what was read: an average rather than what it is of, wrappers and prefixes taken off."""
-    while isinstance(content, Mapping):
-        inner = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = content[inner]
-    found = content.items() if isinstance(content, Mapping) else ()
-    tensors = {name: value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
-    require(len(tensors) > 0, f"model.weights: {path} holds no state dict; save a model's state_dict() with torch.save")
-    state = {_PREFIXES.sub("", name): value for name, value in tensors.items()}
-    require(
-        len(state) == len(tensors),
-        f"model.weights: {path} holds several networks; save the state_dict() of one of them",
-    )
-    state.pop("n_averaged", None)
-    return state
 
 
 def _torchvision(name: str) -> Any:

@@ -5,15 +5,18 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -91,6 +94,18 @@ CONTENTS: dict[str, Callable[[State], object]] = {
     "lightning.ckpt": lambda state: {"state_dict": wrapped(state, "model.backbone."), "global_step": 4},
     "ddp.pth": lambda state: {"model_state_dict": wrapped(state, "module.")},
     "compiled.pth": lambda state: {"model": wrapped(state, "module._orig_mod.")},
+    "any prefix.ckpt": lambda state: {"state_dict": wrapped(state, "student.net.encoder.")},
+    "deepspeed.pt": lambda state: {
+        "module": wrapped(state, "module."),
+        "param_shapes": [{"conv1.weight": torch.Size([64])}],
+        "sparse_tensor_module_names": {"a"},
+        "ds_config": {},
+    },
+    "composer.pt": lambda state: {
+        "state": {"model": wrapped(state, "module."), "timestamp": {"total_wct": timedelta(seconds=3)}},
+        "rng": [{"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}],
+    },
+    "numpy.pth": lambda state: {"model": state, "best": np.float64(0.9), "epoch": np.int64(3), "flag": np.bool_(True)},
     "half.pth": lambda state: {
         name: value.half() if value.is_floating_point() else value for name, value in state.items()
     },
@@ -117,6 +132,49 @@ def test_files_of_every_kind(name: str, tmp_path: Path) -> None:
             assert torch.equal(network.state_dict()[key], wanted), key
     if name != "half.pth":
         assert_same_logits(network, reference)
+
+
+def mmpretrain(state: State) -> State:
+    head = {name: value for name, value in state.items() if name.startswith("fc.")}
+    body = {name: value for name, value in state.items() if name not in head}
+    return {**wrapped(body, "backbone."), **wrapped(head, "head."), "data_preprocessor.mean": torch.zeros(3)}
+
+
+BESIDE: dict[str, tuple[Callable[[State], State], str]] = {
+    "a criterion and metrics": (
+        lambda state: {
+            "criterion.weight": torch.ones(5),
+            **wrapped(state, "model."),
+            "accuracy.hits": torch.zeros(1),
+            "confusion.matrix": torch.zeros(5, 5),
+            "confusion.count": torch.zeros(1),
+        },
+        "head included; left out 4 beside the network (criterion.weight, accuracy.hits, confusion.matrix, ...)",
+    ),
+    "MMPretrain": (mmpretrain, "head included; left out 1 beside the network (data_preprocessor.mean)"),
+    "a head of another name": (
+        lambda state: {
+            ("classifier" + name[2:] if name.startswith("fc.") else f"net.{name}"): value
+            for name, value in state.items()
+        },
+        "it has no head, so the one for 5 starts anew; left out 2 beside the network (classifier.weight, classifier.bias)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_is_beside_the_network_is_named(case: str, tmp_path: Path) -> None:
+    make, wanted = BESIDE[case]
+    reference, file = torchvisions(), tmp_path / "last.ckpt"
+    torch.save({"state_dict": make(reference.state_dict())}, file)
+    network, told = start(file)
+    assert told.removeprefix(f"starting from {file}").strip(",; ") == wanted
+    if "head included" in wanted:
+        assert_same_logits(network, reference)
+    else:
+        assert torch.equal(
+            network.get_buffer("layer4.1.bn2.running_var"), reference.get_buffer("layer4.1.bn2.running_var")
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -196,7 +254,9 @@ def test_a_pickle_that_runs_code_is_refused(suffix: str, tmp_path: Path) -> None
     else:
         file.write_bytes(pickle.dumps(Runs(mark)))
     refusal = (
-        "model.weights: FILE is no PyTorch file of tensors alone, and what else it holds might run code; "
+        "model.weights: FILE holds posix.mkdir, which might run code; save its state_dict() with torch.save, or as safetensors"
+        if suffix == "pth"
+        else "model.weights: FILE is no PyTorch file of tensors alone, and what else it holds might run code; "
         "save its state_dict() with torch.save, or as safetensors"
     )
     assert line(file) == refusal
@@ -214,8 +274,8 @@ def test_a_pickle_that_runs_code_is_refused(suffix: str, tmp_path: Path) -> None
         ({"epoch": 3}, "model.weights: FILE holds no state dict; save a model's state_dict() with torch.save"),
         ([torch.zeros(1)], "model.weights: FILE holds no state dict"),
         (
-            {"model.conv1.weight": torch.zeros(1), "module.conv1.weight": torch.zeros(1)},
-            "model.weights: FILE holds several networks; save the state_dict() of one of them",
+            {"model.layer1.0.conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)},
+            "model.weights: FILE holds several networks (one without a prefix, model.); save the state_dict() of one of them",
         ),
     ],
 )
@@ -226,6 +286,36 @@ def test_what_holds_no_weights(content: Any, wanted: str, tmp_path: Path) -> Non
     else:
         torch.save(content, file)
     assert line(file).startswith(wanted)
+
+
+class Settings:
+    """A class of somebody's own."""
+
+
+def test_what_is_refused_is_named(tmp_path: Path) -> None:
+    torch.save({"state_dict": torchvisions().state_dict(), "settings": Settings()}, tmp_path / "last.ckpt")
+    assert line(tmp_path / "last.ckpt") == (
+        "model.weights: FILE holds tests.trainer.model.test_pretrained.Settings, which might run code; "
+        "save its state_dict() with torch.save, or as safetensors"
+    )
+    torch.save({"a": np.array([Settings()], dtype=object)}, tmp_path / "objects.pth")
+    assert "might run code" in line(tmp_path / "objects.pth")
+
+
+def test_a_file_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 3}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "loop.pth")
+    assert line(tmp_path / "loop.pth").startswith("model.weights: FILE holds no state dict")
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"classes": ' + json.dumps("[" * 100_000), "[" * 100_000, "[1]", '{"classes": "7"}']
+)
+def test_metadata_that_is_not_ours(metadata: str, tmp_path: Path) -> None:
+    text = metadata + "}" if metadata.endswith('"') else metadata
+    safetensors.torch.save_file(ours().state_dict(), tmp_path / WEIGHTS, {METADATA: text})
+    assert re.match(rf"FILE/{WEIGHTS}: it cannot be loaded \(.*\); restore it", line(tmp_path))
 
 
 def test_broken_and_absent_files(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""YAML of others: plain values, and no more of them than a file of options needs."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BYTES, DEPTH, NODES = 1 << 20, 20, 10_000
+"""Of a file: its length, how deep its values may lie, and how many there may be once each alias stands for a copy."""
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says in plain values. Raises `yaml.YAMLError`, also for what is too long, too deep, or refers to itself."""
+    if len(text) > BYTES:
+        raise yaml.YAMLError(f"it has more than {BYTES >> 20} MiB")
+    try:
+        return yaml.load(text, _Bounded)  # a safe loader
+    except (ValueError, OverflowError) as error:  # of a date in month 13, or a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
+
+
+def read_yaml(file: Path) -> Any:
+    """`load_yaml` of a file, of which no more is read than is allowed. Raises also OSError and UnicodeDecodeError."""
+    return load_yaml(read_text(file))
+
+
+def read_text(file: Path) -> str:
+    """A file's text, or as much of it as `load_yaml` refuses. Raises OSError and UnicodeDecodeError."""
+    with file.open() as stream:
+        return stream.read(BYTES + 1)
+
+
+class _Bounded(yaml.SafeLoader):
+    """Counts nodes as they are composed; a short text may stand for 10^9 of them by aliases of aliases."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # in nodes, of what is composed, by id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        self._depth += 1
+        if self._depth > DEPTH:
+            raise yaml.YAMLError(f"its values lie more than {DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not alias:
+            self._nodes += 1
+            self._sizes[id(node)] = self._nodes - before
+        elif id(node) in self._sizes:
+            self._nodes += self._sizes[id(node)]
+        else:
+            raise yaml.YAMLError("it holds a value that contains itself")
+        if self._nodes > NODES:
+            raise yaml.YAMLError(f"it stands for more than {NODES} values")
+        return node

@@ -1,0 +1,104 @@
+"""Weights in files of other programs: a residual network among whatever else they hold."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path, PosixPath
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import require
+from trainer.checkpoint.files import unpickled
+from trainer.model.resnet import HEAD
+
+State = dict[str, Tensor]
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "state")
+_NESTED = 4  # wrappers in each other, and no more: a file may hold itself
+_MARK = "layer1.0.conv1.weight"  # which each residual network has once
+_AVERAGED = "n_averaged"  # a count beside the network in torch's AveragedModel
+_LISTED = 3  # names in a message
+
+_NUMPY = {"scalar": np.float64().__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
+_HARMLESS = (
+    argparse.Namespace,  # timm's arguments
+    timedelta,  # Composer's clock
+    PosixPath,
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdSU"),  # and not O, whose elements are anything
+    *((value, f"numpy.{core}.multiarray.{name}") for name, value in _NUMPY.items() for core in ("core", "_core")),
+)
+"""What trainers save beside their weights, and what does nothing when it is read."""
+
+
+def read_network(path: Path) -> tuple[State, list[str]]:
+    """Tensors of the residual network in a file, by their names in ours, and the names of those beside it.
+
+    Raises `UserError`, OSError and SafetensorError.
+    """
+    return _network(_state_dict(_open(path), path), path)
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))
+
+
+def _open(path: Path) -> object:
+    """What a file holds. A pickle may hold tensors, containers and what is _HARMLESS, and nothing that runs."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return unpickled(path, torch.device("cpu"), *_HARMLESS)
+    except OSError:
+        raise
+    except Exception as error:  # what is not a pickle may look like any
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"holds {refused[1]}, which" if refused else "is no PyTorch file of tensors alone, and what else it holds"
+        )
+        raise UserError(
+            f"model.weights: {path} {what} might run code; save its state_dict() with torch.save, or as safetensors"
+        ) from None
+
+
+def _state_dict(content: object, path: Path) -> State:
+    """The tensors by name in what was read, wrappers taken off: an average rather than what it is of."""
+    for _ in range(_NESTED):
+        inside = content if isinstance(content, Mapping) else {}
+        content = next((inside[name] for name in _WRAPPERS if isinstance(inside.get(name), Mapping)), content)
+    found = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
+    require(len(tensors) > 0, f"model.weights: {path} holds no state dict; save a model's state_dict() with torch.save")
+    return tensors
+
+
+def _network(tensors: State, path: Path) -> tuple[State, list[str]]:
+    """The residual network among tensors under its own names, whatever stands before them, and names of all that is beside it.
+
+    The head may also be that of a module around the network, as MMPretrain has it.
+    """
+    prefixes = sorted(name.removesuffix(_MARK) for name in tensors if f".{name}".endswith(f".{_MARK}"))
+    require(
+        len(prefixes) < 2,
+        f"model.weights: {path} holds several networks "
+        f"({few([name or 'one without a prefix' for name in prefixes])}); save the state_dict() of one of them",
+    )
+    prefix = prefixes[0] if prefixes else ""
+    around = prefix[: prefix[:-1].rfind(".") + 1]
+    heads = [f"{prefix}{HEAD}.", f"{around}head.{HEAD}.", f"{around}{HEAD}."]
+    head = next((start for start in heads if f"{start}weight" in tensors), heads[0])
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not head.startswith(prefix):
+        state |= {
+            f"{HEAD}.{name.removeprefix(head)}": value for name, value in tensors.items() if name.startswith(head)
+        }
+    beside = [name for name in tensors if not name.startswith((prefix, head)) and name != _AVERAGED]
+    state.pop(_AVERAGED, None)
+    return state, beside
