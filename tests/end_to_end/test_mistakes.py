@@ -92,7 +92,7 @@ MISTAKES = {
     "trainer --data.path nowhere": NO_DATA,
     "trainer --data.path photos": "data.path: photos has no class folders; put the images of each class into photos/CLASS/",
     "trainer --data.path table.csv": "data.images: 1 of the 1 images that table.csv names are not in .: missing.jpg; "
-    "name their folder by data.images",
+    "give the folder that they are in as --data.images",
     "trainer --data.path IMAGES --data.quarantine nowhere": "data.quarantine: cannot read nowhere "
     "(No such file or directory); give a list that verify wrote",
     "trainer --data.path IMAGES --data.batch 12 --optim.accumulate 5": "data.batch: 12 images cannot be shared by "

@@ -232,7 +232,7 @@ def test_tables_with_images_elsewhere(name: str, tmp_path: Path) -> None:
         open_catalog(DataConfig(path=str(folder / "table.csv"), val_share=0.5), "train")
     assert str(error.value) == (
         f"data.images: 1 of the 1 images that {folder / 'table.csv'} names are not in {folder}: {name}; "
-        "name their folder by data.images"
+        "give the folder that they are in as --data.images"
     )
 
 

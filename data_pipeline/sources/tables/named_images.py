@@ -41,13 +41,14 @@ class Located:
         require(
             not self.missing,
             f"data.images: {len(self.missing)} of the {names} images that {file} names are not in {root}: "
-            f"{few(self.missing)}; name their folder by data.images",
+            f"{few(self.missing)}; give the folder that they are in as --data.images",
         )
         name, images = next(iter(self.several.items()), ("", [""]))
         require(
             not self.several,
             f"data.images: {len(self.several)} of the {names} images that {file} names could be several files, as "
-            f"{shown(name)}: {few(images, 3)}; name their folder by data.images, or write their suffixes into the table",
+            f"{shown(name)}: {few(images, 3)}; give the folder that they are in as --data.images, or write their suffixes "
+            "into the table",
         )
 
 
