@@ -88,7 +88,7 @@ def _effort(turns: pd.DataFrame, fact: dict[str, Any]) -> str:
     if repeats.max() == asked and fact["steps"] == steps:
         return line
     wanted = f"{_many(asked, 'round')} of {_many(steps, 'step')}"
-    return f"{line}; {wanted} did not fit into {minutes:.3g} minutes: give more --minutes"
+    return f"{line}; asked for were {wanted}, in at most {minutes:.3g} minutes (--minutes)"
 
 
 def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:

@@ -217,7 +217,7 @@ def test_what_was_shortened_is_said() -> None:
     whole = results.report(turns, {1: fact(asked=[2, 8, 5])}, Config())
     assert "medians and ranges of 2 interleaved rounds of 8 steps\n" in whole
     short = results.report(turns, {1: fact(asked=[9, 8, 0.5], steps=1)}, Config())
-    assert "2 interleaved rounds of 1 step; 9 rounds of 8 steps did not fit into 0.5 minutes: give more" in short
+    assert "2 interleaved rounds of 1 step; asked for were 9 rounds of 8 steps, in at most 0.5 minutes" in short
     assert short.endswith("turns of 1 step are too short to say what holds this run back")
 
 
