@@ -162,14 +162,14 @@ def _ffcv(task: Task) -> Delivery:
 def _decode_only(task: Task) -> Delivery:
     """Whole images from memory, thrown away. Nothing that decodes on a CPU can be faster than this."""
     streams = [read_file(str(path)) for path in sorted((task.folder / "train").rglob("*.jpg"))]
-    decode = _bare_decoder()
+    decode = bare_decoder()
     with ThreadPoolExecutor(task.workers) as pool:
         while True:
             for at in range(0, len(streams), BATCH):
                 yield sum(pool.map(decode, streams[at : at + BATCH]))
 
 
-def _bare_decoder() -> Callable[[torch.Tensor], int]:
+def bare_decoder() -> Callable[[torch.Tensor], int]:
     """simplejpeg, the thinnest shell around libjpeg-turbo, where it is installed."""
     if importlib.util.find_spec("simplejpeg"):
         from simplejpeg import decode_jpeg as decode_with_simplejpeg
