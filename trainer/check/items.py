@@ -26,9 +26,10 @@ from data_pipeline.sources.pil_decode import as_rgb, decode
 from trainer.check.images import KINDS, SUFFIX, encoded, picture, write_dataset
 from trainer.check.names import NAMES
 from trainer.config import Config, load
-from trainer.distributed import DistContext, gpu_count, open_dist_context, resolve_precision
+from trainer.distributed import DistContext, gpu_count, open_dist_context
 from trainer.engine.base import Engine
-from trainer.loop import build_engine
+from trainer.engine.precision import resolve_precision
+from trainer.setup import build_engine
 
 ITEMS: dict[str, Callable[[], str]] = {}
 """Name, as in `NAMES` -> the item."""
@@ -68,7 +69,7 @@ def decode_kinds() -> str:
         # At their own size nothing is resized, so pixels can be compared one by one.
         cfg = DataConfig(path=folder, batch=4, size_px=96, eval_crop=1.0, val_share=0.5)
         catalog = open_catalog(cfg, "train")
-        for batch in Loader(catalog, cfg, ctx, training=False):
+        for batch in Loader(cfg, catalog, ctx, training=False):
             for row in range(batch.num_real):
                 name = catalog.paths[int(batch.ids[row])]
                 ours = batch.images[row].permute(1, 2, 0).cpu().numpy().astype(np.int16)
@@ -111,7 +112,7 @@ def damaged_files() -> str:
         whole = pixels(cfg, ctx, training=False)
         broken = folder / "train" / catalog.paths[3]
         broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])  # after the scan, as in mid-run
-        loader = Loader(catalog, cfg, ctx, training=False)
+        loader = Loader(cfg, catalog, ctx, training=False)
         batches = [batch._replace(images=batch.images.clone()) for batch in loader]
         named = [path for path, _ in loader.take_bad()]
     assert named == [catalog.paths[3]], f"named {named}, not {catalog.paths[3]}"
@@ -124,7 +125,7 @@ def damaged_files() -> str:
 def held_batches() -> str:
     with small_dataset() as folder, open_dist_context() as ctx:
         cfg = DataConfig(path=str(folder), batch=4, size_px=64)
-        loader, held = Loader(open_catalog(cfg, "train"), cfg, ctx, training=False), []
+        loader, held = Loader(cfg, open_catalog(cfg, "train"), ctx, training=False), []
         for batch in loader:
             held.append((batch.images, batch.images.clone()))
             busy = torch.randn(512, 512, device=ctx.device)
@@ -161,7 +162,7 @@ def loader_speed() -> str:
         bare_rate = len(streams) / (time.perf_counter() - start)
         for size_px in (224, 160):
             cfg = DataConfig(path=str(folder), batch=min(count // 4, 256), size_px=size_px)
-            loader = Loader(open_catalog(cfg, "train"), cfg, ctx, training=True, epochs=1 << 20)
+            loader = Loader(cfg, open_catalog(cfg, "train"), ctx, training=True, epochs=1 << 20)
             rates = []
             for epoch in range(3):
                 loader.seek(Cursor(epoch))
@@ -386,7 +387,7 @@ def small_dataset(count: int = 32, side_px: int = 96) -> Iterator[Path]:
 
 def pixels(cfg: DataConfig, ctx: DistContext, *, training: bool = True) -> torch.Tensor:
     """[N, 3, H, W] all images of the first epoch that a rank gets, in their order."""
-    loader = Loader(open_catalog(cfg, "train"), cfg, ctx, training=training)
+    loader = Loader(cfg, open_catalog(cfg, "train"), ctx, training=training)
     return torch.cat([batch.images.clone() for batch in loader])
 
 
