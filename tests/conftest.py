@@ -18,6 +18,22 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
+LONGEST = (
+    "test_slurm",
+    "test_chaos",
+    "test_sanity_checks",
+    "test_watchdog",
+    "test_resume",
+    "test_deepspeed",
+    "test_finetune",
+)
+"""Files to begin with, so that several workers (`-n 3 --dist loadfile`) end at the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from, or left in, the cache of whoever runs the tests."""

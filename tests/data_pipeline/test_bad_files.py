@@ -2,15 +2,15 @@
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, encode, picture
+from tests.conftest import encode, picture
+from tests.support import warm
+from tests.support.runs import environment
 from trainer.checkpoint.store import Store
 
 JPEG = encode(picture(60, 80), "JPEG", quality=90)
@@ -98,11 +98,12 @@ def test_training_goes_through_and_names_each_once(bad: Path, tmp_path: Path) ->
         "data.path": bad,
         "data.batch": 128,
         "data.size_px": 32,
+        "model.width": 0.25,
         "data.max_bad_share": 0.5,
         "tracking.wandb": "off",
     }
-    command = [sys.executable, "-m", "trainer", *(f"--{key}={value}" for key, value in options.items())]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    ended = warm.run("trainer", *arguments, environment=environment())
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert Store(tmp_path / "run").progress().finished
     assert f"\ndata: {bad} (class folders in train/): " in f"\n{ended.stdout}"
@@ -115,10 +116,10 @@ def test_training_goes_through_and_names_each_once(bad: Path, tmp_path: Path) ->
 
 
 def test_too_many_end_the_run(bad: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer", "--data.path", str(bad), "--data.batch", "128"]
-    command += ["--run.dir", str(tmp_path / "run"), "--tracking.wandb", "off"]
+    arguments = ["--data.path", str(bad), "--data.batch", "128"]
+    arguments += ["--run.dir", str(tmp_path / "run"), "--tracking.wandb", "off"]
     for options, option in (([], "data.max_bad_share"), (["--data.on_error", "fail"], "data.on_error")):
-        ended = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        ended = warm.run("trainer", *arguments, *options, environment=environment())
         assert ended.returncode == 2
         assert ended.stderr.splitlines()[-1].startswith(f"error: {option}: 18 of the 248 images in ")
         assert not (tmp_path / "run").exists()

@@ -25,18 +25,19 @@ from data_pipeline.pack.cli import PackConfig, pack, store
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.pack_format import Index, Pack, key, shard_name
 from tests.conftest import ROOT, alpha, encode, picture
+from tests.support import warm
 from tests.support.runs import descendants, environment, state_of, tree
 
 SHORT_SIDE = 40
 OPTIONS = PackConfig(short_side=SHORT_SIDE, shard_size="100KB")
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "data_pipeline.pack", *map(str, arguments)]
+def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return warm.run("data_pipeline.pack", *map(str, arguments), environment=environment(), cwd=cwd)
 
 
-def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def start(log: Path, *arguments: str | Path) -> warm.Warm:
+    return warm.Warm("data_pipeline.pack", *map(str, arguments), stdout=log, environment=environment())
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_killed_and_repeated_command_gives_the_same_bytes(slow_source: Path, tmp
     assert whole.returncode == 0, whole.stderr
     dst = tmp_path / "killed"
     for notes in (1, 4, 8, 12):  # finished shards to wait for
-        process = subprocess.Popen(command(slow_source, dst, *options), env=environment())
+        process = start(tmp_path / "log", slow_source, dst, *options)
         wait_until(lambda: len(list(tmp_path.glob("killed.partial/*.json"))) > notes or process.poll() is not None)  # noqa: B023
         family = list(descendants(process.pid))
         process.send_signal(signal.SIGKILL)
@@ -255,10 +256,11 @@ def wait_until(ready: Callable[[], bool]) -> None:
 def test_full_disk_is_one_line_and_no_end(slow_source: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk."""
     options = ("--shard-size", "4MB", "--workers", "2")
-    done = run(
-        slow_source,
-        tmp_path / "pack",
-        *options,
+    done = subprocess.run(
+        [sys.executable, "-m", "data_pipeline.pack", slow_source, tmp_path / "pack", *options],
+        env=environment(),
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
     assert done.returncode == 2
@@ -298,12 +300,12 @@ def test_repeated_command_leaves_the_pack_alone(folder: Path, packed: Path) -> N
     assert (tree(packed), (packed / "train/000000.tar").stat().st_mtime_ns) == before
 
 
-def test_other_options_are_refused(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_other_options_are_refused(folder: Path, packed: Path, slow_source: Path, tmp_path: Path) -> None:
     before, cfg = tree(packed), DataConfig(path=str(folder))
     with pytest.raises(UserError, match=r"--quality was 90, now 80"):
         pack(cfg, packed, PackConfig(SHORT_SIDE, quality=80, shard_size="100KB"))
     with pytest.raises(UserError, match="from other train images"):
-        pack(DataConfig(path="builtin"), packed, OPTIONS)
+        pack(DataConfig(path=str(slow_source)), packed, OPTIONS)
     assert tree(packed) == before
     partial = tmp_path / "new.partial"
     partial.mkdir()
@@ -332,7 +334,7 @@ def test_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_second_process_is_refused(slow_source: Path, tmp_path: Path) -> None:
     options = ("--shard-size", "4", "--workers", "1")
-    first = subprocess.Popen(command(slow_source, tmp_path / "pack", *options), env=environment())
+    first = start(tmp_path / "log", slow_source, tmp_path / "pack", *options)
     wait_until(lambda: (tmp_path / "pack.partial/plan.json").exists() or first.poll() is not None)
     first.send_signal(signal.SIGSTOP)
     try:

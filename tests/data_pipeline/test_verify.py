@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,12 @@ from data_pipeline.sources.pil_decode import decode
 from data_pipeline.sources.quarantine import Fault, quarantined, read_quarantine, write_quarantine
 from data_pipeline.verify.cli import verify
 from tests.conftest import KINDS, encode, picture
+from tests.support import warm
 from tests.support.runs import environment
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data_pipeline.verify", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return warm.run("data_pipeline.verify", *map(str, arguments), environment=environment())
 
 
 def damaged(data: bytes, at: int, length: int = 60) -> bytes:

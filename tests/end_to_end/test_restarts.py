@@ -20,12 +20,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks_again(base: Path, tmp_path: Path) -> None:
     """Rank 1 is killed within the second epoch, and rank 0 within the third; the end is that of a run left alone."""
     run = tmp_path / "a run"
     torchrun = ["--nproc_per_node=2", "--max-restarts=2", f"--master-port={free_port()}", "-m", "trainer"]
     job = Job(1, tmp_path / "log", "torch.distributed.run", *torchrun, *dotted(settings_of(base, run)))
-    for start, (rank, step) in enumerate(((1, 7), (0, 12))):
+    for start, (rank, step) in enumerate(((1, 6), (0, 11))):
         while len(ranks := ranks_of(job, start)) < 2:
             assert job.process.poll() is None, job.output()
             time.sleep(0.1)

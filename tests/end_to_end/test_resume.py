@@ -48,10 +48,10 @@ def kill_again_and_again(ranks: int, base: Path, run: Path, kills: int, draw: ra
 
     Returns what the last start said.
     """
-    for step in sorted(draw.sample(range(1, STEPS - 2), kills)):
+    for step in sorted(draw.sample(range(1, STEPS - 4), kills)):
         job = train(ranks, base, run)
         job.wait_for_step(run, step)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.1))
         job.kill()
         assert job.process.returncode == -signal.SIGKILL, f"it ended before step {step}: {job.output()}"
     job = train(ranks, base, run)

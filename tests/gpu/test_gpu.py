@@ -17,7 +17,7 @@ pytestmark = [
 
 def trained(base: Path, run: Path, **options: str) -> dict[str, torch.Tensor]:
     settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": "2", **options}
-    job = Job(1, run.with_suffix(".log"), "trainer", *dotted(settings))
+    job = Job(1, run.with_suffix(".log"), "trainer", *dotted(settings), cold=True)
     assert job.wait() == 0, job.output()
     return load_file(run / "checkpoints/last" / WEIGHTS)
 

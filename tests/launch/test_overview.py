@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +15,8 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from launch.pages.overview import CHARTS, main, page
-from tests.support.runs import EPOCHS, ROOT, environment, reference, train, tree
+from tests.support import warm
+from tests.support.runs import EPOCHS, environment, reference, train, tree
 from trainer.report.charts import SPEED, VAL_LOSS, VAL_TOP1, Curve, Panel, chart, limits, thinned
 from trainer.report.run_reader import RUNNING_S, find_runs, read_run
 
@@ -242,11 +241,8 @@ def test_long_curves_become_means() -> None:
 
 def test_command_writes_once_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = made(tmp_path / "run", [{"train/loss": 1.0}]), tmp_path / "o.html"
-    command = [sys.executable, "-m", "launch", "overview", str(run), "--out", str(out)]
-    told = [
-        subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-        for _ in range(2)
-    ]
+    arguments = ["overview", str(run), "--out", str(out)]
+    told = [warm.run("launch", *arguments, environment=environment()) for _ in range(2)]
     assert [(result.returncode, result.stdout) for result in told] == [(0, f"{out}: 1 run\n"), (2, "")]
     assert told[1].stderr == f"error: --out: {out} exists; give another file, or --force to replace it\n"
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["o.html", "run"]

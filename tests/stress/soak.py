@@ -109,7 +109,7 @@ def soak(folder: Path, minutes: float, out: Path) -> tuple[list[Usage], Progress
     """Train for so many minutes after the first checkpoint. Raises `RuntimeError` where the run ends otherwise."""
     run = folder / "run"
     options = OPTIONS | {"data.path": str(render_images(folder / "images", TRAIN, VAL)), "run.dir": str(run)}
-    job = Job(RANKS, folder / "log", "trainer", *dotted(options))
+    job = Job(RANKS, folder / "log", "trainer", *dotted(options), cold=True)
     try:
         usage = watched(job, run, minutes, out)
         job.terminate()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.submission import Submission, newest
+from tests.support import warm
 from tests.support.runs import ROOT, environment, rows
 
 SCRIPT = ROOT / "slurm/dev/cluster.sh"
@@ -57,7 +58,7 @@ class Cluster:
 
     def launch(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`python -m launch arguments`."""
-        return self.attempt(sys.executable, "-m", "launch", *arguments, **variables)
+        return warm.run("launch", *arguments, environment={**self.environment, **variables}, cwd=self.cwd)
 
     def submit(self, run: Path, options: list[str], settings: list[str], **variables: str) -> str:
         """The number of the job that trains `run`."""
@@ -79,8 +80,9 @@ class Cluster:
         """All that the job has printed."""
         return "\n".join(file.read_text() for file in sorted(self.submission(run).folder.glob("*.log")))
 
-    def state(self, run: Path) -> str:
-        return self.run("squeue", "--noheader", "--states=all", f"--jobs={self.job(run)}", "--format=%T").strip()
+    def state(self, run: Path, which: str = "%T") -> str:
+        """What squeue tells of the run's job: its state, or %r why it waits."""
+        return self.run("squeue", "--noheader", "--states=all", f"--jobs={self.job(run)}", f"--format={which}").strip()
 
     def restarts(self, run: Path) -> int:
         show = self.run("scontrol", "show", "job", self.job(run))
@@ -88,16 +90,24 @@ class Cluster:
 
     def wait(self, run: Path, *states: str) -> None:
         """Until the job is in one of `states`."""
-        self.until(run, lambda: self.state(run) in states)
+        hurry = "PENDING" not in states
+        self.until(run, lambda: self.state(run) in states, hurry)
 
     def wait_for_step(self, run: Path, step: int, restarts: int = 0) -> None:
         """Until the run reports `step`, after so many restarts of its job."""
-        self.until(run, lambda: self.restarts(run) >= restarts and self.state(run) == "RUNNING")
+        self.until(run, lambda: self.restarts(run) >= restarts and self.state(run) == "RUNNING", hurry=True)
         start_s = time.time()
         self.until(run, lambda: any(row["step"] >= step and row["time"] > start_s for row in rows(run)[-1:]))
 
-    def until(self, run: Path, reached: Callable[[], bool]) -> None:
-        self.eventually(reached, lambda: f"{self.state(run)}: {self.said(run)}")
+    def until(self, run: Path, reached: Callable[[], bool], hurry: bool = False) -> None:
+        """`hurry` starts the job at once where it was queued again, which SLURM puts off for some ten seconds."""
+
+        def hurried() -> bool:
+            if hurry and self.state(run, "%r") == "BeginTime":
+                self.attempt("scontrol", "update", f"JobId={self.job(run)}", "StartTime=now")
+            return reached()
+
+        self.eventually(hurried, lambda: f"{self.state(run)}: {self.said(run)}")
 
     def eventually(self, reached: Callable[[], bool], explain: Callable[[], str]) -> None:
         end_s = time.monotonic() + WAIT_S

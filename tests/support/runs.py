@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
+from tests.support.warm import Warm
 from trainer.checkpoint.store import Progress, Store, record_run, write_stamped
 from trainer.config import Config, to_yaml
 from trainer.distributed import DistContext
@@ -41,7 +43,9 @@ QUICK = {
     "data.batch": str(BATCH),
     "run.log_every": "1",
     "run.save_every": "3",
-    "optim.lr": "0.01",
+    "model.width": "0.25",
+    "model.bn_momentum": "0.3",
+    "optim.lr": "0.02",
     "optim.ema_decay": "0.9",
     "tracking.wandb": "off",
     "tracking.tensorboard": "false",
@@ -79,15 +83,44 @@ def reference(base: Path, ranks: int, epochs: int = EPOCHS) -> Path:
     return run
 
 
-class Job:
-    """A command under way, on as many processors as it has ranks: one thread a rank, wherever the tests run."""
+def torchvision_network(classes: int) -> nn.Module:
+    """torchvision's ResNet-18 of the width of QUICK, with its own names, layers and arithmetic."""
+    import torchvision  # type: ignore[import-untyped] # here, for it takes two seconds
 
-    def __init__(self, ranks: int, log: Path, module: str, *arguments: str) -> None:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_port()}"]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, *arguments]
+    network: nn.Module = torchvision.models.resnet18(num_classes=classes)
+
+    def narrow(size: int) -> slice:
+        return slice(None if size in (3, classes) else round(size * float(QUICK["model.width"])))
+
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            part = tuple(narrow(size) for size in value.shape[:2])
+            setattr(module, name, nn.Parameter(value.detach()[part].clone()))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer[narrow(len(buffer))].clone() if buffer.ndim else buffer)
+    return network
+
+
+class Job:
+    """A command under way, on as many processors as it has ranks: one thread a rank, wherever the tests run.
+
+    `cold` has it started as a user starts it, imports included, by torchrun if there are more ranks than one.
+    """
+
+    process: "Warm | subprocess.Popen[bytes]"
+
+    def __init__(self, ranks: int, log: Path, module: str, *arguments: str, cold: bool = False) -> None:
         processors = random.sample(sorted(os.sched_getaffinity(0)), min(ranks, len(os.sched_getaffinity(0))))
         self.log = log
         self.start_s = time.time()
+        log.write_bytes(b"")
+        if not cold:
+            self.process = Warm(
+                module, *arguments, stdout=log, environment=environment(), ranks=ranks, processors=processors
+            )
+            return
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_port()}"]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, *arguments]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,
@@ -131,7 +164,7 @@ class Job:
 
 
 def ranks_of(job: Job, start: int = 0) -> dict[int, int]:
-    """Process of each rank that torchrun has started for the `start`-th time, from 0."""
+    """Process of each rank that torchrun has started, as a program, for the `start`-th time, from 0."""
     found: dict[int, int] = {}
     for pid in descendants(job.process.pid):
         with suppress(OSError):  # it has ended in the meantime
@@ -153,6 +186,11 @@ def train(ranks: int, base: Path, run: Path, epochs: int = EPOCHS, max_steps: in
 def settings_of(base: Path, run: Path, epochs: int = EPOCHS) -> dict[str, str]:
     """The options of the training QUICK of the shared images in the folder `run`."""
     return {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": str(epochs)}
+
+
+def unhurried(text: str) -> str:
+    """What a command says but for the lines that tell how long it has taken, which a busy machine brings about."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.endswith(" s so far\n"))
 
 
 def dotted(settings: dict[str, str]) -> list[str]:

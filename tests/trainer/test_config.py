@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from data_pipeline.common.errors import UserError
+from tests.support import warm
 from tests.support.runs import environment
 from trainer.config import RECIPES, Config, first_difference, load, load_run, may_change, recipes, to_yaml
 
@@ -178,8 +178,7 @@ def options(section: Any, prefix: str = "") -> list[str]:
 
 
 def trainer(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {**environment(), "COLUMNS": "100", **variables}
-    return subprocess.run([sys.executable, "-m", "trainer", *arguments], env=env, capture_output=True, text=True)
+    return warm.run("trainer", *arguments, environment={**environment(), "COLUMNS": "100", **variables})
 
 
 def test_print_config_loads_equal(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision  # type: ignore[import-untyped]
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -19,7 +18,8 @@ from torchvision.transforms import functional as transforms  # type: ignore[impo
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import open_catalog
-from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, tree
+from tests.support import warm
+from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, torchvision_network, tree
 from trainer.checkpoint.files import load_weights
 from trainer.checkpoint.store import Store
 from trainer.config import load, load_run, to_yaml
@@ -58,7 +58,7 @@ def score_as_rank(rank: int, world: int, run: Path, folder: Path) -> None:
 def by_torchvision(run: Path, folder: Path) -> Scores:
     """The scores of the run's chosen weights, one image at a time, by PIL and torchvision alone."""
     cfg = load_run(run, []).data
-    network = torchvision.models.resnet18(num_classes=len(TINTS))
+    network = torchvision_network(len(TINTS))
     network.load_state_dict(load_file(run / "checkpoints/best/model.safetensors"))
     network.eval()
     sums = [0.0, 0.0, 0.0, 0.0]
@@ -92,7 +92,7 @@ def test_counts_are_exact_at_any_number_of_ranks(base: Path, tmp_path: Path) -> 
     for world in (2, 3):
         folder = tmp_path / str(world)
         folder.mkdir()
-        torch.multiprocessing.start_processes(score_as_rank, (world, run, folder), nprocs=world, start_method="spawn")
+        warm.start_ranks(score_as_rank, (world, run, folder), world)
         for rank in range(world):
             loss, *counts = torch.load(folder / f"rank {rank}")
             assert counts == list(alone[1:]), f"rank {rank} of {world}"

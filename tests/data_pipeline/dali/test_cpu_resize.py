@@ -197,6 +197,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_cache(image: Path, tmp_path: Path) -> None:
     """And those that come later compile nothing."""
     cache = tmp_path / "cache"

@@ -43,6 +43,7 @@ def contents(folder: Path) -> dict[str, str]:
 # ---- what is drawn
 
 
+@pytest.mark.slow
 def test_full_set_is_balanced_and_named_by_class(dataset: Path) -> None:
     assert sorted(path.name for path in dataset.iterdir()) == ["train", "val"]
     for split, count in PER_CLASS.items():
@@ -53,6 +54,7 @@ def test_full_set_is_balanced_and_named_by_class(dataset: Path) -> None:
     assert (len(CLASSES), PER_CLASS) == (10, {"train": 400, "val": 100})
 
 
+@pytest.mark.slow
 def test_every_file_is_a_jpeg_of_the_promised_size_and_some_are_gray(dataset: Path) -> None:
     sizes, modes = set(), []
     for path in dataset.glob("*/*/*.jpg"):
@@ -68,6 +70,7 @@ def test_every_file_is_a_jpeg_of_the_promised_size_and_some_are_gray(dataset: Pa
     assert modes.count("L") == (400 // 12 + 100 // 12) * len(CLASSES)
 
 
+@pytest.mark.slow
 def test_file_holds_the_rendered_pixels(dataset: Path) -> None:
     for name in CLASSES:
         with Image.open(dataset / "val" / name / f"{name}_0005.jpg") as image:
@@ -117,6 +120,7 @@ def test_coverage_is_the_area_and_agrees_with_supersampling() -> None:
     np.testing.assert_allclose(covered, supersampled, atol=0.13)
 
 
+@pytest.mark.slow
 def test_linear_classifier_on_pixels_fails(dataset: Path) -> None:
     images: dict[str, torch.Tensor] = {}
     for split in PER_CLASS:

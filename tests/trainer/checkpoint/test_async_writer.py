@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Cursor
+from tests.support import warm
 from tests.support.runs import ROOT, SOLO, environment
 from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.store import Progress, Stamp, StateWriter, Store, fault, write_stamped
@@ -252,7 +253,7 @@ def three_ranks(rank: int, folder: Path) -> None:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(three_ranks, (tmp_path,), nprocs=3, start_method="spawn")
+    warm.start_ranks(three_ranks, (tmp_path,), 3)
     store = Store(tmp_path / "run")
     newest = store.newest()
     assert newest and {file.name for file in newest.iterdir()} >= {"part-0", "part-1", "part-2"}

@@ -4,7 +4,6 @@ import html
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import scipy.stats  # type: ignore[import-untyped]
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
-from tests.support.runs import ROOT, environment
+from tests.support import warm
+from tests.support.runs import environment
 from trainer.compare import cli as compare
 from trainer.compare import page as compare_report
 from trainer.compare.mcnemar import ALL, PREDICTIONS, holm, mcnemar, per_class
@@ -209,11 +209,8 @@ def test_mistakes_are_told_in_one_line(study: list[Path], tmp_path: Path, monkey
 
 
 def test_command_overwrites_nothing_unasked(study: list[Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer.compare", *map(str, study), "--out", str(tmp_path / "out")]
-    told = [
-        subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-        for _ in range(2)
-    ]
+    arguments = [*map(str, study), "--out", str(tmp_path / "out")]
+    told = [warm.run("trainer.compare", *arguments, environment=environment()) for _ in range(2)]
     assert [result.returncode for result in told] == [0, 2], told[0].stderr
     assert told[0].stdout.splitlines()[-1].startswith(f"written to {tmp_path / 'out'}: runs.csv, settings.csv")
     assert told[1].stderr == f"error: --out: {tmp_path / 'out'} exists; give another folder, or --force\n"

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms  # type: ignore[import-untyped]
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.sources import builtin
 from tests.conftest import ROOT
-from tests.support.runs import TINTS, VAL, images, place_checkpoint, reference, tree
+from tests.support.runs import TINTS, VAL, Job, dotted, images, place_checkpoint, settings_of, tree, unhurried
 from trainer.checkpoint.store import Store
 from trainer.config import load, load_run
 from trainer.export.cli import FORMATS, export, largest_difference, main, open_source
@@ -30,9 +31,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(base: Path) -> Path:
-    """A run that was really trained."""
-    return reference(base, 1)
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was really trained, of a network that torchvision has."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    settings = settings_of(base, run) | {"model.width": "1"}
+    job = Job(1, run.with_name("log"), "trainer", *dotted(settings))
+    assert job.wait() == 0, job.output()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,7 @@ def test_command_repeats_to_the_byte(
     assert tree(run) == before
     megabytes = f"{out.stat().st_size / 1e6:.1f}"
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert unhurried(shown.err) == ""
     assert re.fullmatch(
         rf"{re.escape(str(out))}: resnet18 of {re.escape(str((run / 'checkpoints/best').resolve()))}, {megabytes} MB\n"
         rf"23 images in {re.escape(str(images(base) / 'val'))}: logits differ by (\d\.\de[-+]\d\d) at most\n",
@@ -138,6 +143,15 @@ def test_command_repeats_to_the_byte(
     )
 
 
+@pytest.fixture
+def few_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the built-in images a handful, for all of them take a minute to render."""
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "PER_CLASS", {"train": 1, "val": 4})
+
+
+@pytest.mark.usefixtures("few_builtin")
 def test_images_that_are_gone(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +188,7 @@ def test_a_network_that_differs_is_refused(run: Path) -> None:
         largest_difference(source, lambda rows: source.network(rows) + 0.01, inputs)
 
 
+@pytest.mark.usefixtures("few_builtin")
 def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The READMEs' lines in Python, in a folder with a run of the built-in images and an export of it."""
     cfg = load([])

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torchvision  # type: ignore[import-untyped]
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import functional as transforms  # type: ignore[import-untyped]
@@ -19,7 +18,7 @@ from data_pipeline.loader import IGNORE_LABEL
 from data_pipeline.sources.catalog import open_images
 from data_pipeline.sources.listing import UNLABELLED
 from tests.conftest import encode, picture
-from tests.support.runs import QUICK, SOLO, TINTS, Job, dotted, images, reference, tree
+from tests.support.runs import QUICK, SOLO, TINTS, Job, dotted, images, reference, torchvision_network, tree
 from trainer.config import load_run
 from trainer.predict import cli as predict
 from trainer.predict import kaggle_submission as sample
@@ -65,7 +64,7 @@ def text(path: Path) -> pd.DataFrame:
 def by_torchvision(run: Path, file: Path) -> torch.Tensor:
     """Probabilities [C] of one image, by PIL and torchvision alone."""
     cfg = load_run(run, []).data
-    network = torchvision.models.resnet18(num_classes=len(CLASSES))
+    network = torchvision_network(len(CLASSES))
     network.load_state_dict(load_file(run / "checkpoints/best/model.safetensors"))
     image = transforms.resize(Image.open(file).convert("RGB"), round(cfg.validation_px / cfg.eval_crop))
     tensor = transforms.normalize(

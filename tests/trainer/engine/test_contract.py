@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
+from tests.support import warm
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
 from trainer.checkpoint.files import WEIGHTS
 from trainer.distributed import DistContext
@@ -190,4 +191,4 @@ def prove(rank: int, world: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_engines_do_the_same(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(prove, (world, tmp_path), nprocs=world, start_method="spawn")
+    warm.start_ranks(prove, (world, tmp_path), world)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from tests.support.runs import ROOT, SOLO, Job, checkpoint, dotted, environment, rows, settings_of
+from tests.support import warm
+from tests.support.runs import SOLO, Job, checkpoint, dotted, environment, rows, settings_of
 from tests.trainer.engine.test_contract import CLIPPED, DDP, SGD, ZERO, build, net, train
 from tests.trainer.engine.test_engine import assert_equal, batch, small_net
 from trainer.checkpoint.files import STATE, WEIGHTS
@@ -61,7 +62,7 @@ def in_a_process_of_its_own(rank: int, folder: Path) -> None:
 
 
 def test_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(in_a_process_of_its_own, (tmp_path,), nprocs=1, start_method="spawn")
+    warm.start_ranks(in_a_process_of_its_own, (tmp_path,), 1)
 
 
 def parameters(engine: Engine) -> dict[str, Tensor]:
@@ -209,13 +210,7 @@ def test_run_without_a_launcher_or_a_compiler(base: Path, tmp_path: Path) -> Non
     assert shutil.which("g++", path=str(tools)) is None
     said = (done.stdout + done.stderr).lower()
     assert "deepspeed" not in said.replace(str(tmp_path).lower(), "") and "warning" not in said, said
-    evaluated = subprocess.run(
-        [sys.executable, "-m", "trainer.evaluate", str(tmp_path / "run"), "--engine.name", "ddp"],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    arguments = [str(tmp_path / "run"), "--engine.name", "ddp"]
+    evaluated = warm.run("trainer.evaluate", *arguments, environment=environment())
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"top-1 {rows(tmp_path / 'run')[-1]['val/top1_pct']:.2f} %" in evaluated.stdout

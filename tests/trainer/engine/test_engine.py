@@ -25,6 +25,7 @@ from torch.nn import functional
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
+from tests.support import warm
 from tests.support.runs import SOLO, environment, free_port
 from trainer.checkpoint.files import STATE, WEIGHTS, load_weights, read_metadata
 from trainer.distributed import DistContext, keep_group, open_dist_context
@@ -266,7 +267,7 @@ def updates() -> Iterator[list[Batch]]:
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(as_one_of_two, (tmp_path,), nprocs=2, start_method="spawn")
+    warm.start_ranks(as_one_of_two, (tmp_path,), 2)
     engine = build(small_net(), OptimConfig(lr=0.1, clip_norm=0.5))
     sums = torch.zeros(5, dtype=torch.float64)
     for micro_batches in updates():
@@ -310,7 +311,7 @@ def compressed(rank: int, folder: Path) -> None:
 
 
 def test_compressed_gradients_are_near_whole_ones(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(compressed, (tmp_path,), nprocs=2, start_method="spawn")
+    warm.start_ranks(compressed, (tmp_path,), 2)
     first, second = (torch.load(tmp_path / f"rank {rank}") for rank in range(2))
     for how, ends in first.items():
         assert_equal(ends, second[how])
@@ -336,7 +337,7 @@ def with_powersgd(rank: int, folder: Path) -> None:
 
 def test_powersgd_sums_in_one_order_on_all_ranks(tmp_path: Path) -> None:
     assert sum(parameter.nbytes for parameter in resnet().parameters()) > 40 << 20
-    torch.multiprocessing.start_processes(with_powersgd, (tmp_path,), nprocs=2, start_method="spawn")
+    warm.start_ranks(with_powersgd, (tmp_path,), 2)
     assert_equal(*(torch.load(tmp_path / f"rank {rank}") for rank in range(2)))
 
 
@@ -451,6 +452,7 @@ def test_synchronised_statistics_need_gpus() -> None:
         build(small_net(), sync_bn=True)
 
 
+@pytest.mark.slow
 def test_compiled_once_a_shape(tmp_path: Path) -> None:
     """Resolutions come and go, evaluation too; weights have their plain names, and what they are is as without."""
     keep_compiled(EngineConfig(compile="on", compile_cache=str(tmp_path)), SOLO)

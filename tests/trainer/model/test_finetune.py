@@ -18,7 +18,8 @@ from torch.nn import functional
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Batch
-from tests.support.runs import SOLO, TINTS, Job, dotted, images, settings_of
+from tests.support import warm
+from tests.support.runs import SOLO, TINTS, Job, dotted, images, settings_of, torchvision_network
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
 from trainer.checkpoint.files import STATE, WEIGHTS
 from trainer.checkpoint.store import Store
@@ -205,7 +206,7 @@ def test_thawing_is_what_torch_does(layer_decay: float, tmp_path: Path) -> None:
 
     if layer_decay == 1:
         return
-    torch.multiprocessing.start_processes(as_one_of_two, (tmp_path, layer_decay), nprocs=2, start_method="spawn")
+    warm.start_ranks(as_one_of_two, (tmp_path, layer_decay), 2)
     ranks = [torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2)]
     assert_told_the_same(ranks[0]["told"], wanted)
     assert_equal(ranks[1]["state"], ranks[0]["state"])
@@ -238,7 +239,7 @@ def options(base: Path, run: Path, **more: str) -> dict[str, str]:
     weights = base / "pretrained.pth"
     if not weights.exists():
         torch.manual_seed(4)
-        torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), weights)
+        torch.save(torchvision_network(1000).state_dict(), weights)
     return {**settings_of(base, run, epochs=2), **OPTIONS, "model.weights": str(weights), **more}
 
 
@@ -288,8 +289,10 @@ def test_stopped_run_of_one_process(base: Path, tmp_path: Path, capsys: pytest.C
     assert_same_end(run.folder, whole.folder)
 
     best = load_file(run.folder / "checkpoints/best" / WEIGHTS)
-    network = build_resnet(ModelConfig(), len(TINTS))
-    from_run = load_weights_to_start(network, ModelConfig(weights=str(run.folder)), sorted(TINTS), SOLO)
+    network = build_resnet(ModelConfig(width=run.model.width), len(TINTS))
+    from_run = load_weights_to_start(
+        network, ModelConfig(width=run.model.width, weights=str(run.folder)), sorted(TINTS), SOLO
+    )
     assert from_run == f"starting from {run.folder}, head included"
     assert_equal(state_of(network), best)
 
@@ -304,7 +307,7 @@ def prove_two_ranks(rank: int, base: Path, folder: Path) -> None:
 def test_stopped_run_of_two_ranks(base: Path, tmp_path: Path) -> None:
     """And a killed one."""
     options(base, tmp_path / "first")  # so that the weights are there
-    torch.multiprocessing.start_processes(prove_two_ranks, (base, tmp_path), nprocs=2, start_method="spawn")
+    warm.start_ranks(prove_two_ranks, (base, tmp_path), 2)
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
     run = tmp_path / "killed"

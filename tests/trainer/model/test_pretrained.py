@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet50_Weights  # type: ignore[import-untyped]
 
 from data_pipeline.common.errors import UserError
+from tests.support import warm
 from tests.support.runs import SOLO
 from tests.trainer.engine.test_engine import join
 from trainer.checkpoint.files import METADATA, WEIGHTS
@@ -522,4 +523,4 @@ def prove_ranks(rank: int, folder: Path) -> None:
 
 def test_one_rank_reads_for_all(tmp_path: Path) -> None:
     torch.save(torchvisions().state_dict(), tmp_path / "weights.pth")
-    torch.multiprocessing.start_processes(prove_ranks, (tmp_path,), nprocs=2, start_method="spawn")
+    warm.start_ranks(prove_ranks, (tmp_path,), 2)

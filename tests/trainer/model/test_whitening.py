@@ -16,6 +16,8 @@ from trainer.checkpoint.store import Store
 from trainer.model.resnet import ModelConfig, Stem, build_resnet
 from trainer.model.whitening import set_filters, whiten_stem
 
+QUICK_NETWORK = ModelConfig(width=float(QUICK["model.width"]))
+
 
 def noise(images: int = 64, side: int = 32) -> torch.Tensor:
     """Images whose neighbouring pixels and channels are alike."""
@@ -62,11 +64,11 @@ def test_a_run_starts_so_on_every_rank(tmp_path: Path) -> None:
         assert job.wait() == 0, job.output()
         newest = Store(run).newest()
         assert newest
-        network = build_resnet(ModelConfig(), 7)
+        network = build_resnet(QUICK_NETWORK, 7)
         load_weights(network, newest)
         stems.append(network.conv1.weight.detach())
     cfg = DataConfig(path=str(data))
-    expected = build_resnet(ModelConfig(), 7)
+    expected = build_resnet(QUICK_NETWORK, 7)
     whiten_stem(expected, open_catalog(cfg, "train"), cfg, int(QUICK["data.size_px"]), SOLO)
     for stem in stems:
         torch.testing.assert_close(stem, expected.conv1.weight.detach())

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from data_pipeline import sampling
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Batch
+from tests.support import warm
 from tests.support.runs import BATCH, EPOCHS, SOLO, STEPS, TRAIN, Job, checkpoint, dotted, rows, settings_of
 from trainer import __main__ as training
 from trainer.checkpoint.store import Progress, Store
@@ -113,7 +114,7 @@ def check_on_two_ranks(rank: int, folder: Path) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Statistics are each rank's own; what is not finite on one is found on both, and so is one bit of a weight."""
-    multiprocessing.spawn(check_on_two_ranks, (tmp_path,), nprocs=2)
+    warm.start_ranks(check_on_two_ranks, (tmp_path,), 2)
     first, second = (torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in (0, 1))
     assert first == second and first[:2] == [None, "bn1.running_mean"]
     assert first[2].startswith("the weights have come apart: fc.bias on rank 1 is not what the other ranks have; ")

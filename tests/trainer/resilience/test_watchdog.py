@@ -204,13 +204,14 @@ def suspend(job: Job, run: Path, rank: int) -> int:
     return job.wait()
 
 
+@pytest.mark.slow
 def test_suspended_ranks_of_a_training(base: Path, tmp_path: Path) -> None:
     """Rank 1 under torchrun and rank 0 under `launch local`; both launchers take half a minute to end what is suspended."""
     whole = reference(base, 2)
     runs = [tmp_path / "first run", tmp_path / "second run"]
     options = [dotted(settings_of(base, run) | {"run.stall_s": "10"}) for run in runs]
     jobs = [
-        Job(2, tmp_path / "first.log", "trainer", *options[0]),
+        Job(2, tmp_path / "first.log", "trainer", *options[0], cold=True),
         Job(1, tmp_path / "second.log", "launch", "local", "-n", "2", *options[1]),
     ]
     with ThreadPoolExecutor() as pool:
