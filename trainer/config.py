@@ -6,14 +6,23 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    get_loader,
+    set_dumper,
+    set_loader,
+    set_parsing_settings,
+)
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.safe_yaml import load_yaml, read_text
@@ -21,6 +30,7 @@ from data_pipeline.config import FREE, DataConfig, free, require
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
+from trainer.option_files import option_kinds, quoted
 from trainer.tracking.tracker import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -283,15 +293,18 @@ def _refuse_unknown(file: Path) -> None:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file} cannot be read: {error}") from None
-    for key in _flat(_tree(text, str(file))):
+    kinds = option_kinds(Config)
+    for key, value in _flat(_tree(text, str(file))).items():
         if key not in _flat(asdict(Config())):
             raise UserError(f"{file}: {_no_such_option(key)}")
+        if value is None and key in kinds and NoneType not in get_args(kinds[key]):
+            raise UserError(f"{file}: {key}: nothing is given; give a value, or leave the option out")
 
 
 def _tree(text: str, file: str) -> dict[str, Any]:
     """What YAML `text` says, a table of options."""
     try:
-        tree = load_yaml(text)
+        tree = load_yaml(as_meant(text))
     except yaml.YAMLError as error:
         raise UserError(f"{file}: it is no YAML: {_one_line(str(error))}") from None
     if not isinstance(tree, dict):
@@ -367,6 +380,13 @@ def _dump(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
+def as_meant(text: str, around: Container[str] = ()) -> str:
+    """YAML in which the options that are text are in quotation marks (see `option_files`). Raises yaml.YAMLError."""
+    return quoted(text, option_kinds(Config), around)
+
+
+_load = get_loader("yaml")
+set_loader("yaml", lambda text: _load(as_meant(text)))  # for --config
 set_dumper("yaml", _dump)  # for --print_config
 
 

@@ -11,12 +11,23 @@ BYTES, DEPTH, NODES = 1 << 20, 20, 10_000
 
 def load_yaml(text: str) -> Any:
     """What YAML says in plain values. Raises `yaml.YAMLError`, also for what is too long, too deep, or refers to itself."""
-    if len(text) > BYTES:
-        raise yaml.YAMLError(f"it has more than {BYTES >> 20} MiB")
+    _check_length(text)
     try:
         return yaml.load(text, _Bounded)  # a safe loader
     except (ValueError, OverflowError) as error:  # of a date in month 13, or a number of thousands of digits
         raise yaml.YAMLError(str(error)) from None
+
+
+def compose_yaml(text: str) -> yaml.Node | None:
+    """The nodes of YAML, before it is decided what their values are. Raises `yaml.YAMLError` as `load_yaml` does."""
+    _check_length(text)
+    node: yaml.Node | None = yaml.compose(text, _Bounded)
+    return node
+
+
+def _check_length(text: str) -> None:
+    if len(text) > BYTES:
+        raise yaml.YAMLError(f"it has more than {BYTES >> 20} MiB")
 
 
 def read_yaml(file: Path) -> Any:

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.safe_yaml import read_yaml
+from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import require
-from trainer.config import Config, load
+from trainer.config import Config, as_meant, load
 
 Setting = dict[str, Any]
 """Dotted option -> value."""
@@ -110,7 +110,7 @@ def _digest(setting: Setting) -> str:
 def read_sweep(file: Path) -> Sweep:
     """The sweep that a file asks for; of the options only the names' form is looked at. Raises `UserError`."""
     try:
-        tree = read_yaml(file)
+        tree = load_yaml(as_meant(read_text(file), around=("options", "grid", "list")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"FILE: {file} cannot be read as YAML: {error}") from None
     require(isinstance(tree, dict), f"{file}: it is no table; give config, options, and grid or list")

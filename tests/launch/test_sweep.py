@@ -50,6 +50,21 @@ def test_a_grid_is_every_combination(tmp_path: Path) -> None:
         assert cfg.run.name == f"mine {member.name}"
 
 
+def test_words_are_words(tmp_path: Path) -> None:
+    """In options, a grid and a list alike, as in a recipe."""
+    text = "options: {tracking.wandb: off, data.label_column: 007}\n"
+    for rest in (
+        "grid: {engine.compile: [on, off], data.image_column: [1e3]}",
+        "list: [{engine.compile: yes, data.image_column: 1e3}, {engine.compile: false, data.image_column: 1e3}]",
+    ):
+        members = sweep_of(tmp_path, text + rest).members(tmp_path)
+        assert [member.name for member in members] == ["compile=on,image_column=1e3", "compile=off,image_column=1e3"]
+        for member, compiled in zip(members, ("on", "off"), strict=True):
+            cfg = member.cfg
+            assert (cfg.tracking.wandb, cfg.engine.compile) == ("off", compiled)
+            assert (cfg.data.label_column, cfg.data.image_column) == ("007", "1e3")
+
+
 def test_a_list_is_as_it_stands(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "list: [{optim.lr: 0.1}, {optim.lr: 0.1, run.max_steps: null}, {}]")
     members = sweep.members(tmp_path)

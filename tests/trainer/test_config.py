@@ -36,6 +36,41 @@ def test_any_text_reloads_equal(value: str, tmp_path: Path) -> None:
     assert reload(cfg, tmp_path) == cfg
 
 
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        *(
+            (f"tracking:\n  wandb: {word}\n", "tracking.wandb", "off")
+            for word in ("off", "Off", "no", "false", "FALSE", "'off'")
+        ),
+        ("tracking: {wandb: online}", "tracking.wandb", "online"),
+        ("engine: {compile: on}", "engine.compile", "on"),
+        ("engine: {compile: yes}", "engine.compile", "on"),
+        ("engine: {compression: no, zero_stage: 2}", "engine.compression", "none"),
+        ("data: {augment: {policy: null}}", "data.augment.policy", "none"),
+        *(
+            (f"run:\n  name: {word}\n", "run.name", word)
+            for word in ("007", "1e3", "0x10", "12:30", "2024-01-01", "1_000", ".5", "null", "on", "No", "true", ".nan")
+        ),
+        ("run: {name: a, dir: null}", "run.dir", None),
+        ("data: {images: ~}", "data.images", None),
+        ("data: {label_column: 007}", "data.label_column", "007"),
+        ("optim: {nesterov: off}", "optim.nesterov", False),
+        ("run: {seed: 007}", "run.seed", 7),
+        ("optim: {lr: 1e-3}", "optim.lr", 0.001),
+    ],
+)
+def test_a_file_means_what_is_written_in_it(text: str, option: str, value: object, tmp_path: Path) -> None:
+    """YAML's own reading of words and numbers is for options that are no text."""
+    (tmp_path / "recipe.yaml").write_text(text)
+    cfg = load(["--config", str(tmp_path / "recipe.yaml")])
+    found: Any = cfg
+    for name in option.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+    assert reload(cfg, tmp_path) == cfg
+
+
 def test_the_last_wins(tmp_path: Path) -> None:
     """Defaults, then the recipe, then a file, then dotted options."""
     assert load([]) == load(["--config", "builtin"])
@@ -65,6 +100,9 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
             "FILE: data.augment.flipp: no such option; did you mean data.augment.flip?",
         ),
         (b"config: other.yaml\n", "FILE: config: no such option; see --help"),
+        (b"tracking: {wandb: on}", "tracking.wandb: on does not fit; give one of 'auto', 'online', 'offline', 'off'"),
+        (b"run:\n  name:\n", "FILE: run.name: nothing is given; give a value, or leave the option out"),
+        (b"run: {epochs: ~}", "FILE: run.epochs: nothing is given; give a value, or leave the option out"),
         (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give float"),
         (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
         (b"", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),

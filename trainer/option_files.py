@@ -1,0 +1,76 @@
+"""YAML of options as it is meant: where an option is text or one of some words, it is what is written there.
+
+YAML itself takes `off` and `no` for false, 007 for 7, 12:30 for 750 and 2024-01-01 for a date.
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from data_pipeline.common.safe_yaml import compose_yaml
+
+_SWITCHES = (
+    ({"off", "no", "n", "false"}, ("off", "no", "none", "false")),
+    ({"on", "yes", "y", "true"}, ("on", "yes", "true")),
+    ({"null", "none", "~"}, ("none", "off", "no")),
+)
+"""Spellings of a word, and the words that an option may have for it."""
+
+
+@cache
+def option_kinds(section: type) -> dict[str, Any]:
+    """Dotted name -> type of each option of a dataclass of dataclasses."""
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            kinds |= {f"{name}.{inner}": its for inner, its in option_kinds(kind).items()}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+def quoted(text: str, kinds: Mapping[str, Any], around: Container[str] = ()) -> str:
+    """YAML `text` with quotation marks around values of options that are words; options may stand in tables `around` them.
+
+    Raises yaml.YAMLError.
+    """
+    root = compose_yaml(text)
+    if not isinstance(root, yaml.MappingNode):
+        return text
+    _quote(root, "", kinds, around, set())
+    return str(yaml.serialize(root))
+
+
+def _quote(node: yaml.Node, path: str, kinds: Mapping[str, Any], around: Container[str], seen: set[int]) -> None:
+    if id(node) in seen:
+        return  # an alias
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = str(key.value)
+            outside = not path and (name in around or name == "<<")
+            _quote(value, path if outside else f"{path}{'.' * bool(path)}{name}", kinds, around, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _quote(item, path, kinds, around, seen)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and path in kinds:
+        word = _word(node, kinds[path])
+        if word is not None:
+            node.value, node.tag, node.style = word, "tag:yaml.org,2002:str", '"'
+
+
+def _word(node: yaml.ScalarNode, kind: Any) -> str | None:
+    """What a value means as text or as one of an option's words; None where it is neither, or nothing."""
+    kinds = [kind] if get_origin(kind) is Literal else [kind, *get_args(kind)]
+    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one) if isinstance(word, str)]
+    nothing = node.tag == "tag:yaml.org,2002:null" and (NoneType in kinds or node.value in ("", "~"))
+    if nothing or not (words or str in kinds):
+        return None
+    written = node.value.lower()
+    same = [word for word in words if word == written]
+    meant = [word for spellings, names in _SWITCHES if written in spellings for word in names if word in words]
+    return next(iter([*same, *meant]), node.value)
