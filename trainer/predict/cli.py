@@ -255,6 +255,7 @@ def main() -> None:
     if ctx.primary:
         unread = int((~found.readable).sum())
         rest = f"; {unread} cannot be read and are given {args.fallback}" if unread else ""
+        rest += f"; {form.meaning}" if form and form.meaning else ""
         print(printable(f"{args.out}: {len(catalog)} images of {args.images} by {trained.checkpoint}{rest}"))
 
 

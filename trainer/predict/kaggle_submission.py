@@ -1,6 +1,7 @@
 """A sample submission, as Kaggle hands it out, and the same file with predictions in it."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import printable
 from data_pipeline.config import require
+from data_pipeline.sources.tables.text_table import read_table
 
 _WAYS: tuple[Callable[[str], str], ...] = (
     lambda path: path,
@@ -29,9 +31,22 @@ class Form(NamedTuple):
     """All of it, as text; the ids are in its first column."""
     rows: NDArray[np.int64]
     """[N] the image of each row of the table."""
-    shows: Literal["probabilities", "names", "numbers"]
-    """A column for each class, or one with classes' names, or with their places among the sorted classes, from 0."""
+    shows: Literal["probabilities", "probability", "names", "numbers"]
+    """A column for each class; or one with the probability of `certain`, with classes' names, or with their places among
+    the sorted classes, from 0."""
     classes: list[str]
+    certain: str = ""
+    """Of two classes the one that a probability of 1 stands for."""
+
+    @property
+    def meaning(self) -> str:
+        """What had to be guessed of the sample, for people; nothing where its columns tell."""
+        column = str(self.table.columns[1])
+        if self.shows == "probability":
+            return f"{column} is the probability of {printable(self.certain)}"
+        if self.shows == "numbers":
+            return f"{column} is the class's number: {few([f'{at} {name}' for at, name in enumerate(self.classes)])}"
+        return ""
 
     def fill(self, probabilities: NDArray[np.float32], ranked: NDArray[np.int64]) -> pd.DataFrame:
         """The table with predictions: `probabilities` [N, C], and the likeliest classes `ranked` [N, K], of each image.
@@ -43,6 +58,8 @@ class Form(NamedTuple):
         if self.shows == "probabilities":
             places = [self.classes.index(name) for name in columns]
             return filled.assign(**dict(zip(columns, probabilities[self.rows][:, places].T, strict=True)))
+        if self.shows == "probability":
+            return filled.assign(**{columns[0]: probabilities[self.rows, self.classes.index(self.certain)]})
         texts = self.classes if self.shows == "names" else [str(number) for number in range(len(self.classes))]
         filled[columns[0]] = [" ".join(texts[place] for place in places) for places in ranked[self.rows]]
         return filled
@@ -50,12 +67,24 @@ class Form(NamedTuple):
 
 def read(file: Path, paths: list[str], classes: list[str], topk: int) -> Form:
     """The form of the sample `file` for the images `paths`. Raises `UserError` where ids or columns are not theirs."""
-    try:
-        table = pd.read_csv(file, sep="\t" if file.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sample: {file} cannot be read ({error}); give a CSV file") from None
+    table = pd.DataFrame(read_table(file, "--sample").columns, dtype=str)
     require(table.shape[1] > 1, f"--sample: {file} has no column beside its ids; give one with ids and predictions")
-    return Form(table, _matched(file, table.iloc[:, 0].tolist(), paths), _shown(file, table, classes, topk), classes)
+    rows = _matched(file, table.iloc[:, 0].tolist(), paths)
+    if len(classes) == 2 and topk == 1 and table.shape[1] == 2 and _are_probabilities(set(table.iloc[:, 1])):
+        return Form(table, rows, "probability", classes, _certain(str(table.columns[1]), classes))
+    return Form(table, rows, _shown(file, table, classes, topk), classes)
+
+
+def _are_probabilities(values: set[str]) -> bool:
+    """Whether they are numbers from 0 to 1, at least one of them between."""
+    if not all(re.fullmatch(r"[01]|[01]?\.\d+", value, re.ASCII) for value in values):
+        return False
+    return any(0 < float(value) < 1 for value in values)
+
+
+def _certain(column: str, classes: list[str]) -> str:
+    """The class that a column is named after, or else the second, as 1 is of 0 and 1."""
+    return column if column in classes else classes[1]
 
 
 def _matched(file: Path, ids: list[str], paths: list[str]) -> NDArray[np.int64]:
@@ -95,16 +124,16 @@ def _shown(
         "give one column of labels, or one for each class",
     )
     known, values = set(classes), set(table[columns[0]]) - {""}
-    names, numbers = values <= known, values <= {str(number) for number in range(len(classes))}
-    if topk > 1:
-        spaced = [name for name in classes if " " in name]
-        tokens = {token for value in values for token in value.split()}
-        names, numbers = tokens <= known, tokens <= {str(number) for number in range(len(classes))}
-        require(
-            not spaced or (bool(tokens) and numbers and not names),
-            f"--topk: in column {columns[0]} of {file} spaces part several classes, and some names have spaces themselves "
-            f"({few(spaced)}); leave out --topk, or give a sample with the classes' numbers",
-        )
+    tokens = values if topk == 1 else {token for value in values for token in value.split()}
+    names, numbers = tokens <= known, tokens <= {str(number) for number in range(len(classes))}
+    if _are_numbers(known):  # so the sample's are these, though it may be filled with a 0 that is none of them
+        names, numbers = names or _are_numbers(tokens), False
+    spaced = [name for name in classes if " " in name]
+    require(
+        topk == 1 or not spaced or (bool(tokens) and numbers and not names),
+        f"--topk: in column {columns[0]} of {file} spaces part several classes, and some names have spaces themselves "
+        f"({few(spaced)}); leave out --topk, or give a sample with the classes' numbers",
+    )
     odd = sorted(values - known)
     require(
         names or numbers,
@@ -112,6 +141,10 @@ def _shown(
         f"nor a number below {len(classes)}; put one of these into it",
     )
     return "names" if names else "numbers"
+
+
+def _are_numbers(texts: set[str]) -> bool:
+    return all(re.fullmatch(r"-?\d+", text, re.ASCII) for text in texts)
 
 
 def few(names: list[str]) -> str:

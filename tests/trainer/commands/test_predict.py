@@ -193,6 +193,52 @@ def test_a_sample_is_filled_in(content: str, topk: int, wanted: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("content", "classes", "wanted", "meaning"),
+    [
+        ("id,label\n3,0\n1,0\n2,0\n", ["1", "2", "3"], "id,label\n3,2\n1,1\n2,3\n", ""),
+        ("id,label\n3,0\n1,0\n2,0\n", ["001", "02", "10"], "id,label\n3,02\n1,001\n2,10\n", ""),
+        ("id,label\n3,1\n1,2\n2,1\n", ["0", "1", "2"], "id,label\n3,1\n1,0\n2,2\n", ""),
+        ("id,x\n3,0\n1,0\n2,0\n", NAMES, "id,x\n3,1\n1,0\n2,2\n", "x is the class's number: 0 cat, 1 dog, 2 fish"),
+        ("id;label\n3;dog\n1;dog\n2;dog\n", NAMES, "id,label\n3,dog\n1,cat\n2,fish\n", ""),
+        (
+            "id,label\n3,.5\n1,.5\n2,.5\n",
+            ["cat", "dog"],
+            "id,label\n3,0.5\n1,0.25\n2,0.75\n",
+            "label is the probability of dog",
+        ),
+        (
+            "id,label\n3,0.5\n1,0\n2,1\n",
+            ["0", "1"],
+            "id,label\n3,0.5\n1,0.25\n2,0.75\n",
+            "label is the probability of 1",
+        ),
+        (
+            "id,cat\n3,.5\n1,.5\n2,.5\n",
+            ["cat", "dog"],
+            "id,cat\n3,0.5\n1,0.75\n2,0.25\n",
+            "cat is the probability of cat",
+        ),
+        (
+            "id,cat,dog\n3,.5,.5\n1,.5,.5\n2,.5,.5\n",
+            ["cat", "dog"],
+            "id,cat,dog\n3,0.5,0.5\n1,0.75,0.25\n2,0.25,0.75\n",
+            "",
+        ),
+    ],
+)
+def test_a_sample_filled_with_a_constant(
+    content: str, classes: list[str], wanted: str, meaning: str, tmp_path: Path
+) -> None:
+    """Numbers are classes where classes are numbers; one column of .5 is a probability; what is a guess is said."""
+    (tmp_path / "sample.csv").write_text(content)
+    shares = PROBABILITIES if len(classes) == 3 else np.array([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5]], np.float32)
+    form = sample.read(tmp_path / "sample.csv", PATHS, classes, 1)
+    ranked = np.argsort(-shares, axis=1, kind="stable")[:, :1]
+    assert predict.csv(form.fill(shares, ranked)).decode() == wanted
+    assert form.meaning == meaning
+
+
+@pytest.mark.parametrize(
     ("content", "topk", "says"),
     [
         ("id,label\n1,cat\n2,cat\n4,cat\n", 1, "1 of its 3 ids have no image: 4; 1 of the 3 images are not in it: 3;"),
@@ -203,7 +249,8 @@ def test_a_sample_is_filled_in(content: str, topk: int, wanted: str, tmp_path: P
         ("id,cat,dog\n1,0,0\n2,0,0\n3,0,0\n", 1, "are not the 3 classes of the run, which fish tell apart"),
         ("id,cat,dog,fish\n1,0,0,0\n2,0,0,0\n3,0,0,0\n", 2, "--topk"),
         ("id\n1\n2\n3\n", 1, "no column beside its ids"),
-        ("", 1, "cannot be read"),
+        ("", 1, "is empty"),
+        ("id,label\n1,.5\n2,.5\n3,.5\n", 1, "column label of .* shows .5, neither a class"),
     ],
 )
 def test_a_sample_of_something_else_is_refused(content: str, topk: int, says: str, tmp_path: Path) -> None:
@@ -275,7 +322,10 @@ def test_nothing_is_overwritten_unasked(
         (["FOLDER", "--out", "x.csv", "--crops", "5", "--data.eval_crop", "1"], "--crops: 5"),
         (["FOLDER", "--out", "x.csv", "--fallback", "cow"], "--fallback: cow"),
         (["FOLDER", "--out", "x.csv", "--sample", "x", "--probabilities"], "--probabilities: "),
-        (["FOLDER", "--out", "x.csv", "--sample", "no such file"], "--sample: no such file cannot be read"),
+        (
+            ["FOLDER", "--out", "x.csv", "--sample", "no such file"],
+            "--sample: no such file is no table that can be read (No such file or directory)",
+        ),
         (["FOLDER", "--out", "x.csv", "--smaple", "x"], "--smaple: no such option"),
     ],
 )
