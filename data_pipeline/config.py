@@ -128,13 +128,13 @@ class DataConfig:
     "builtin" is the built-in set; imagenette, cifar10, flowers102, oxford_pets and food101 are fetched once, unless something
     of that name exists."""
     images: str | None = free(None)
-    """Folder of the images that a table names; the table's own folder if not given."""
+    """Folder of the images that a table names; the table's own folder if not given, anywhere below it."""
     image_column: str | None = None
-    """Column of a table with the images' names; their suffix may be missing. Found by its usual names, or the first."""
+    """Column of a table with the images' names; their suffix may be missing. Found by the files that there are."""
     label_column: str | None = None
-    """Column of a table with the classes. Found by its usual names, or the second."""
+    """Column of a table with the classes. Found by its usual names, or the only one left; else it must be given."""
     split_column: str | None = None
-    """Column of a table that says train or val; "split" if there is one, else val_share decides."""
+    """Column of a table that says train or val; found by its usual names, as "split", else val_share decides."""
     val_share: float = 0.1
     """Share of each class held out for validation where the data has no validation part: one image at least of a class of
     two or more, those whose paths have the smallest hashes."""
