@@ -50,7 +50,7 @@ def test_any_text_reloads_equal(value: str, tmp_path: Path) -> None:
         ("data: {augment: {policy: null}}", "data.augment.policy", "none"),
         *(
             (f"run:\n  name: {word}\n", "run.name", word)
-            for word in ("007", "1e3", "0x10", "12:30", "2024-01-01", "1_000", ".5", "null", "on", "No", "true", ".nan")
+            for word in ("007", "1e3", "0x10", "12:30", "2024-01-01", "1_000", ".5", "on", "No", "true", ".nan")
         ),
         ("run: {name: a, dir: null}", "run.dir", None),
         ("data: {images: ~}", "data.images", None),
@@ -101,7 +101,7 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         ),
         (b"config: other.yaml\n", "FILE: config: no such option; see --help"),
         (b"tracking: {wandb: on}", "tracking.wandb: on does not fit; give one of 'auto', 'online', 'offline', 'off'"),
-        (b"run:\n  name:\n", "FILE: run.name: nothing is given; give a value, or leave the option out"),
+        (b"data:\n  path:\n", "FILE: data.path: nothing is given; give a value, or leave the option out"),
         (b"run: {epochs: ~}", "FILE: run.epochs: nothing is given; give a value, or leave the option out"),
         (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give float"),
         (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
