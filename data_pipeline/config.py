@@ -3,18 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import require
 
 T = TypeVar("T")
 
 FREE = {"resume": "free"}
 """Metadata of an option, or of a section of options, that a resumed run may change."""
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `ok`."""
-    if not ok:
-        raise UserError(message)
 
 
 def free(default: T) -> T:

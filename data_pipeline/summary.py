@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data_pipeline.common.errors import printable
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import printable, require
+from data_pipeline.config import DataConfig
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import counted
 

@@ -24,9 +24,9 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.safe_yaml import load_yaml, read_text
-from data_pipeline.config import FREE, DataConfig, free, require
+from data_pipeline.config import FREE, DataConfig, free
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.torchvision_sets import NAMED

@@ -19,7 +19,8 @@ from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file  # type: ignore[import-untyped]
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from data_pipeline.config import AugmentConfig, DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sharding import RankInfo

@@ -21,7 +21,8 @@ from nvidia.dali.backend import TensorCPU, TensorListCPU
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
 from data_pipeline.dali.augment import Operator
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import command_line, parse
-from data_pipeline.common.errors import UserError, printable
-from data_pipeline.config import AugmentConfig, DataConfig, require
+from data_pipeline.common.errors import UserError, printable, require
+from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sampling import order
 from data_pipeline.sharding import RankInfo

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, is_image
 

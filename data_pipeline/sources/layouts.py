@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
 from data_pipeline.sources.class_folders import class_folders, class_names
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from data_pipeline.sources.image_headers import SUFFIXES
 
 UNLABELLED = -1

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, stays_below
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 
 FORMAT, VERSION = "sluice-pack", 1
 SPLITS = ("train", "val")

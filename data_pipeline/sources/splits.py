@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 
 Role = Literal["train", "val", "test"]
 

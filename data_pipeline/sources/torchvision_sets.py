@@ -27,9 +27,9 @@ from urllib.error import URLError
 
 from PIL import Image
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import DataConfig, require
+from data_pipeline.config import DataConfig
 from data_pipeline.sources.builtin import builtin_dataset, cache_path, make_once
 
 _TABLE = "labels.csv"

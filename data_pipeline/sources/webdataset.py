@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.common.atomic_io import stays_below
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.listing import Listing, Taken, counted, is_foreign, is_image
 from data_pipeline.sources.splits import role_of

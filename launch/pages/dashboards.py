@@ -14,8 +14,7 @@ from jsonargparse import ArgumentParser
 
 from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 from trainer.tracking.tracker import TrackingConfig
 
 if TYPE_CHECKING:

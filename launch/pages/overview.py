@@ -19,8 +19,7 @@ from markupsafe import Markup
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError, printable
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, printable, require
 from trainer.report import charts, html_page
 from trainer.report.charts import Curve
 from trainer.report.run_reader import Run, differences, find_runs, read_run

@@ -19,8 +19,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.errors import UserError, printable
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, printable, require
 from launch.slurm.commands import queue, run_slurm
 from launch.slurm.profile import Request, parse, request_of, request_parser
 from launch.slurm.submit import active_job, check_free, submit_runs

@@ -20,9 +20,8 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.safe_yaml import load_yaml, read_text
-from data_pipeline.config import require
 from trainer.config import Config, as_meant, load
 
 Setting = dict[str, Any]

@@ -17,8 +17,7 @@ from jsonargparse import ArgumentParser
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
-from data_pipeline.common.errors import UserError, printable, printable_lines
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, printable, printable_lines, require
 from launch.runs import state_of
 from launch.slurm.commands import Queued, queue
 from launch.slurm.submission import newest

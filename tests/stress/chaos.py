@@ -33,7 +33,8 @@ from torch.distributed.launcher.api import elastic_launch
 
 from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources.builtin import builtin_dataset

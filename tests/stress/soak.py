@@ -21,7 +21,7 @@ from rich.table import Table
 
 from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from tests.support.runs import QUICK, Job, dotted, ranks_of, render_images
 from trainer.checkpoint.store import Progress, Store
 

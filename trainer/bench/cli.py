@@ -31,9 +31,8 @@ import torch
 from torch.profiler import record_function
 
 from data_pipeline.bench.peers import MINUTES, copy_sample, reported, rounds_within
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import require
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.bench import results, roofline

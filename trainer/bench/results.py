@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from trainer.bench import roofline
 from trainer.bench.peers import CONTESTANTS, PLAIN_STEP
 from trainer.config import Config

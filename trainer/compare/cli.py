@@ -25,8 +25,7 @@ from jsonargparse import ArgumentParser
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain
-from data_pipeline.common.errors import UserError, printable
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, printable, require
 from trainer.compare import page
 from trainer.compare.mcnemar import PREDICTIONS, per_class, read_predictions
 from trainer.report.run_reader import Run, read_run

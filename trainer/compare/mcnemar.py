@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 
 PREDICTIONS = "report/predictions.csv"
 """Where `python -m trainer.report RUN` leaves them, within the run folder."""

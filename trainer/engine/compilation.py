@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from trainer.engine.config import EngineConfig
 
 

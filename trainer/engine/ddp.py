@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from data_pipeline.loader import Batch
 from trainer.checkpoint.files import STATE, WEIGHTS, load_state, load_weights
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import DataConfig, require
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.config import Config, load_run, run_folder

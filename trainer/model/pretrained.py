@@ -12,9 +12,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.safe_yaml import read_yaml
-from data_pipeline.config import require
 from trainer.checkpoint.files import WEIGHTS, read_classes
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.common.errors import UserError
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, require
 from trainer.checkpoint.files import unpickled
 from trainer.model.resnet import HEAD
 

@@ -24,9 +24,8 @@ import pandas as pd
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import require
 from trainer.config import Config, load
 from trainer.distributed import open_dist_context
 from trainer.plan import measurements as parts_of

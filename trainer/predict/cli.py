@@ -21,9 +21,9 @@ from torch import Tensor
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import DataConfig, require
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_images
 from data_pipeline.sources.tables.manifest import table_images

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.common.errors import printable
-from data_pipeline.config import require
+from data_pipeline.common.errors import printable, require
 from data_pipeline.sources.tables.text_table import read_table
 
 _WAYS: tuple[Callable[[str], str], ...] = (

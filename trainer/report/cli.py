@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_known
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
-from data_pipeline.config import require
 from data_pipeline.sources.catalog import Catalog
 from trainer.config import load_run, run_folder
 from trainer.distributed import open_dist_context

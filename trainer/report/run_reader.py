@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.common.errors import UserError, printable
-from data_pipeline.config import require
+from data_pipeline.common.errors import UserError, printable, require
 
 RUNNING_S = 600.0
 """A run that has not finished counts as running for so long after its last row of metrics."""

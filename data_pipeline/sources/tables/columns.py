@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
 from data_pipeline.sources.splits import Role, role_of
 from data_pipeline.sources.tables.named_images import Located, NamedImages
 from data_pipeline.sources.tables.text_table import TextTable, few, shown

@@ -6,7 +6,8 @@ Which column is what, and where the images lie, is certain or refused, and said 
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, require
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image, share
 from data_pipeline.sources.tables.columns import (
     Images,

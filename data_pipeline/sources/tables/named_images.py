@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.config import require
+from data_pipeline.common.errors import require
 from data_pipeline.sources.image_headers import SUFFIXES
 from data_pipeline.sources.listing import is_image
 from data_pipeline.sources.tables.text_table import few, shown
