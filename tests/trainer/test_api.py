@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision  # type: ignore[import-untyped]
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 import trainer
 from data_pipeline.common.errors import UserError
-from tests.support.runs import ROOT, dotted, images, settings_of
+from tests.support.runs import ROOT, dotted, images, settings_of, torchvision_network
 from trainer import TrainedRun
 
 
@@ -31,7 +30,7 @@ def test_predictions_are_those_of_torchvision(run: TrainedRun, tmp_path_factory:
     files = sorted((images(tmp_path_factory.getbasetemp()) / "val").rglob("*.jpg"))[:9]
     labels, probabilities = run.predict(files)
     assert labels == [run.classes[row] for row in probabilities.argmax(axis=1)]
-    network = torchvision.models.resnet18(num_classes=len(run.classes)).eval()
+    network = torchvision_network(len(run.classes)).eval()
     network.load_state_dict(load_file(run.folder / "checkpoints/last/model.safetensors"))
     cfg = run.config.data
     transform = v2.Compose(
