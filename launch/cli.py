@@ -1,4 +1,4 @@
-"""The commands behind `python -m launch`, and `sluice`: one name for these and for every `python -m` of the project."""
+"""The commands of `python -m launch`, and `sluice`, which has these and every other `python -m` command of the project."""
 
 import sys
 from importlib import import_module
@@ -18,7 +18,7 @@ COMMANDS = {
     "overview": ("launch.pages.overview", "main", "one page of HTML about runs"),
     "dashboard": ("launch.pages.dashboards", "main", "a workspace of Weights & Biases about runs"),
 }
-"""Module and function behind each command, imported when it is called for, and what it does."""
+"""Module and function behind each command, imported when the command is called; and a line for the index."""
 
 MODULES = {
     "train": ("trainer.__main__", "train a ResNet, in one process; under torchrun, in many"),
@@ -34,11 +34,11 @@ MODULES = {
     "show": ("data_pipeline.show.cli", "a sheet of images as the model sees them"),
     "data-bench": ("data_pipeline.bench.cli", "how fast images are loaded"),
 }
-"""Module with the function `main` behind each further command of `sluice`, and what it does."""
+"""Module of each further command of `sluice`, which has a function `main`; and a line for the index."""
 
 
 def main() -> None:
-    """`python -m launch COMMAND ...`. Raises `UserError`."""
+    """Run `python -m launch COMMAND ...`. Raises `UserError`."""
     name, arguments = "".join(sys.argv[1:2]), sys.argv[2:]
     if name in ("", "-h", "--help"):
         print(_index("python -m launch", {command: what for command, (_, _, what) in COMMANDS.items()}))
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def sluice() -> None:
-    """`sluice COMMAND ...`, as installed: every command of the project. Exits."""
+    """Run `sluice COMMAND ...`, as installed: every command of the project. Exits."""
     run_command(_any_command)
 
 

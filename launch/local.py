@@ -15,12 +15,12 @@ All other options are those of python -m trainer; see python -m trainer --help."
 
 
 def main(arguments: list[str]) -> None:
-    """Exits with the code of the process that ended first without success, or 0. Raises `UserError`."""
+    """Exit with the code of the process that failed first, or with 0. Raises `UserError`."""
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
     ranks, options = split_ranks(arguments)
-    load(options)  # a mistake is told before torch is imported, and any process started
+    load(options)  # so a mistake is reported before torch is imported and before any process is started
     from launch.workers import run_workers, this_machine
     from trainer.distributed import gpu_count
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
 
 def split_ranks(arguments: list[str]) -> tuple[int | None, list[str]]:
-    """The number behind a leading -n, and the options that follow. Raises `UserError`."""
+    """Split the number behind a leading -n from the options that follow. Raises `UserError`."""
     if arguments[:1] != ["-n"]:
         return None, arguments
     number = "".join(arguments[1:2])

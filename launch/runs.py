@@ -1,4 +1,4 @@
-"""python -m launch status [FOLDER], logs [-f] RUN, cancel RUN: runs in SLURM's hands, and what became of them.
+"""python -m launch status [FOLDER], logs [-f] RUN, cancel RUN: runs submitted to SLURM, and their state.
 
 All is read from the run folders and from the controller's queue; no accounting is needed.
 """
@@ -42,7 +42,7 @@ REASONS = {
     "NodeDown": "a node is down",
     "launch failed requeued held": "a node failed to start it, and it is held; scontrol release lets it go",
 }
-"""SLURM's word for why a job waits, and what it means."""
+"""Reason for waiting, as SLURM names it, and its meaning in words."""
 
 
 class Row(NamedTuple):
@@ -54,7 +54,7 @@ class Row(NamedTuple):
     restarts: int
     epoch: float | None
     left_s: float | None
-    """Seconds until it has trained all its epochs, where it is training."""
+    """Seconds until the run has trained all its epochs; None unless it is training."""
     images_per_s: float | None
     best_top1_pct: float | None
 
@@ -71,6 +71,7 @@ def status(arguments: list[str]) -> None:
     rows = table(folder, queue(), time.time())
     if not rows:
         raise UserError(f"{folder}: no run in it was submitted; `python -m launch submit` does that")
+    # A pipe gets whole names, however long: a script may read them.
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "state", "nodes", "restarts", "epoch", "eta", "img/s", "best top-1 %"):
         shown.add_column(name, no_wrap=True, justify="left" if name in ("run", "state", "nodes") else "right")
@@ -79,12 +80,12 @@ def status(arguments: list[str]) -> None:
         figures = (_figure(row.epoch, ".2f"), eta, _figure(row.images_per_s, ".0f"), _figure(row.best_top1_pct, ".2f"))
         words = (row.name, row.state, row.nodes, str(row.restarts), *figures)
         shown.add_row(*(Text(printable(word)) for word in words))
-    wide = None if sys.stdout.isatty() else 10_000  # a file or a pipe takes whole names
+    wide = None if sys.stdout.isatty() else 10_000
     Console(width=wide, highlight=False).print(shown)
 
 
 def table(folder: Path, jobs: dict[str, Queued], now_s: float) -> list[Row]:
-    """The runs in `folder` and in the sweeps in it that SLURM has or has had, by name, at `now_s` (Unix seconds)."""
+    """Rows for the runs in `folder`, and in its sweeps, that SLURM has or had, by name, at `now_s` (Unix seconds)."""
     folders = sorted([*folder.glob("*/"), *folder.glob("*/*/")])
     return [row for run in folders if (row := _row(str(run.relative_to(folder)), run, jobs, now_s))]
 
@@ -111,14 +112,14 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
 
 
 def state_of(submission: Submission, known: Queued | None) -> str:
-    """SLURM's word while the job is in its hands, with the reason for waiting; then the job's own."""
+    """SLURM's word while it has the job, with the reason for waiting; afterwards the state that the job itself recorded."""
     if known and known.active:
         return _state_in_words(known)
     return submission.end or (known.state.lower() if known else "gone")
 
 
 def _state_in_words(job: Queued) -> str:
-    """Such as "pending: no free nodes yet (Resources)"."""
+    """Word a state, such as "pending: no free nodes yet (Resources)"."""
     if job.state != "PENDING" or job.reason in ("", "None"):
         return job.state.lower()
     why = next((words for reason, words in REASONS.items() if job.reason.startswith(reason)), None)
@@ -127,7 +128,7 @@ def _state_in_words(job: Queued) -> str:
 
 
 def _plain_state(run: Path, known: Queued | None) -> str:
-    """Of a run that `sbatch` alone has submitted, of whose end only the run folder tells."""
+    """State of a run that `sbatch` alone has submitted: only the run folder records its end."""
     if known and known.active:
         return _state_in_words(known)
     try:
@@ -138,7 +139,7 @@ def _plain_state(run: Path, known: Queued | None) -> str:
 
 
 def _seconds_left(run: Path, rows: list[dict[str, Any]], now_s: float) -> float | None:
-    """As the last rows are in time, without a gap in which the job was elsewhere."""
+    """Estimate from the speed of the last rows, leaving out gaps in which the job did not run."""
     try:
         epochs = float(yaml.safe_load((run / "config.yaml").read_text())["run"]["epochs"])
         points = [(float(row["time"]), float(row["epoch"])) for row in rows[-ETA_ROWS:]]
@@ -153,13 +154,13 @@ def _seconds_left(run: Path, rows: list[dict[str, Any]], now_s: float) -> float 
 
 
 def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of the run's metrics."""
+    """Yield the complete rows of the run's metrics."""
     try:
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
     except OSError:
         return
     for line in lines:
-        with suppress(ValueError):  # it is being written, or torn
+        with suppress(ValueError):  # the row is being written, or torn
             row = json.loads(line)
             if line.endswith("\n") and isinstance(row, dict):
                 yield row
@@ -176,7 +177,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 def logs(arguments: list[str]) -> None:
-    """Print what rank 0 of a run says; with -f, until the job has ended. Raises `UserError`."""
+    """Print the output of a run's rank 0; with -f, until the job has ended. Raises `UserError`."""
     parser = _parser("logs", "What rank 0 of a submitted run says; every rank has a file, in RUN/slurm/.")
     parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
     parser.add_argument("-f", "--follow", action="store_true", help="Go on until the job has ended.")
@@ -190,11 +191,11 @@ def logs(arguments: list[str]) -> None:
 
 
 def tail(files: tuple[Path, ...], goes_on: Callable[[], bool]) -> Iterator[str]:
-    """What is in `files`, and what is added to them while it goes on; whole lines, those of one file together."""
+    """Yield the text of `files`, and text added to them while `goes_on()`; whole lines, those of one file together."""
     read = dict.fromkeys(files, 0)
     more = True
     while more:
-        more = goes_on()  # asked first: what came until then is still read
+        more = goes_on()  # asked first, so that what was written before the end is still read
         for path in files:
             if path.exists():
                 with path.open("rb") as file:
@@ -209,7 +210,7 @@ def tail(files: tuple[Path, ...], goes_on: Callable[[], bool]) -> Iterator[str]:
 
 
 def cancel(arguments: list[str]) -> None:
-    """End a run's job for good; where it runs, it saves first. Raises `UserError`."""
+    """End a run's job for good; if it is running, it saves first. Raises `UserError`."""
     parser = _parser("cancel", "End a run's job for good; where it trains, it saves first.")
     parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
     name = parse_plain(parser, arguments).run

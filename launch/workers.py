@@ -1,7 +1,7 @@
-"""Run the processes of a training on one node, by way of torchrun's own library.
+"""Run the processes of a training on one node, through torchrun's own library.
 
-Called as a program, torchrun answers whatever a process does with a report of its own and exit code 1; called from here, a
-user's mistake stays the one line that rank 0 says, and exit code 2.
+As a program, torchrun reports the failure of a process at length and with exit code 1. Called from here, a user's mistake
+stays the one line that rank 0 prints, and exit code 2.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def this_machine(ranks: int) -> LaunchConfig:
-    """`ranks` processes on this machine alone."""
+    """Configure `ranks` processes on this machine alone."""
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -30,9 +30,9 @@ def this_machine(ranks: int) -> LaunchConfig:
 
 
 def join_nodes(variables: Mapping[str, str], ranks: int) -> LaunchConfig:
-    """`ranks` processes on this node, one of WORLD_SIZE nodes, the first of which is at MASTER_ADDR.
+    """Configure `ranks` processes on this node, one of WORLD_SIZE nodes; the first node is at MASTER_ADDR.
 
-    A static rendezvous, for torchrun's own gives nodes numbers other than SLURM's.
+    The rendezvous is static, because torchrun's own numbers the nodes in another way than SLURM.
     """
     nodes = int(variables["WORLD_SIZE"])
     return LaunchConfig(
@@ -48,10 +48,10 @@ def join_nodes(variables: Mapping[str, str], ranks: int) -> LaunchConfig:
 
 
 def run_workers(config: LaunchConfig, module: str, arguments: list[str]) -> int:
-    """Run `python -m module arguments` in every process; the exit code of the first to fail, 128 + N for signal N, or 0."""
+    """Run `python -m module arguments` in every process. Returns 0, the first failure's exit code, or 128 + N for signal N."""
     logging.disable(logging.CRITICAL)  # torchrun's report
     try:
-        with tempfile.TemporaryDirectory() as notes:  # which torchrun would leave in /tmp
+        with tempfile.TemporaryDirectory() as notes:  # torchrun would leave this folder in /tmp
             config.logs_specs = DefaultLogsSpecs(log_dir=notes)
             elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as failed:

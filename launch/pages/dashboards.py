@@ -1,7 +1,7 @@
 """The team's W&B pages as code: python -m launch dashboard --entity TEAM --project PROJECT [--dry_run]
 
 A workspace (every metric by section, the runs filtered, grouped and ranked) and a report (the same questions, with words).
-Both are made once and then updated in place, so links to them stay good; what people save under other names is left alone.
+Both are made once and then updated in place, so links to them stay good. Pages that people saved under other names stay.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TITLE = "Sluice"
 VIEW = "nw-sluiceoverview-v"
-"""Name of the workspace on the server, where the client would draw a random one: by it a later call finds its own."""
+"""Name of the workspace on the server. The client would draw a random one; with a fixed name a later call finds its own."""
 
 
 class Panel(NamedTuple):
@@ -32,9 +32,9 @@ class Panel(NamedTuple):
     title: str
     unit: str
     metrics: tuple[str, ...]
-    """As runs log them; `system/...` is what wandb itself measures. Those of a GPU are one pattern for all GPUs."""
+    """Names as runs log them; `system/...` is measured by wandb itself. Those of a GPU are one pattern for all GPUs."""
     over: str = "train/step"
-    """What lies on the x-axis; `world_size` makes it bars, one for each number of processes, of the medians of runs."""
+    """Metric on the x-axis. `world_size` draws bars: for each number of processes the median of its runs."""
 
 
 class Section(NamedTuple):
@@ -108,12 +108,12 @@ SECTIONS = (
 RANKED_BY = "val/best_top1_pct"
 GROUPED_BY = "model.name"
 COLUMNS = (RANKED_BY, "perf/images_per_s", "perf/data_wait_pct", "epoch")
-"""Of the list of runs, beside the name."""
+"""Columns of the list of runs, beside the name."""
 SHOWN = "State != 'failed'"
 
 
 def workspace(entity: str, project: str) -> "ws.Workspace":
-    """The workspace, not yet saved. Needs no network."""
+    """Build the workspace, not yet saved. Needs no network."""
     import wandb_workspaces.workspaces as ws
 
     sections = [
@@ -136,11 +136,11 @@ def workspace(entity: str, project: str) -> "ws.Workspace":
 
 
 def report(entity: str, project: str) -> "wr.Report":
-    """The report, not yet saved. Needs no network."""
+    """Build the report, not yet saved. Needs no network."""
     import wandb_workspaces.reports.v2 as wr
 
     def grid(panels: list[Any]) -> "wr.PanelGrid":
-        runs = wr.Runset(  # of the report's own project: naming it would ask the server for its number
+        runs = wr.Runset(  # of the report's own project: to name it would ask the server for its number
             name="Runs", filters=SHOWN, order=[wr.OrderBy(wr.SummaryMetric(RANKED_BY), ascending=False)]
         )
         return wr.PanelGrid(runsets=[runs], panels=panels)
@@ -153,7 +153,7 @@ def report(entity: str, project: str) -> "wr.Report":
 
 
 def specification(entity: str, project: str) -> dict[str, Any]:
-    """What would be sent to W&B: the workspace and the report as JSON values, equal at every call."""
+    """Workspace and report as the JSON values that would be sent to W&B, equal at every call."""
     pages: dict[str, Any] = {"workspace": workspace(entity, project), "report": report(entity, project)}
     return {
         name: _named(json.loads(page._to_model().model_dump_json(by_alias=True, exclude_none=True)))
@@ -162,7 +162,7 @@ def specification(entity: str, project: str) -> dict[str, Any]:
 
 
 def _named(value: Any) -> Any:
-    """The value without what the library draws at random: names of panels and sets of runs, times."""
+    """Drop the values that the library draws at random: names of panels and sets of runs, times."""
     if isinstance(value, list):
         return [_named(entry) for entry in value]
     if isinstance(value, dict):
@@ -172,12 +172,13 @@ def _named(value: Any) -> Any:
 
 
 def _charts(section: Section) -> list[Any]:
-    """The panels of a section in rows of three."""
+    """Lay out the panels of a section in rows of three."""
     import wandb_workspaces.reports.v2 as wr
 
     charts: list[Any] = []
     for number, panel in enumerate(section.panels):
         place = wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+        # A scaling plot compares processes, so it is bars over their number; all others are curves over time.
         if panel.over == "world_size":
             charts.append(
                 wr.BarPlot(
@@ -219,11 +220,13 @@ def publish(entity: str, project: str) -> list[str]:
     from wandb_workspaces.workspaces.internal import View
 
     try:
+        # A misspelt project is said before any page is made for it.
         wandb.setup(wandb.Settings(silent=True))
         require(
             any(found.name == project for found in wandb.Api().projects(entity)),
             f"--project: {entity} has no project {project}; train a run with --tracking.project {project} first",
         )
+        # The fixed name makes a second call update the first call's workspace.
         board = workspace(entity, project)
         board._internal_name = VIEW
         with suppress(ValueError):  # there is none yet
@@ -231,6 +234,7 @@ def publish(entity: str, project: str) -> list[str]:
         board.save()
 
         page = report(entity, project)
+        # Reports have no names of ours on the server, so the title finds the earlier one.
         ours = [found.id for found in wandb.Api().reports(f"{entity}/{project}") if found.display_name == TITLE]
         page.id = ours[0] if ours else ""
         page.save()

@@ -50,7 +50,7 @@ _BODY = """
 
 
 def page(runs: list[Run], now_s: float) -> str:
-    """The HTML page about the runs at `now_s` (Unix seconds), the best first."""
+    """Render the HTML page about the runs at `now_s` (Unix seconds), the best first."""
     runs = sorted(runs, key=lambda run: (-run.best_top1_pct if run.best_top1_pct >= 0 else 1, run.name, run.folder))
     return html_page.page(
         "Training runs",
@@ -68,7 +68,7 @@ def page(runs: list[Run], now_s: float) -> str:
 
 
 def _dashes(number: int) -> int:
-    """Of a run's line: the runs that have the first colour again are dashed."""
+    """Dash pattern of a run's line: dashed from the run on that has the first colour again."""
     return number // len(charts.COLOURS)
 
 
@@ -106,7 +106,7 @@ def _figure(value: float, form: str) -> str:
 
 
 def _readable(folders: list[Path]) -> list[Run]:
-    """The runs that can be read; each of the others is one line on stderr. Raises `UserError` where there are none."""
+    """Read the runs that can be read; each of the others is one line on stderr. Raises `UserError` where there are none."""
     runs, errors = [], []
     for folder in folders:
         try:

@@ -1,9 +1,9 @@
-"""The last line of a job's script: does the job go back into the queue?
+"""Last line of a job's script: decide if the job goes back into the queue.
 
 It does after a signal's checkpoint (preemption, time limit), and after a crash unless there were too many. It does not
-when the training has ended, when the mistake is the user's, nor when SLURM has itself decided to end or to requeue it
-(`scancel`, `scontrol requeue`, a lost node): only a job that is RUNNING in SLURM's eyes is touched. What looks like a
-mistake but shows only in a later start, such as a lock that a lost node still holds, counts as a crash.
+when the training has ended, when the user made a mistake, or when SLURM itself decided to end or to requeue the job
+(`scancel`, `scontrol requeue`, a lost node): only a job that is RUNNING for SLURM is touched. An error that appears
+only in a later start, such as a lock that a lost node still holds, counts as a crash.
 """
 
 import signal
@@ -21,24 +21,27 @@ from launch.slurm.submission import Submission, restart_count
 T = TypeVar("T")
 
 PAUSE_S = 5.0
-"""Between two questions to SLURM."""
+"""Seconds between two questions to SLURM."""
 
 
 def decide(submission: Submission, status: int) -> int:
-    """Requeue the job, or say how it ended; `status` is srun's. Returns the job's exit code. Raises `UserError`."""
+    """Requeue the job, or record how it ended; `status` is srun's. Returns the job's exit code. Raises `UserError`."""
     job, restart, crashes = own_job(), restart_count(), submission.crashes
     outcome = submission.outcome(restart)
     mistake = outcome is not None and outcome.startswith("error")
+    # The training has ended, or the user's first start was a mistake: a further start would change nothing.
     if outcome in ("finished", "stopped") or (mistake and restart == 0):
         submission.write_restarts(crashes=crashes, restarts=restart, end=outcome)
         return 2 if mistake else 0
 
+    # Somebody cancelled the job, or SLURM is requeueing it: that decision stands.
     state = patiently(lambda: state_of(job))
     if state != "RUNNING":
         print(f"SLURM is ending the job: {state}", flush=True)
         submission.write_restarts(crashes=crashes, restarts=restart, end=state.lower())
         return status
-    if outcome == "handed over" or status == 128 + signal.SIGUSR2:  # the latter before the training had begun
+    # A saved run always comes back. A crashed one comes back until it has crashed too often.
+    if outcome == "handed over" or status == 128 + signal.SIGUSR2:  # the signal came before training had begun
         print("saved on a signal: queued again", flush=True)
     else:
         crashes, limit = crashes + 1, submission.job.profile["max_crashes"]
@@ -52,7 +55,7 @@ def decide(submission: Submission, status: int) -> int:
 
 
 def patiently(ask: Callable[[], T]) -> T:
-    """The answer of a controller that may be too busy for one at first. Raises `UserError` after ten tries."""
+    """Ask a controller that may be too busy to answer at first. Raises `UserError` after ten tries."""
     for _ in range(9):
         try:
             return ask()

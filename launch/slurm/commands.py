@@ -1,4 +1,4 @@
-"""What SLURM says: its commands, run without a shell."""
+"""SLURM's commands, run without a shell, and their answers as Python values."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ENDING = {
 
 
 class Queued(NamedTuple):
-    """A job as the controller knows it, for some minutes after its end too."""
+    """A job as the controller knows it, also for some minutes after its end."""
 
     state: str
     nodes: str
@@ -37,7 +37,7 @@ _ALONE = "`python -m launch local` trains on this machine alone"
 
 
 def run_slurm(*command: str, stdin: str | None = None) -> str:
-    """Output of one of SLURM's commands. Raises `UserError` with what it says against it."""
+    """Return the output of one of SLURM's commands. Raises `UserError` with SLURM's own error message."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def run_slurm(*command: str, stdin: str | None = None) -> str:
 
 
 def queue() -> dict[str, Queued]:
-    """All jobs of this user that the controller knows, by number, as 123 or, in an array, 123_4. Raises `UserError`."""
+    """List all jobs of this user that the controller knows, by number: 123, or 123_4 in an array. Raises `UserError`."""
     fields = "JobArrayID,State,NodeList,RestartCnt,Reason"
     layout = fields.replace(",", ":|,") + ":|"
     table = run_slurm("squeue", "--me", "--array", "--noheader", "--states=all", "--Format", layout)
@@ -68,14 +68,14 @@ def queue() -> dict[str, Queued]:
 def own_job() -> str:
     """Number of the job that this process is part of.
 
-    For a task of an array, the form 123_4: by the plain number of one of its tasks, SLURM understands the whole array.
+    A task of an array gives the form 123_4: SLURM takes the plain number of a task for the whole array.
     """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def state_of(job: str) -> str:
-    """State of one job, such as RUNNING. Raises `UserError`."""
+    """Ask for the state of one job, such as RUNNING. Raises `UserError`."""
     return run_slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
 
@@ -85,5 +85,5 @@ def requeue(job: str) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a list such as `gpu[03-06,11]`. Raises `UserError`."""
+    """Return the first name of a list such as `gpu[03-06,11]`. Raises `UserError`."""
     return run_slurm("scontrol", "show", "hostnames", nodes).split()[0]

@@ -1,4 +1,4 @@
-"""What runs in a job: each process joins the others and trains, and rank 0 says how it ended."""
+"""Processes of a job: each one joins the others and trains, and rank 0 records how the training ended."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
 
 
 def train(folder: str) -> None:
-    """One rank of a job that has a task for each: what submitit runs in every task of the submission `folder`."""
+    """Run one rank, in a job that has a task for each rank: submitit calls this in every task of the submission `folder`."""
     submission = Submission(Path(folder))
     enter(submission, submission.rank_log(int(os.environ["SLURM_PROCID"])))
     os.environ.update(rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"])))
@@ -24,30 +24,32 @@ def train(folder: str) -> None:
 
 
 def train_node(folder: str) -> None:
-    """One node of a job in which torchrun starts the ranks: what submitit runs in every task of the submission `folder`."""
+    """Run one node, in a job where torchrun starts the ranks: submitit calls this in every task of the submission `folder`."""
     from launch.workers import join_nodes, run_workers
 
     submission = Submission(Path(folder))
     variables = rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"]))
     enter(submission, submission.node_log(int(variables["RANK"])))
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # torchrun would die of it, and leave its workers behind
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # torchrun would die of it and leave its workers behind
     nodes = join_nodes(variables, submission.job.ranks_per_node)
     run_command(lambda: sys.exit(run_workers(nodes, "launch.slurm.job", [folder])))
 
 
 def enter(submission: Submission, log: Path) -> None:
-    """Print into a file of one's own, work where the job was submitted, and leave signals to `StopFlag`.
+    """Print into this process's own file, work where the job was submitted, and leave signals to `StopFlag`.
 
-    The file is opened here, for SLURM would replace % and \\ in its name; submitit's handlers act on rank 0 alone, and in
-    the middle of a step.
+    The file is opened here, because SLURM would replace % and \\ in its name. submitit's handlers are removed: they act on
+    rank 0 alone, and in the middle of a step.
     """
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    # Both streams, from the descriptor up, so that libraries' own output lands in the file too.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())
     os.close(file)
     os.chdir(submission.job.cwd)
     name = shlex.quote(short_name(Path(submission.job.run)))
+    # Relative paths among the options, and the remedy printed after a signal, start at the submitting folder.
     os.environ[AFTER_SIGNAL] = (
         f"the job goes on from there when SLURM starts it again; if it was cancelled: python -m launch resubmit {name}"
     )
@@ -56,7 +58,7 @@ def enter(submission: Submission, log: Path) -> None:
 
 
 def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
-    """The variables that torchrun would set, from those of a step whose tasks are spread evenly over its nodes."""
+    """Variables as torchrun would set them, from those of a SLURM step whose tasks are spread evenly over its nodes."""
     tasks, nodes, job = (int(slurm[name]) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
     return {
         "RANK": slurm["SLURM_PROCID"],
@@ -64,22 +66,22 @@ def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks // nodes),
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(20000 + job % 10000),  # below the ports that systems give away; jobs may share a node
+        "MASTER_PORT": str(20000 + job % 10000),  # below the ports that systems assign; jobs may share a node
     }
 
 
 def whereabouts(variables: Mapping[str, str]) -> str:
-    """Which of how many ranks this is, and where, for its log."""
+    """Say for the log which rank this is, of how many, and on which node."""
     rank, world, local, locals_ = (variables[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     node = variables.get("SLURMD_NODENAME") or platform.node()
     return f"job {own_job()}: rank {rank} of {world}, number {local} of {locals_} on {node}"
 
 
 def train_rank(submission: Submission) -> None:
-    """Train as the run folder says, until the end or a signal; rank 0 then writes which. Collective. Raises `UserError`."""
+    """Train as the run folder says, until the end or a signal; rank 0 records the outcome. Collective. Raises `UserError`."""
     with keep_printing(), StopFlag() as stop:
         print(f"{whereabouts(os.environ)}, start {restart_count() + 1}", flush=True)
-        import torch  # here, for it takes seconds, in which a signal may come
+        import torch  # imported late: it takes seconds, in which a signal may come
 
         from trainer.config import load_run
         from trainer.distributed import open_dist_context
@@ -93,7 +95,7 @@ def train_rank(submission: Submission) -> None:
             _tell(submission, f"error: {error}")
             raise
         _tell(submission, "finished" if progress.finished else "handed over" if signalled else "stopped")
-        sys.exit(0)  # and not by the signal: srun would end the other ranks
+        sys.exit(0)  # not by the signal: srun would then end the other ranks
 
 
 def _tell(submission: Submission, outcome: str) -> None:

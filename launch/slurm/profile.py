@@ -1,4 +1,4 @@
-"""What a job asks of a SLURM cluster: one YAML file a cluster, every field of which is also an option."""
+"""Request to a SLURM cluster: one YAML file for each cluster; every field is also an option."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -18,16 +18,16 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d)(?::(?
 
 @dataclass(frozen=True)
 class Profile:
-    """What a job asks of the cluster. A field that is null is left to the cluster's own default."""
+    """Resources and settings of a job. A field that is null is left to the cluster's own default."""
 
     partition: str | None = None
     """Partition, or several with commas between."""
     account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
     qos: str | None = None
     """Quality of service."""
     nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     gpus_per_node: int = 0
     """GPUs of each node; one process is started for each."""
     tasks_per_node: int | None = None
@@ -45,17 +45,17 @@ class Profile:
     reservation: str | None = None
     """Reservation to run in."""
     comment: str | None = None
-    """Free text for whoever looks at the queue."""
+    """Free text for people who look at the queue."""
     dependency: str | None = None
-    """What must have happened first, such as afterok:1234."""
+    """Condition that must be met first, such as afterok:1234."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell to run on the first node before the training, such as `module load cuda`."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables to set. They stand in the job's script, so none may be a secret."""
     export: list[str] = field(default_factory=list)
-    """Further variables that the job gets from the environment of whoever submits it; their values are written nowhere."""
+    """Further variables that the job gets from the environment of the submitting user; their values are written nowhere."""
     container: str | None = None
-    """Image that the processes run in, where the cluster has pyxis (`srun --container-image`)."""
+    """Image that the processes run in, on a cluster with pyxis (`srun --container-image`)."""
     python: str | None = None
     """Interpreter of the processes; null means the one that submits. In a container, the container's."""
     srun_args: list[str] = field(default_factory=list)
@@ -66,6 +66,7 @@ class Profile:
     """Crashes after which a run is queued again. Preemptions, time limits and lost nodes do not count."""
 
     def __post_init__(self) -> None:
+        # Numbers that SLURM would refuse, or take for something else, in words that name the option.
         require(self.nodes > 0, f"nodes: {self.nodes} is not positive; give the number of nodes")
         require(
             self.gpus_per_node >= 0, f"gpus_per_node: {self.gpus_per_node} is negative; give 0 where there are none"
@@ -87,6 +88,7 @@ class Profile:
             TIME.fullmatch(self.time) is not None,
             f'time: {self.time!r} is no time; give one such as "24:00:00", in quotes',
         )
+        # The script lies in the run folder, so it must hold no secret; exported names go into one of its lines.
         require(self.warn_s > 0, f"warn_s: {self.warn_s} is not positive; give the seconds that a checkpoint may take")
         require(self.max_crashes >= 0, f"max_crashes: {self.max_crashes} is negative; give 0 to end at the first crash")
         for name in self.env:
@@ -102,6 +104,7 @@ class Profile:
             require(
                 re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,
                 f"export: {name!r} is no name of a variable; its value comes from your shell",
+                # A line break would end the #SBATCH line and begin another.
             )
         for key, value in self.options().items():
             require(
@@ -114,21 +117,21 @@ class Profile:
 
     @property
     def minutes(self) -> int:
-        """The time limit, rounded up."""
+        """Time limit in minutes, rounded up."""
         parts = TIME.fullmatch(self.time)
         assert parts
         days, hours, minutes, seconds = (int(parts[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
         return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 
     def options(self) -> dict[str, str]:
-        """The fields that sbatch takes as they are and that are given."""
+        """Fields that are set and that sbatch takes unchanged."""
         names = ("partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "comment", "dependency")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line wants submitted, and how."""
+    """Request of a command line: the profile, the launcher, and if the script is only printed."""
 
     profile: Profile
     launcher: str
@@ -136,7 +139,7 @@ class Request:
 
 
 def parse_request(prog: str, arguments: list[str], earlier: dict[str, Any] | None = None) -> Request:
-    """What options ask for: the values of an `earlier` job, a profile's file over them, single options over that.
+    """Read a request: the values of an `earlier` job, a profile's file over them, single options over that.
 
     Raises `UserError`.
     """
@@ -146,7 +149,7 @@ def parse_request(prog: str, arguments: list[str], earlier: dict[str, Any] | Non
 
 
 def request_parser(prog: str) -> ArgumentParser:
-    """A parser that knows the options of a request."""
+    """Make a parser that knows the options of a request."""
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--profile", action=ActionConfigFile, help="A YAML file, or a name in slurm/profiles; comes first."
@@ -162,7 +165,7 @@ def request_parser(prog: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """The values of all options of a request parser. Raises `UserError`."""
+    """Parse all options of a request parser. Raises `UserError`."""
     try:
         return vars(parser.parse_args(_with_file(arguments)))
     except ArgumentError as error:
@@ -170,13 +173,13 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
 
 
 def request_of(values: dict[str, Any]) -> Request:
-    """The request among the values of a parser's options. Raises `UserError`."""
+    """Pick the request from the values of a parser's options. Raises `UserError`."""
     profile = Profile(**{part.name: values[part.name] for part in fields(Profile)})
     return Request(profile, values["launcher"], values["dry_run"])
 
 
 def _with_file(arguments: list[str]) -> list[str]:
-    """Spell out the file of `--profile NAME`, which must come first, as it sets every field that it names."""
+    """Replace `--profile NAME` by its file. It must come first, as it sets every field that it names."""
     arguments = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--profile=") else [one])]
     if "--profile" in arguments[1:]:
         raise UserError("--profile: it comes after other options and would undo them; put it first")
@@ -191,7 +194,7 @@ def _with_file(arguments: list[str]) -> list[str]:
 
 
 def _remedy(message: str, prog: str) -> str:
-    """The parser's message in our words."""
+    """Rewrite the parser's message in our words."""
     wrong = re.match(r'Parser key "(\w+)":.*[Vv]alue: (.*)', message)
     if wrong:
         kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))

@@ -1,12 +1,12 @@
-"""A run that was handed to SLURM, as its folder tells it.
+"""A run that was submitted to SLURM, as its folder records it.
 
-RUN/config.yaml                   the training, resolved; all that a job needs is read from here
+RUN/config.yaml                   the training, resolved; a job reads nothing else
 RUN/slurm/20260131-120000-1f2e/   one folder for each submission, never used again
-    job.json                      what was asked for, from where, of which version of the code; the job's number
-    outcome.json                  how the last start of the job ended, as rank 0 says
-    restarts.json                 crashes so far, and how the job ended, as its script says
-    batch.log, rank-0.log, ...    what the script and each process print; a restarted job goes on in them
-    JOB_submission.sh, JOB_submitted.pkl    submitit's; those of a sweep lie in SWEEP/slurm/, under the same name
+        job.json                      the request, its folder and code version; the job's number
+        outcome.json                  how the last start of the job ended, written by rank 0
+        restarts.json                 crashes so far, and how the job ended, written by its script
+        batch.log, rank-0.log, ...    output of the script and of each process; a restarted job appends to them
+        JOB_submission.sh, JOB_submitted.pkl    submitit's; those of a sweep lie in SWEEP/slurm/, under the same name
 """
 
 import json
@@ -26,12 +26,12 @@ SCRIPT_LOG = "batch.log"
 
 @dataclass(frozen=True)
 class Job:
-    """What was submitted."""
+    """A submitted job."""
 
     run: str
     """The run folder, absolute."""
     cwd: str
-    """Where the submitting command ran: relative paths among the options start there."""
+    """Folder of the submitting command: relative paths among the options start there."""
     launcher: str
     profile: dict[str, Any]
     version: str
@@ -63,7 +63,7 @@ class Submission:
         return self.folder / f"rank-{rank}.log"
 
     def node_log(self, node: int) -> Path:
-        """What torchrun itself says on one node."""
+        """Log of torchrun's own output on one node."""
         return self.folder / f"node-{node}.log"
 
     @property
@@ -71,9 +71,9 @@ class Submission:
         return self.folder / SCRIPT_LOG
 
     def outcome(self, restart: int) -> str | None:
-        """How the start number `restart` of the job ended: `finished`, `stopped`, `handed over` or a mistake in words.
+        """Outcome of the start number `restart` of the job: `finished`, `stopped`, `handed over` or a mistake in words.
 
-        None if it did not say, and so crashed.
+        None if nothing was recorded: the job crashed.
         """
         told = self._read("outcome.json")
         return str(told["outcome"]) if told.get("restart") == restart else None
@@ -87,12 +87,12 @@ class Submission:
 
     @property
     def restarts(self) -> int:
-        """How often SLURM has started the job anew, for whatever reason, as far as its script has seen."""
+        """Number of times that SLURM has started the job anew, for any reason, as far as its script has seen."""
         return int(self._read("restarts.json").get("restarts", 0))
 
     @property
     def end(self) -> str | None:
-        """How the job ended; None while it goes on."""
+        """Recorded end of the job; None while it goes on."""
         return self._read("restarts.json").get("end")
 
     def write_restarts(self, *, crashes: int, restarts: int, end: str | None) -> None:
@@ -110,23 +110,23 @@ class Submission:
 
 
 def restart_count() -> int:
-    """How often SLURM has started the job anew that this process is part of."""
+    """Number of times that SLURM has restarted the job of this process."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def fresh_folder(run: Path) -> Path:
-    """A name for the folder of a new submission of `run`; nothing is made."""
+    """Choose a name for the folder of a new submission of `run`; nothing is made."""
     return run / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def newest(run: Path) -> Submission | None:
-    """The last submission of a run."""
+    """Return the last submission of a run."""
     folders = sorted(file.parent for file in (run / "slurm").glob("*/job.json"))
     return Submission(folders[-1]) if folders else None
 
 
 def find(name: str) -> tuple[Path, Submission]:
-    """The run called `name`, a folder below runs/ or a path, and its last submission. Raises `UserError`."""
+    """Find the run called `name`, in runs/ or a path, and its last submission. Raises `UserError`."""
     run = next((path for path in (Path("runs") / name, Path(name)) if (path / "config.yaml").is_file()), Path(name))
     submission = newest(run)
     if submission is None:
@@ -135,6 +135,6 @@ def find(name: str) -> tuple[Path, Submission]:
 
 
 def short_name(run: Path) -> str:
-    """What `find` knows a run by, from where it is submitted."""
+    """Name by which `find` finds a run from the current folder."""
     runs = Path.cwd() / "runs"
     return str(run.relative_to(runs) if run.is_relative_to(runs) else run)

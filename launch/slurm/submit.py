@@ -1,8 +1,8 @@
 """python -m launch submit [--profile NAME|FILE] [--nodes N ...] -- [trainer options]: hand a run to SLURM.
 python -m launch resubmit NAME [--nodes N ...]: the same run once more, from where it was saved last.
 
-The trainer's options are read once, here; the job reads the run folder. Nothing that comes from a name or a path reaches
-the job's script unquoted, and no variable's value is written into it but those of the profile's `env`.
+The trainer's options are read once, here; the job reads the run folder. Names and paths are quoted in the job's script,
+and it contains no variable's value but those of the profile's `env`.
 """
 
 import io
@@ -46,11 +46,11 @@ HANDED_ON = (
     "https_proxy",
 )
 PREFIXES_HANDED_ON = ("SLUICE_", "WANDB_", "NCCL_", "TORCH_", "GLOO_", "OMP_", "DS_")
-"""Variables that a job gets from whoever submits it, beside SLURM's own and the profile's `export`."""
+"""Variables that a job gets from the environment of the submitting user, beside SLURM's own and the profile's `export`."""
 
 
 def main(arguments: list[str]) -> None:
-    """Submit, and say under which number. Raises `UserError`."""
+    """Submit a run and print the job's number. Raises `UserError`."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     request = parse_request("python -m launch submit", arguments[:split])
     cfg = load(arguments[split + 1 :])
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 
 def resubmit(arguments: list[str]) -> None:
-    """Submit a run as it was submitted last, but for the options given. Raises `UserError`."""
+    """Submit a run as it was submitted last, except for the options given. Raises `UserError`."""
     prog = "python -m launch resubmit"
     if arguments[:1] in (["-h"], ["--help"]):
         parse_request(f"{prog} RUN", arguments)
@@ -73,7 +73,7 @@ def resubmit(arguments: list[str]) -> None:
 
 
 def submit(cfg: Config, request: Request, cwd: str) -> None:
-    """Hand the run, whose folder is absolute, to SLURM, or print the script. Raises `UserError`; no job was submitted then."""
+    """Submit the run, whose folder is absolute, or print the script. Raises `UserError`; no job was submitted then."""
     run_slurm("sbatch", "--version")
     check_free(cfg, queue())
     for job in submit_runs([cfg], request, cwd, cfg.folder):
@@ -84,11 +84,12 @@ def submit(cfg: Config, request: Request, cwd: str) -> None:
 def submit_runs(
     runs: list[Config], request: Request, cwd: str, place: Path, parallel: int | None = None
 ) -> Iterator[str]:
-    """Hand free runs, whose folders are absolute, to SLURM: several as one array, of which `parallel` run at once.
+    """Submit free runs, whose folders are absolute: several as one array, of which `parallel` run at once.
 
-    What belongs to all of them is kept in the folder `place`. Returns SLURM's numbers, or prints the script and returns
-    none. Raises `UserError`; no job was submitted then.
+    Files that belong to all of them are kept in the folder `place`. Returns SLURM's numbers, or prints the script and
+    returns none. Raises `UserError`; no job was submitted then.
     """
+    # The script first: a dry run prints it and writes nothing.
     home = fresh_folder(place)
     submissions = [Submission(cfg.folder / "slurm" / home.name) for cfg in runs]
     executor = executor_for(home, submissions, request, place.name, parallel)
@@ -96,33 +97,37 @@ def submit_runs(
     if request.dry_run:
         print(script)
         return iter(())
-    if path := os.environ.get("PYTHONPATH"):  # handed on to a job that starts in another folder
+    # SLURM itself tests the script before anything is written, so that a refused profile leaves no trace.
+    if path := os.environ.get("PYTHONPATH"):  # the job starts in another folder
         os.environ["PYTHONPATH"] = ":".join(str(Path(part).absolute()) for part in path.split(":") if part)
     run_slurm("sbatch", "--test-only", stdin=script)
+    # The folders. They are checked again under their lock.
     for cfg in runs:
         with claim_run(cfg.folder):
-            check_run(cfg.folder, partial(first_difference, cfg=cfg))  # anew: another may have begun there by now
+            check_run(cfg.folder, partial(first_difference, cfg=cfg))  # another process may have begun there meanwhile
             record_run(cfg.folder, to_yaml(cfg))
     home.mkdir(parents=True)
     jobs = [new_job(cfg, request, cwd) for cfg in runs]
     for submission, job in zip(submissions, jobs, strict=True):
         submission.folder.mkdir(parents=True, exist_ok=True)
         submission.write_job(job)
+    # SLURM tests limits on submitted jobs only here; a refusal takes back the folders of this submission.
     task = train_node if request.launcher == "torchrun" else train
     try:
-        with redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+        with redirect_stderr(io.StringIO()):  # submitit prints the message that it then raises
             handles = executor.map_array(task, [str(submission.folder) for submission in submissions])
-    except FailedJobError as refused:  # limits on how many jobs one may submit are looked at only now
+    except FailedJobError as refused:
         for folder in {home, *(submission.folder for submission in submissions)}:
             shutil.rmtree(folder)
         raise UserError(str(refused)) from None
+    # The numbers, which `status` and `cancel` need, are known only now.
     for submission, job, handle in zip(submissions, jobs, handles, strict=True):
         submission.write_job(replace(job, id=handle.job_id))
     return (handle.job_id for handle in handles)
 
 
 def new_job(cfg: Config, request: Request, cwd: str) -> Job:
-    """What is known of a job before SLURM has it."""
+    """Describe a job before SLURM has it."""
     return Job(
         run=str(cfg.folder),
         cwd=cwd,
@@ -134,7 +139,7 @@ def new_job(cfg: Config, request: Request, cwd: str) -> Job:
 
 
 def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
-    """Make sure that the run may begin or go on, and that none of the queued `jobs` is its own. Raises `UserError`."""
+    """Check that the run may begin or go on, and that none of the queued `jobs` trains it. Raises `UserError`."""
     run = cfg.folder
     for tag in ("%j", "%t", "%a", "%A"):
         if tag in str(run):
@@ -150,7 +155,7 @@ def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
 
 
 def active_job(run: Path, jobs: Mapping[str, Queued]) -> str | None:
-    """Number of the job among `jobs` that trains the run, or waits to."""
+    """Return the number of the job among `jobs` that trains the run, or waits to."""
     before = newest(run)
     number = (before and before.job.id) or ""
     return number if number in jobs and jobs[number].active else None
@@ -159,7 +164,8 @@ def active_job(run: Path, jobs: Mapping[str, Queued]) -> str | None:
 def executor_for(
     home: Path, submissions: list[Submission], request: Request, name: str, parallel: int | None = None
 ) -> SlurmExecutor:
-    """submitit's executor, told what the profile asks for; its own files are in `home`."""
+    """Make submitit's executor from the profile; its own files lie in `home`."""
+    # torchrun is one task for a node and needs the cores of all its ranks.
     profile = request.profile
     by_torchrun = request.launcher == "torchrun"
     cpus = profile.cpus_per_task and profile.cpus_per_task * (profile.ranks_per_node if by_torchrun else 1)
@@ -179,7 +185,7 @@ def executor_for(
         additional_parameters={
             **{key: _for_sbatch(value) for key, value in profile.options().items()},
             **_array(len(submissions), parallel),
-            "chdir": "/",  # jobs change to a folder themselves: SLURM would take % and \ in its name for its own
+            "chdir": "/",  # jobs change folder themselves: SLURM would replace % and \ in the name
             "output": "/dev/null",
             "requeue": True,
             "export": ",".join(_handed_on(profile)),
@@ -189,17 +195,17 @@ def executor_for(
 
 
 def _array(runs: int, parallel: int | None) -> dict[str, str]:
-    """A range of tasks, for submitit has a cap of its own."""
+    """Range of array tasks, given directly because submitit's own way has a limit."""
     return {"array": f"0-{runs - 1}" + (f"%{parallel}" if parallel else "")} if runs > 1 else {}
 
 
 def script_of(executor: SlurmExecutor) -> str:
-    """What submitit will give to sbatch; it has no public name for it."""
+    """Return the script that submitit will give to sbatch; the library has no public name for it."""
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def _before(submissions: list[Submission], profile: Profile) -> list[str]:
-    """The script's lines before srun."""
+    """Lines of the script before srun."""
     return [
         "submissions=(",
         *(f"  {shlex.quote(str(submission.folder))}" for submission in submissions),
@@ -207,35 +213,35 @@ def _before(submissions: list[Submission], profile: Profile) -> list[str]:
         "SLUICE_SUBMISSION=${submissions[${SLURM_ARRAY_TASK_ID:-0}]}",
         f'exec >>"$SLUICE_SUBMISSION"/{SCRIPT_LOG} 2>&1',
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export SUBMITIT_LOG_LEVEL=ERROR",  # else it tells of each signal that it leaves alone
+        "export SUBMITIT_LOG_LEVEL=ERROR",  # otherwise submitit reports each signal that it ignores
         *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
         *profile.setup,
     ]
 
 
 def _srun_arguments(profile: Profile, cpus: int | None) -> list[str]:
-    """Each task sees the cores and variables of the whole node; all end when one has failed."""
+    """Arguments of srun: each task sees the cores and variables of the whole node; all end when one has failed."""
     arguments = ["--output=all", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1"]
     if cpus:
-        arguments.append(f"--cpus-per-task={cpus}")  # which srun does not take over from sbatch since 22.05
+        arguments.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take this from sbatch
     if profile.container:
         arguments.append(f"--container-image={profile.container}")
     return [*arguments, *profile.srun_args]
 
 
 def _handed_on(profile: Profile) -> list[str]:
-    """Names of the variables that the job is given."""
+    """Names of the variables that the job gets."""
     names = [name for name in os.environ if name in HANDED_ON or name.startswith(PREFIXES_HANDED_ON)]
     return sorted({*names, *profile.export})
 
 
 def _for_sbatch(value: str) -> str:
-    """Text as sbatch must find it in a quoted #SBATCH line, to read it as it is."""
+    """Escape text for a quoted #SBATCH line."""
     return value.replace("\\", "\\\\")
 
 
 def code_version() -> str:
-    """Commit of the source tree, with what is changed in it; else the version that is installed."""
+    """Commit of the source tree, marked where files were changed; else the installed version."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

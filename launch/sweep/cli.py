@@ -1,9 +1,9 @@
 """python -m launch sweep FILE [--profile NAME] [--parallel N] [--nodes N ...]: a run for each setting, as one job array.
 python -m launch sweep FILE --local [--ranks N]: the same runs on this machine, one after another.
 
-FILE is explained in `launch.sweep.settings`. It is called after the sweep, whose runs lie in runs/SWEEP/RUN:
+FILE is explained in `launch.sweep.settings`. The sweep has the file's name; its runs lie in runs/SWEEP/RUN:
 
-runs/SWEEP/sweep.json     what the runs have in common, the setting of each, and how those ended that were trained here
+runs/SWEEP/sweep.json     common options of the runs, the setting of each, and exit codes of those that failed here
 runs/SWEEP/slurm/         submitit's files of each submission
 """
 
@@ -35,17 +35,17 @@ ASKED_TO_STOP = {128 + number for number in SIGNALS}
 
 @dataclass(frozen=True)
 class Record:
-    """What a sweep's folder tells of it."""
+    """Record of a sweep, kept in its folder."""
 
     fixed: Setting
     """`config` and the options that all runs share."""
     settings: dict[str, Setting]
-    """Run -> the options that are its own."""
+    """Run -> its own options."""
     failed: dict[str, int] = field(default_factory=dict)
-    """Run -> the exit code, where training it on this machine failed last."""
+    """Run -> the exit code, if training it on this machine failed last."""
 
     def write(self, folder: Path) -> None:
-        """Raises `UserError`."""
+        """Write the record into the sweep's folder. Raises `UserError`."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / RECORD, (json.dumps(asdict(self), indent=1, default=str) + "\n").encode())
@@ -54,13 +54,13 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """What is known of the sweep in a folder; None where there is none."""
+    """Read the record of the sweep in a folder; None if there is none."""
     file = folder / RECORD
     return Record(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def main(arguments: list[str]) -> None:
-    """Exits with 1 if a run failed here. Raises `UserError`; nothing was submitted or written then."""
+    """Submit or train a sweep; exits with 1 if a run failed here. Raises `UserError`; nothing was submitted or written then."""
     require(
         bool(arguments) and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help")),
         f"FILE: no file given; call {PROG} FILE [--profile NAME] [--parallel N] [--local]",
@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ranks", type=PositiveInt, help="With --local, processes of a run; one a GPU if not given.")
     values = parse(parser, arguments if arguments[0].startswith("-") else arguments[1:])
     request = request_of(values)
+    # All runs are checked before the first one begins.
     sweep = read_sweep(Path(arguments[0]))
     folder = Path.cwd() / "runs" / sweep.file.stem
     members = sweep.members(folder)
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> None:
 
 
 def joined(before: Record | None, sweep: Sweep, members: list[Member], folder: Path) -> Record:
-    """The record of the sweep with these runs beside those that it had. Raises `UserError` if it was another sweep."""
+    """Add these runs to the sweep's record. Raises `UserError` if the folder holds another sweep."""
     settings = {member.name: member.setting for member in members}
     if before is None:
         foreign = folder.exists() and {path.name for path in folder.iterdir()} - {*settings, "slurm"}
@@ -104,7 +105,7 @@ def is_done(cfg: Config) -> bool:
 
 
 def submit(folder: Path, members: list[Member], record: Record, request: Request, parallel: int | None) -> None:
-    """Hand to SLURM what is neither done nor in its hands. Raises `UserError`; no job was submitted then."""
+    """Submit the runs that are neither done nor in SLURM already. Raises `UserError`; no job was submitted then."""
     run_slurm("sbatch", "--version")
     jobs = queue()
     waiting = [member for member in members if not is_done(member.cfg) and not active_job(member.cfg.folder, jobs)]
@@ -124,7 +125,7 @@ def submit(folder: Path, members: list[Member], record: Record, request: Request
 
 
 def train_here(folder: Path, members: list[Member], record: Record, ranks: int | None, *, dry_run: bool) -> int:
-    """Train what is not done, one run after another; the exit code: 1 if one has failed, 128 + N on signal N."""
+    """Train the runs that are not done, one after another. Returns 1 if one has failed, 128 + N on signal N."""
     from launch.workers import run_workers, this_machine
     from trainer.distributed import gpu_count
 
@@ -137,14 +138,17 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
             print(f"[{number}/{len(members)}] {printable(member.name)} is done already", flush=True)
             continue
         print(f"[{number}/{len(members)}] {printable(member.name)}", flush=True)
+        # Recorded before and after each run, so that an interruption loses nothing.
         record.write(folder)
         code = run_workers(this_machine(ranks), "trainer", member.arguments)
+        # A signal means the whole sweep: without this check the next run would start.
         if code in ASKED_TO_STOP:
             print("asked to stop; the same command goes on from here")
             return code
         failed = {name: other for name, other in record.failed.items() if name != member.name}
         record = replace(record, failed={**failed, member.name: code} if code else failed)
         record.write(folder)
+    # Again at the end, where a person looks who comes back after hours.
     failed_now = [member.name for member in members if member.name in record.failed]
     for name in failed_now:
         print(f"error: {printable(str(folder / name))} failed with exit code {record.failed[name]}", file=sys.stderr)

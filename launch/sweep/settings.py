@@ -1,4 +1,4 @@
-"""The file of a sweep: which runs it asks for, and what they are called.
+"""The file of a sweep: its runs and their names.
 
 config: imagenette              # a recipe or a file; `builtin` if not given
 options:                        # the same in all runs
@@ -7,7 +7,7 @@ grid:                           # a run for each combination
   optim.lr: [0.5, 1.0]
   run.seed: [0, 1, 2]
 
-`list:` takes the place of `grid:` where the runs are no grid: tables of options, a run each.
+`list:` takes the place of `grid:` where the runs are no grid: tables of options, one for each run.
 """
 
 import hashlib
@@ -27,38 +27,38 @@ from trainer.config import Config, as_meant, load
 Setting = dict[str, Any]
 """Dotted option -> value."""
 
-LONGEST = 100  # letters of a run's name: a folder's may have 255 bytes
+LONGEST = 100  # characters of a run's name: a folder's name may have 255 bytes
 
 
 @dataclass(frozen=True)
 class Member:
-    """A run of a sweep."""
+    """One run of a sweep."""
 
     name: str
     setting: Setting
-    """The options in which the sweep's runs differ."""
+    """Options in which this run differs from others."""
     arguments: list[str]
-    """The trainer's command line."""
+    """Command line for the trainer."""
     cfg: Config
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file asks for."""
+    """Sweep as its file asks for it."""
 
     file: Path
     config: str
     options: Setting
     settings: list[Setting]
-    """One for each run, in the file's order, the last option of a grid changing first."""
+    """Setting of each run, in the file's order; the last option of a grid changes first."""
 
     @property
     def fixed(self) -> Setting:
-        """What all runs have in common."""
+        """Options that all runs have in common."""
         return {"config": self.config, **self.options}
 
     def members(self, folder: Path) -> list[Member]:
-        """The runs, each in a folder of its own in `folder`. Raises `UserError` with the name of the first that is wrong."""
+        """List the runs, each in its own folder in `folder`. Raises `UserError` with the name of the first that is wrong."""
         return [self._member(name, setting, folder) for name, setting in zip(self.names, self.settings, strict=True)]
 
     def _member(self, name: str, setting: Setting, folder: Path) -> Member:
@@ -72,7 +72,7 @@ class Sweep:
 
     @property
     def names(self) -> list[str]:
-        """One for each run, such as lr=0.1,seed=0; unlike the runs' places in the file it stays when runs are added."""
+        """Name of each run, such as lr=0.1,seed=0. A name stays when runs are added; a run's number in the file does not."""
         keys = list(dict.fromkeys(key for setting in self.settings for key in setting))
         last = [key.rpartition(".")[2] for key in keys]
         short = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
@@ -88,17 +88,17 @@ class Sweep:
 
 
 def label(setting: Setting) -> str:
-    """A setting in words, such as lr=0.1,seed=0."""
+    """Word a setting, such as lr=0.1,seed=0."""
     return ",".join(f"{key}={shown(value)}" for key, value in setting.items()) or "as it is"
 
 
 def shown(value: Any) -> str:
-    """A value for people, such as 64-96-128 for a list."""
+    """Write a value for people, such as 64-96-128 for a list."""
     return "-".join(map(shown, value)) if isinstance(value, list) else argument(value)
 
 
 def argument(value: Any) -> str:
-    """A value as a command line takes it: text as it is, anything else as JSON, of which YAML is a superset."""
+    """Write a value for a command line: text unchanged, anything else as JSON, which is also YAML."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -107,7 +107,7 @@ def _digest(setting: Setting) -> str:
 
 
 def read_sweep(file: Path) -> Sweep:
-    """The sweep that a file asks for; of the options only the names' form is looked at. Raises `UserError`."""
+    """Read a sweep's file; of the options only the form of their names is checked. Raises `UserError`."""
     try:
         tree = load_yaml(as_meant(read_text(file), around=("options", "grid", "list")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -129,7 +129,7 @@ def read_sweep(file: Path) -> Sweep:
 
 
 def _grid(table: Any, file: Path) -> list[Setting]:
-    """All combinations."""
+    """Expand a grid into all its combinations."""
     _check_options(table, f"{file}: grid")
     require(bool(table), f"{file}: grid: it is empty; give options and lists of values")
     for key, values in table.items():

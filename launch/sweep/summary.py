@@ -1,10 +1,10 @@
-"""What a sweep has found: python -m launch summary SWEEP [--out FOLDER] [--force]
+"""Results of a sweep: python -m launch summary SWEEP [--out FOLDER] [--force]
 
-SWEEP is a folder in runs/, or a path. Printed, and written to the sweep's folder or to FOLDER:
+SWEEP is a folder in runs/, or a path. The results are printed, and written to the sweep's folder or to FOLDER:
 
-summary.csv           a run a row: its own options, state, epochs, best top-1 %, minutes, images/s
-summary-seeds.csv     a setting a row, where runs differ in their seed alone: mean and spread of those that are done
-summary.png           best top-1 of each run, a line a setting
+summary.csv           a row for each run: its own options, state, epochs, best top-1 %, minutes, images/s
+summary-seeds.csv     a row for each setting whose runs differ only in the seed: mean and spread of the finished ones
+summary.png           best top-1 of each run, a line for each setting
 """
 
 import io
@@ -30,11 +30,11 @@ SEED = "run.seed"
 
 
 def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: float) -> pd.DataFrame:
-    """A row for each run of the sweep in `folder`, in the order in which they were asked for.
+    """Make a row for each run of the sweep in `folder`, in the order of the record.
 
-    Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (whether
-    it was trained as far as was asked for), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows of
-    metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions.
+    Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (True
+    where training reached its requested end), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows
+    of metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions.
     """
     options = dict.fromkeys(key for setting in record.settings.values() for key in setting)
     rows = []
@@ -58,7 +58,7 @@ def _figures(folder: Path, exit_code: int | None, jobs: dict[str, Queued], now_s
 
 
 def _state(run: Run, exit_code: int | None, jobs: dict[str, Queued], now_s: float) -> str:
-    """In words: what was saved last has the first say, then SLURM, then the metrics."""
+    """Word the state: the checkpoint decides first, then SLURM, then the metrics."""
     submission = newest(run.folder)
     known = jobs.get(submission.job.id or "") if submission else None
     if run.finished:
@@ -71,9 +71,9 @@ def _state(run: Run, exit_code: int | None, jobs: dict[str, Queued], now_s: floa
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame | None:
-    """A row for each setting but for its seed, over the runs that are done; None where no setting has several.
+    """Make a row for each setting, over its seeds and finished runs; None where no setting has several runs.
 
-    Columns: the options, `runs`, and of best top-1 `mean`, `std` (of a sample; NaN for one run), `min`, `max`, all in %; mean
+    Columns: the options, `runs`; of best top-1 `mean`, `std` (of a sample; NaN for one run), `min`, `max`, all in %; mean
     `minutes` and `images_per_s`.
     """
     keys = _options(runs)
@@ -95,19 +95,21 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def _options(runs: pd.DataFrame) -> list[str]:
-    """The options among the columns, but for the seed."""
+    """Names of the columns that are options, except the seed."""
     return [column for column in runs.columns if "." in column and column != SEED]
 
 
 def plot(runs: pd.DataFrame, title: str) -> bytes:
-    """Best top-1 of each run as a PNG: a line for each setting but for its seed, the best on top; needs a figure to show."""
+    """Plot best top-1 of each run as a PNG: a line for each setting over its seeds, the best on top. Needs one finite value."""
     from matplotlib.figure import Figure
+    # A setting is a line, the best on top.
 
     options = _options(runs)
     labels = [label({key.rpartition(".")[2]: row[key] for key in options if row[key]}) for _, row in runs.iterrows()]
     labelled = runs.assign(label=labels).dropna(subset=[TOP1])
     groups = {str(name): group for name, group in labelled.groupby("label", sort=False)}
     ranked = sorted(groups, key=lambda name: groups[name][TOP1].mean())
+    # Filled circles are finished runs, empty ones not; the bar is the mean of the finished.
     figure = Figure(figsize=(7.5, 1.6 + 0.32 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     for line, name in enumerate(ranked):
@@ -116,7 +118,12 @@ def plot(runs: pd.DataFrame, title: str) -> bytes:
             values = group[group.done == done][TOP1]
             axes.scatter(values, [line] * len(values), 42, facecolor=face, edgecolor="#0b6e99", zorder=3)
         axes.plot(
-            [group[group.done][TOP1].mean()] * 2, [line - 0.33, line + 0.33], color="black", linewidth=1.8, zorder=2
+            [group[group.done][TOP1].mean()] * 2,
+            [line - 0.33, line + 0.33],
+            color="black",
+            linewidth=1.8,
+            zorder=2,
+            # Points outside the plot, for the legend.
         )
     axes.scatter([], [], 42, color="#0b6e99", label="a run")
     if not runs.dropna(subset=[TOP1]).done.all():
@@ -138,7 +145,7 @@ def _csv(table: pd.DataFrame) -> bytes:
 
 
 def text_of(table: pd.DataFrame) -> str:
-    """A table for people: figures rounded, and nothing where there is none."""
+    """Format a table for people: rounded figures, and an empty cell where there is no figure."""
     rounded = table.drop(columns="done", errors="ignore").copy()
     for column in rounded.select_dtypes("number"):
         digits = 0 if column in (SPEED, "runs") else 2
@@ -147,7 +154,7 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def jobs_if_any() -> dict[str, Queued]:
-    """What SLURM knows; nothing where there is none, for the folders tell the rest."""
+    """SLURM's jobs; none on a machine without SLURM, as the folders record the rest."""
     try:
         return queue()
     except UserError:
@@ -171,11 +178,13 @@ def main(arguments: list[str]) -> None:
     record = read_record(folder)
     if record is None:
         raise UserError(f"SWEEP: {folder} holds no sweep; python -m launch sweep makes one in runs/")
+    # Refuse to replace files before anything is computed.
     out = Path(args.out) if args.out else folder
     require(out.is_dir(), f"--out: {out} is not a folder; make it, or give another")
     for name in ("summary.csv", "summary-seeds.csv", "summary.png"):
         require(args.force or not (out / name).exists(), f"--out: {out / name} exists; give --force to replace it")
 
+    # People read rounded figures on the screen; the files keep all digits.
     runs = summarise(folder, record, jobs_if_any(), time.time())
     seeds = over_seeds(runs)
     for table in (runs, seeds):
