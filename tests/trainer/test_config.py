@@ -109,7 +109,7 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         (b"- 1\n- 2\n", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
         (b"1: 2\n", "FILE: 1: no such option; see --help"),
         (b"run: &run\n  name: *run\n", "FILE: it is no YAML: it holds a value that contains itself"),
-        (b"run:\n  name: 2026-13-40\n", "FILE: it is no YAML: month must be in 1..12"),
+        (b"optim:\n  lr: 2026-13-40\n", "FILE: it is no YAML: month must be in 1..12"),
         (b"x" * (2 << 20), "FILE: it is no YAML: it has more than 1 MiB"),
         (b"run: [1\n", "FILE: it is no YAML: while parsing a flow sequence"),
         (b"\xff\xfe\x00", "--config: FILE cannot be read: 'utf-8' codec can't decode byte 0xff"),
