@@ -104,7 +104,8 @@ MISTAKES = {
     "trainer --data.path IMAGES --run.dir file.txt/run": "run.dir: cannot write to file.txt/run (Not a directory); "
     "give another --run.dir",
     "trainer --data.path IMAGES --run.dir unfinished --optim.lr 0.5": "run.dir: unfinished was started with other options "
-    "(optim.lr was 0.1, now 0.5); repeat them to resume, or give another --run.dir",
+    "(optim.lr was 0.1, now 0.5); repeat them to resume; to go on from its weights as a run of its own: --model.weights "
+    "unfinished --run.name NEW",
     # evaluate
     "trainer.evaluate": "RUN: no run folder given; call python -m trainer.evaluate RUN [--data.path FOLDER], "
     "as with runs/builtin",
