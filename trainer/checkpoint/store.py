@@ -139,7 +139,7 @@ class Progress:
     """Weight updates so far."""
     cursor: Cursor = field(default_factory=Cursor)
     sums: list[float] = field(default_factory=list)
-    """What the epoch has added up so far, over all ranks (see `engine.base.SUMS`)."""
+    """What the epoch has added up so far, over all ranks (see `engine.base.StepSums`)."""
     train_s: float = 0.0
     """What training has taken so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0

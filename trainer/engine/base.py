@@ -2,15 +2,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
 from data_pipeline.loader import Batch
 from trainer.checkpoint.store import StateWriter
 
-SUMS = ("loss", "top1", "top5", "images", "grad_norm")
-"""What `Engine.step` adds up, in this order."""
+
+class StepSums(NamedTuple):
+    """What `Engine.step` adds up over the images of an update, in this order, and the norm of its gradient."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: float
+    grad_norm: float
+
+    @classmethod
+    def zero(cls) -> Self:
+        return cls(*[0.0] * len(cls._fields))
 
 
 class Engine(Protocol):
@@ -23,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        """One whole update. Returns this rank's sums [5] float64 on the device (see SUMS); nothing waits for them."""
+        """One whole update. Returns this rank's sums [5] float64 on the device (see StepSums); nothing waits for them."""
         ...
 
     def sync_buffers(self) -> None:

@@ -4,14 +4,12 @@ from torch import nn
 
 from trainer.engine.config import Compression
 from trainer.optim.config import OptimConfig
-
-_MOMENTS = {"sgd": 1, "lars": 1, "muon": 1, "adamw": 2, "lamb": 2}  # that an optimiser keeps of each weight
+from trainer.optim.optimizer import state_share
 
 
 def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compression, world: int) -> int:
     """About what a checkpoint of `module` takes on disk, the files of all ranks together."""
     state = sum(tensor.nbytes for tensor in module.state_dict().values())
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    moments = 0 if optim.name == "sgd" and optim.momentum == 0 else _MOMENTS[optim.name]
     errors = world if compression == "powersgd" else 0
-    return state * (2 if optim.ema_decay > 0 else 1) + trained * (moments + errors)
+    return round(state * (2 if optim.ema_decay > 0 else 1) + trained * (state_share(optim) + errors))

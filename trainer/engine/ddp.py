@@ -11,26 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.common.errors import require
 from data_pipeline.loader import Batch
-from trainer.checkpoint.files import STATE, WEIGHTS, load_state, load_weights
-from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
+from trainer.checkpoint.files import STATE, load_state
+from trainer.checkpoint.host_copy import Content, writer
 from trainer.checkpoint.store import StateWriter
 from trainer.distributed import DistContext
 from trainer.engine import gradient_compression
-from trainer.engine.base import SUMS
 from trainer.engine.compilation import check_device, compiled
 from trainer.engine.config import EngineConfig
-from trainer.engine.loss import count, training_loss
+from trainer.engine.data_parallel import DataParallel
 from trainer.engine.prediction import Predictor
-from trainer.model.running_stats import EarlyStatistics
-from trainer.optim.optimizer import Ema, OptimConfig, build_optimizer, set_lr
-from trainer.resilience.watchdog import Phase
+from trainer.optim.optimizer import OptimConfig, build_optimizer
 
 
-class DdpEngine:
+class DdpEngine(DataParallel):
     """Data parallelism by torch's DDP (Li et al. 2020, arXiv 2006.15704), or a single process.
-
-    Each rank keeps its own running statistics of batch normalisation while it trains, and those of rank 0 are the
-    model's: they do not influence the weights, so keeping them is enough to continue bit for bit.
 
     Parameters that require no gradient when it is built never will. Of the others any may be frozen for some updates, as
     long as all ranks freeze the same.
@@ -39,23 +33,14 @@ class DdpEngine:
     def __init__(
         self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
     ) -> None:
-        self.ctx, self.optim, self.normalise = ctx, optim, normalise
         device = ctx.device
         check_device(cfg, device)
-        if cfg.sync_bn:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        self.module = module.to(device).to(memory_format=torch.channels_last)
-        self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
-        self.eval_model = (
-            self.ema.module if self.ema else self.module
-        )  # what evaluation and the saved weights are about
+        super().__init__(
+            nn.SyncBatchNorm.convert_sync_batchnorm(module) if cfg.sync_bn else module, normalise, cfg, optim, ctx
+        )
         self.predict = Predictor(self.eval_model, normalise, cfg, device)
-        self.autocast = self.predict.autocast
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self.early_statistics = EarlyStatistics(self.module)
-        self.updates = 0
-        self.copy = HostCopy()
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if optim.name == "sgd" and optim.momentum > 0:
             # The fused kernel asks for momentum of all or of none, so not of the head alone at first; and would leave it
@@ -90,45 +75,13 @@ class DdpEngine:
             )
             self.chunks_per_micro_batch *= 2
 
-    def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        set_lr(self.optimizer, lr)
-        # DDP waits for the gradients of all that it knows, so while some are frozen it is passed by.
-        partly = not all(parameter.requires_grad for parameter in self.trained)
-        forward = self._lone_forward if partly else self._forward
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
-        pieces = [piece for batch in micro_batches for piece in _cut(batch, self.chunks_per_micro_batch)]
-        for number, batch in enumerate(pieces, start=1):
-            with self.early_statistics(), self._no_sync() if number < len(pieces) else nullcontext():
-                with Phase("forward"), self.autocast():
-                    logits = forward(self.normalise(batch.images)).float()
-                losses = training_loss(logits, batch, self.optim)
-                with Phase("backward"):
-                    # DDP averages over ranks; this makes the average the mean over the images of the whole update.
-                    self.scaler.scale(losses * self.ctx.world / batch.total).backward()
-            sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        with Phase("update"):
-            if partly:
-                self._average_gradients()
-            sums[4] = self._update()
-        return sums
-
-    def sync_buffers(self) -> None:
-        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
-
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
         if self.powersgd:
             files |= gradient_compression.packed(self.powersgd, self.ctx, self.copy)
         if self.ctx.primary:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "updates": self.updates,
-            }
-            if self.ema:
-                state["module"] = self.module.state_dict()
-            weights, state = self.copy.of(self.eval_model.state_dict(), WEIGHTS), self.copy.of(state, STATE)
-            files |= {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            files |= self._captured(state, metadata)
         return writer(files, self.copy.wait)
 
     def load(self, folder: Path) -> None:
@@ -137,19 +90,33 @@ class DdpEngine:
             "engine" not in state,
             f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; name that, or give another --run.dir",
         )
-        load_weights(self.eval_model, folder)
-        if self.ema:
-            self.module.load_state_dict(state["module"])
-        self.early_statistics.restart()
+        self._restore(state, folder)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run has been in another precision up to now
             self.scaler.load_state_dict(state["scaler"])
-        self.updates = state["updates"]
         if self.powersgd:
             gradient_compression.load(self.powersgd, folder, self.ctx)
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        return self.ddp_model.no_sync() if isinstance(self.ddp_model, DistributedDataParallel) else nullcontext()
+    @property
+    def _partly_frozen(self) -> bool:
+        """DDP waits for the gradients of all that it knows, so while some are frozen it is passed by."""
+        return not all(parameter.requires_grad for parameter in self.trained)
+
+    def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
+        return [chunk for batch in micro_batches for chunk in _cut(batch, self.chunks_per_micro_batch)]
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.ddp_model, DistributedDataParallel):
+            return nullcontext()
+        return self.ddp_model.no_sync()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        forward = self._lone_forward if self._partly_frozen else self._forward
+        with self.autocast():
+            return forward(self.normalise(images)).float()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
     def _average_gradients(self) -> None:
         """What DDP does with its buckets, for the few gradients that there are."""
@@ -158,7 +125,8 @@ class DdpEngine:
                 self.ctx.sum(parameter.grad).div_(self.ctx.world)
 
     def _update(self) -> Tensor:
-        """Clip, step, average; returns the norm of the gradient before clipping."""
+        if self._partly_frozen:
+            self._average_gradients()
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.module.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -167,9 +135,6 @@ class DdpEngine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.module, self.updates)
-        self.updates += 1
         return norm
 
     def _fits(self, rows: int, size_px: int) -> bool:
@@ -179,9 +144,8 @@ class DdpEngine:
         try:
             kept = [torch.empty_like(parameter) for parameter in self.module.parameters() for _ in range(2)]
             images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.ctx.device)
-            with self._no_sync():
-                with self.autocast():
-                    logits = self._forward(self.normalise(images.to(memory_format=torch.channels_last)))
+            with self._accumulating(last=False):
+                logits = self._logits(images.to(memory_format=torch.channels_last))
                 logits.sum().backward()
             del kept, logits
         except torch.OutOfMemoryError:

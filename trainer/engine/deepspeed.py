@@ -15,21 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.loader import Batch
-from trainer.checkpoint.files import STATE, WEIGHTS, load_state, load_weights
-from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights, writer
+from trainer.checkpoint.files import STATE, load_state
+from trainer.checkpoint.host_copy import Content, packed_state, writer
 from trainer.checkpoint.store import StateWriter
 from trainer.distributed import DistContext
-from trainer.engine.base import SUMS
 from trainer.engine.compilation import compiled
 from trainer.engine.config import EngineConfig, check_deepspeed
-from trainer.engine.loss import count, training_loss
+from trainer.engine.data_parallel import DataParallel
 from trainer.engine.precision import Autocast
 from trainer.engine.prediction import Predictor
-from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.config import OptimConfig
-from trainer.optim.optimizer import Ema, build_optimizer, set_lr
-from trainer.resilience.watchdog import Phase
+from trainer.optim.optimizer import build_optimizer
 
 SHARD = "optimizer-{rank}.pt"
 """Name of the file with a rank's part of the optimiser's state."""
@@ -38,27 +34,24 @@ _BUCKET = 1 << 23  # gradients reduced at a time: 32 MiB, as DDP has 25; DeepSpe
 _FIRST_SCALE, _CLEAN_UPDATES = 2.0**16, 2000  # as torch's GradScaler
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(DataParallel):
     """Data parallelism by DeepSpeed; what each rank holds a part of only is chosen by `zero_stage`.
 
     0: nothing; 1: the optimiser's state; 2: the gradients too; 3: the weights too (Rajbhandari et al. 2020, "ZeRO",
-    arXiv 1910.02054, section 5). Weights stay fp32, and running statistics of batch normalisation each rank's own, as
-    in `DdpEngine`. Where gradients are not finite, stages 1 to 3 leave the update out in any precision.
+    arXiv 1910.02054, section 5). Weights stay fp32. Where gradients are not finite, stages 1 to 3 leave the update out in
+    any precision.
     """
 
     def __init__(
         self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
     ) -> None:
         check_deepspeed(cfg, optim)
-        self.ctx, self.optim, self.normalise, self.stage = ctx, optim, normalise, cfg.zero_stage
-        device = ctx.device
+        self.stage, device = cfg.zero_stage, ctx.device
         if self.stage == 3:
             cfg = replace(cfg, compile="off")
-        self.module = module.to(device).to(memory_format=torch.channels_last)
-        self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
+        super().__init__(module, normalise, cfg, optim, ctx)
         # DeepSpeed takes contiguous weights only. From stage 1 on they are windows of one flat tensor and stay so.
         self.module.to(memory_format=torch.contiguous_format)
-        self.autocast = Autocast(cfg.precision, device)
         self.ddp_model = _Cast(compiled(self.module, cfg, device), self.autocast)
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self._deepspeed = _import_deepspeed(ctx)
@@ -73,32 +66,6 @@ class DeepSpeedEngine:
             self.predict = Predictor(self.ddp_model, normalise, replace(cfg, compile="off"), device)
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
         self.clean_updates = 0  # since the scale was changed
-        self.early_statistics = EarlyStatistics(self.module)
-        self.updates = 0
-        self.copy = HostCopy()
-
-    def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        set_lr(self.optimizer, lr)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
-        if self.stage > 0:
-            self._zero.override_loss_scale(self.scale)
-        for number, batch in enumerate(micro_batches, start=1):
-            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with self.early_statistics():
-                with Phase("forward"):
-                    logits = self.engine(self.normalise(batch.images))
-                losses = training_loss(logits, batch, self.optim)
-                # DeepSpeed averages over ranks; this makes the average the mean over the images of the whole update.
-                loss = losses * self.ctx.world / batch.total
-                with Phase("backward"):
-                    self.engine.backward(loss if self.stage > 0 else loss * self.scale)
-            sums[:4] += count(logits.detach(), batch.labels, losses.detach())
-        with Phase("update"):
-            sums[4] = self._update()
-        return sums
-
-    def sync_buffers(self) -> None:
-        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
@@ -110,13 +77,8 @@ class DeepSpeedEngine:
                     "world": self.ctx.world,
                     "scale": self.scale,
                     "clean_updates": self.clean_updates,
-                    "updates": self.updates,
                 }
-                if self.ema:
-                    state["module"] = self.module.state_dict()
-                weights = self.copy.of((self.ema.module if self.ema else self.module).state_dict(), WEIGHTS)
-                state = self.copy.of(state, STATE)
-                files = {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
+                files = self._captured(state, metadata)
         if self.ctx.primary or self.stage > 0:
             shard = self.copy.of([self.optimizer.state.get(weights, {}) for weights in self._shards], SHARD)
             files[SHARD.format(rank=self.ctx.rank)] = lambda: packed_state({"optimizer": shard})
@@ -126,10 +88,7 @@ class DeepSpeedEngine:
         state = load_state(folder / STATE, self.ctx.device)
         self._check_saved(state, folder)
         with self.whole_weights(source=0):
-            load_weights(self.ema.module if self.ema else self.module, folder)
-            if self.ema:
-                self.module.load_state_dict(state["module"])
-        self.early_statistics.restart()
+            self._restore(state, folder)
         if self.stage > 0:
             self._zero.refresh_fp32_params()
         shard = SHARD.format(rank=self.ctx.rank if self.stage > 0 else 0)
@@ -138,7 +97,6 @@ class DeepSpeedEngine:
             self.optimizer.state[weights] = moments
         if self.autocast.precision == "fp16" and state["scale"] != 1:  # 1: the run has been in another precision
             self.scale, self.clean_updates = state["scale"], state["clean_updates"]
-        self.updates = state["updates"]
 
     def _options(self) -> dict[str, Any]:
         """DeepSpeed's configuration. Precision, learning rate and accumulation are ours to handle."""
@@ -153,8 +111,20 @@ class DeepSpeedEngine:
             },
         }
 
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        if self.stage > 0:
+            self._zero.override_loss_scale(self.scale)
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.engine(self.normalise(images))
+        return logits
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss if self.stage > 0 else loss * self.scale)
+
     def _update(self) -> Tensor:
-        """Clip, step, average; returns the norm of the gradient before clipping."""
         if self.stage == 0:
             norm, skipped = self._update_whole()
         else:
@@ -162,9 +132,6 @@ class DeepSpeedEngine:
             norm, skipped = torch.as_tensor(self.engine.get_global_grad_norm()), self._zero.overflow
         if self.autocast.precision == "fp16":
             self._adapt_scale(skipped)
-        if self.ema:
-            self.ema.update(self.module, self.updates)
-        self.updates += 1
         return norm
 
     def _update_whole(self) -> tuple[Tensor, bool]:

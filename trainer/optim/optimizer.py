@@ -127,6 +127,17 @@ def _uncompiled(optimizer: type[Optimizer]) -> type[Optimizer]:
     return type(optimizer.__name__, (optimizer,), {**plain, "step": step})
 
 
+def state_share(cfg: OptimConfig) -> float:
+    """Bytes that the optimiser keeps for each byte of weights, as one step on a small layer shows."""
+    layer = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, bias=False)
+    nn.init.ones_(layer.weight)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer = build_optimizer(layer, cfg)
+    optimizer.step()
+    kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
+    return sum(value.nbytes for value in kept) / layer.weight.nbytes
+
+
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:
     """Decay of the average at update `step`: it rises from 0.1 to ema_decay, so that early weights are soon forgotten.
 

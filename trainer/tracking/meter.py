@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Self, TypeVar
 
 import torch
 
 from trainer.distributed import DistContext
-from trainer.engine.base import SUMS
+from trainer.engine.base import StepSums
 from trainer.resilience.watchdog import Phase
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     images: int
 
     @classmethod
-    def of(cls, sums: list[float]) -> Self:
+    def of(cls, sums: Sequence[float]) -> Self:
         """From sums of loss, top-1 hits, top-5 hits and images; there must be at least one."""
         loss, top1, top5, images = sums[:4]
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
@@ -70,13 +70,14 @@ class Meter:
         self, ctx: DistContext, epoch_sums: list[float], classes: int, train_s: float = 0.0, *, scaled: bool = False
     ) -> None:
         self.ctx, self.classes = ctx, classes
-        self._watched = [0] if scaled else [0, 4]  # of SUMS: the loss, the gradient's norm
+        watched = ("loss",) if scaled else ("loss", "grad_norm")
+        self._watched = [StepSums._fields.index(name) for name in watched]
         self.nonfinite: BadUpdate | None = None
         """As the last `reduce` has found."""
         self.train_s = train_s
         """What training has taken up to the last `reduce`, without what lies before a `pause`."""
-        self.epoch_sums = list(epoch_sums) or [0.0] * len(SUMS)
-        """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.SUMS`."""
+        self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
+        """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.StepSums`."""
         self._start = self._last = time.perf_counter()
         self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
         self._restart()
@@ -109,35 +110,36 @@ class Meter:
         values = torch.cat([table.sum(dim=0), table.new_tensor([self._wait_s, *counts]), lost.any()[None]])
         totals = self.ctx.sum(values).tolist()  # on a GPU this waits for the steps of the interval
         self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
-        sums, wait_s = totals[: len(SUMS)], totals[len(SUMS)]
+        sums = StepSums(*totals[: len(StepSums._fields)])
+        sums = sums._replace(grad_norm=sums.grad_norm / self.ctx.world)  # every rank has the same gradient
+        wait_s, *counted = totals[len(sums) :]
         elapsed_s = time.perf_counter() - self._start
         self.train_s += elapsed_s
         self._epoch_s += elapsed_s
-        self._epoch_images += sums[3]
-        sums[4] /= self.ctx.world  # every rank has the same gradient
+        self._epoch_images += sums.images
         self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, sums, strict=True)]
         scalars = {}
         if steps:
             times_ms = sorted(1e3 * s for s in self._step_s)
             scalars = {
-                **(Scores.of(sums).named("train", self.classes) if sums[3] else {}),
-                "train/grad_norm": sums[4] / steps,
-                "perf/images_per_s": sums[3] / elapsed_s,
+                **(Scores.of(sums).named("train", self.classes) if sums.images else {}),
+                "train/grad_norm": sums.grad_norm / steps,
+                "perf/images_per_s": sums.images / elapsed_s,
                 "perf/data_wait_pct": 100 * wait_s / self.ctx.world / elapsed_s,
                 "perf/step_ms_p50": times_ms[steps // 2],
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
                 "perf/train_min": self.train_s / 60,
             }
         self._restart()
-        return scalars, totals[len(SUMS) + 1 :]
+        return scalars, counted
 
     def end_epoch(self) -> dict[str, float]:
         """Scores of the whole epoch, and its speed without the time in evaluation and saving."""
-        scalars = Scores.of(self.epoch_sums).named("train", self.classes) if self.epoch_sums[3] else {}
+        scalars = Scores.of(self.epoch_sums).named("train", self.classes) if StepSums(*self.epoch_sums).images else {}
         if self._epoch_images:
             scalars |= {"perf/train_min": self.train_s / 60}
             scalars |= {"perf/epoch_s": self._epoch_s, "perf/images_per_s": self._epoch_images / self._epoch_s}
-        self.epoch_sums, self._epoch_s, self._epoch_images = [0.0] * len(SUMS), 0.0, 0.0
+        self.epoch_sums, self._epoch_s, self._epoch_images = list(StepSums.zero()), 0.0, 0.0
         return scalars
 
     def pause(self) -> None:
@@ -151,7 +153,7 @@ class Meter:
         return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
 
     def _restart(self) -> None:
-        nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ctx.device)
+        nothing = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=self.ctx.device)
         self._updates = [nothing]  # and behind it what each update returned
         self._wait_s = 0.0
         self._step_s: list[float] = []

@@ -21,7 +21,7 @@ from trainer import __main__ as training
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import load
 from trainer.distributed import DistContext
-from trainer.engine.base import SUMS
+from trainer.engine.base import StepSums
 from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
 from trainer.model.resnet import ModelConfig, ResNet, build_resnet
@@ -57,7 +57,7 @@ def test_the_first_update_is_found(scaled: bool, wanted: BadUpdate) -> None:
         meter.add(torch.tensor([loss, 0, 0, 1, norm], dtype=torch.float64))
     meter.reduce(0.0)
     assert meter.nonfinite == wanted
-    meter.add(torch.ones(len(SUMS), dtype=torch.float64))
+    meter.add(torch.ones(len(StepSums._fields), dtype=torch.float64))
     assert meter.reduce(3.0)[1] == [3.0] and meter.nonfinite is None
 
 
@@ -143,7 +143,11 @@ class Skipping(DdpEngine):
     """Leaves that one update out: what a training is compared with that has stepped back."""
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        return torch.zeros(len(SUMS), dtype=torch.float64) if is_bad(micro_batches) else super().step(micro_batches, lr)
+        return (
+            torch.zeros(len(StepSums._fields), dtype=torch.float64)
+            if is_bad(micro_batches)
+            else super().step(micro_batches, lr)
+        )
 
 
 class Flipping(DdpEngine):

@@ -1,0 +1,101 @@
+"""What the engines have in common: an optimizer step over micro-batches, and the files of weights and training state."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.loader import Batch
+from trainer.checkpoint.files import STATE, WEIGHTS, load_weights
+from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights
+from trainer.distributed import DistContext
+from trainer.engine.config import EngineConfig
+from trainer.engine.loss import count, training_loss
+from trainer.engine.precision import Autocast
+from trainer.model.running_stats import EarlyStatistics
+from trainer.optim.config import OptimConfig
+from trainer.optim.optimizer import Ema, set_lr
+from trainer.resilience.watchdog import Phase
+
+
+class DataParallel(ABC):
+    """An engine whose ranks each train on images of their own, and average the gradients.
+
+    Each rank keeps its own running statistics of batch normalisation while it trains, and those of rank 0 are the
+    model's: they do not influence the weights, so keeping them is enough to continue bit for bit.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
+    ) -> None:
+        self.ctx, self.optim, self.normalise = ctx, optim, normalise
+        self.module = module.to(ctx.device).to(memory_format=torch.channels_last)
+        self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
+        self.eval_model = self.ema.module if self.ema else self.module
+        """What evaluation and the saved weights are about."""
+        self.autocast = Autocast(cfg.precision, ctx.device)
+        self.early_statistics = EarlyStatistics(self.module)
+        self.updates = 0
+        self.copy = HostCopy()
+
+    def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
+        set_lr(self.optimizer, lr)
+        counted = torch.zeros(4, dtype=torch.float64, device=self.ctx.device)
+        chunks = self._chunks(micro_batches)
+        for number, batch in enumerate(chunks, start=1):
+            with self.early_statistics(), self._accumulating(last=number == len(chunks)):
+                with Phase("forward"):
+                    logits = self._logits(batch.images)
+                losses = training_loss(logits, batch, self.optim)
+                with Phase("backward"):
+                    # Gradients are averaged over ranks; this makes it the mean over the images of the whole update.
+                    self._backward(losses * self.ctx.world / batch.total)
+            counted += count(logits.detach(), batch.labels, losses.detach())
+        with Phase("update"):
+            norm = self._update()
+            if self.ema:
+                self.ema.update(self.module, self.updates)
+            self.updates += 1
+        return torch.cat([counted, norm.to(counted).reshape(1)])
+
+    def sync_buffers(self) -> None:
+        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+
+    def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
+        """What each has a forward and a backward pass of its own."""
+        return micro_batches
+
+    @abstractmethod
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around the passes of a chunk; after the last of an update, gradients are averaged over the ranks."""
+
+    @abstractmethod
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] float32 of images [B, 3, H, W] uint8, in training."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None: ...
+
+    @abstractmethod
+    def _update(self) -> Tensor:
+        """Clip and step; returns the norm of the gradient before clipping."""
+
+    def _captured(self, state: dict[str, Any], metadata: dict[str, str]) -> dict[str, Callable[[], Content]]:
+        """Files of the weights, and of `state` with what training has in every engine; copied now, packed later."""
+        state = {**state, "updates": self.updates, **({"module": self.module.state_dict()} if self.ema else {})}
+        weights, state = self.copy.of(self.eval_model.state_dict(), WEIGHTS), self.copy.of(state, STATE)
+        return {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
+
+    def _restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Weights, and what `_captured` adds to the training state."""
+        load_weights(self.eval_model, folder)
+        if self.ema:
+            self.module.load_state_dict(state["module"])
+        self.early_statistics.restart()
+        self.updates = state["updates"]
