@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,24 +46,40 @@ class DistContext(RankInfo):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def raise_together(self, act: Callable[[], T]) -> T:
-        """`act()` on this rank; if any rank meets a `UserError`, every rank raises the first of them. Collective."""
-        result, message = None, None
+    def raise_together(self, act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """`act()` on this rank; if it raises on any, every rank raises the first of these errors. Collective.
+
+        A `UserError` stays one, and says which rank met it, if that is not the first; another error of one of several ranks
+        becomes a RuntimeError with its traceback. `group` is other connections than the usual ones, for another thread.
+        """
+        result: T | None = None
+        failure: Exception | None = None
         try:
             result = act()
         except UserError as error:
-            message = str(error)
-        messages: list[str | None] = [message] * self.world
+            failure = UserError(f"rank {self.rank}: {error}") if self.rank else error
+        except Exception:
+            if self.world == 1:
+                raise
+            failure = RuntimeError(f"rank {self.rank} failed\n{traceback.format_exc()}")
+        failures: list[Exception | None] = [failure] * self.world
         if self.world > 1:
-            dist.all_gather_object(messages, message)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise UserError(message if rank == 0 else f"rank {rank}: {message}")
+            dist.all_gather_object(failures, failure, group)
+        first = next((one for one in failures if one is not None), None)
+        if first is not None:
+            raise first
         return result  # type: ignore[return-value]
 
-    def run_on_rank0(self, act: Callable[[], object]) -> None:
-        """`act()` on rank 0 alone; every rank waits for it, and raises its `UserError` if it meets one. Collective."""
-        self.raise_together(lambda: act() if self.primary else None)
+    def gather_objects(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """`value` of each rank, in their order, on all of them. Collective."""
+        values: list[T] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group)
+        return values
+
+    def run_on_rank0(self, act: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+        """`act()` on rank 0 alone; every rank waits for it, and raises its error if it meets one. Collective."""
+        self.raise_together(lambda: act() if self.primary else None, group)
 
     def broadcast_from_rank0(self, choose: Callable[[], T]) -> T:
         """What `choose()` gives on rank 0, on every rank. Collective."""

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -102,10 +101,11 @@ class Saver:
         start_s = time.perf_counter()
         step = progress.step
         try:
-            self._on_primary(lambda: self.store.begin(step))
-            parts = self._everyone(lambda: self.store.put(step, write))
+            self.ctx.run_on_rank0(lambda: self.store.begin(step), self._group)
+            mine = self.ctx.raise_together(lambda: self.store.put(step, write), self._group)
+            parts = self.ctx.gather_objects(mine, self._group)
             manifest = {name: stamp for part in parts for name, stamp in part.items()}
-            self._on_primary(lambda: self.store.complete(progress, manifest, best=best))
+            self.ctx.run_on_rank0(lambda: self.store.complete(progress, manifest, best=best), self._group)
         except UserError as error:
             self.failed += 1
             if self.ctx.primary:
@@ -116,27 +116,6 @@ class Saver:
         if best and self.ctx.primary:
             self.tell(f"saved best: step {step}, val top-1 {progress.best_top1_pct:.2f} %")
         return _Outcome(None, time.perf_counter() - start_s)
-
-    def _on_primary(self, act: Callable[[], object]) -> None:
-        self._everyone(lambda: act() if self.ctx.primary else None)
-
-    def _everyone(self, act: Callable[[], T]) -> list[T]:
-        """What `act()` gives on each rank; if it raises on any, the first exception is raised on all. Collective."""
-        mine: T | Exception
-        try:
-            mine = act()
-        except UserError as error:
-            mine = UserError(f"rank {self.ctx.rank}: {error}") if self.ctx.rank else error
-        except Exception:
-            mine = RuntimeError(f"rank {self.ctx.rank} cannot save\n{traceback.format_exc()}")
-        results: list[Any] = [mine]
-        if self._group:
-            results = [None] * self.ctx.world
-            dist.all_gather_object(results, mine, group=self._group)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
 
 
 def check_room(store: Store, each: int, epochs: int) -> None:
