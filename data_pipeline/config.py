@@ -155,7 +155,8 @@ class DataConfig:
     decode: Decode = "auto"
     """Where images are decoded and resized: auto is the GPU if there is one. cpu spares the GPU where processors are idle."""
     hw_decoder_load: float = 0.75
-    """Share of a batch that goes to the decoder for JPEG which an A100 or H100 has; its cores decode the rest."""
+    """Share of a batch that goes to the decoder for JPEG which an A100 or H100 has; its cores decode the rest. With 0 they
+    decode all of it, so that no image's decoder depends on the batch that it is in, and so on the number of ranks."""
     preallocate_width_hint: int = 0
     """Width in pixels of the largest images, for the memory of that decoder to be reserved once; 0 lets it grow."""
     preallocate_height_hint: int = 0

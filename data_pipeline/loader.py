@@ -246,15 +246,20 @@ class _Epoch(Iterator[Batch]):
     def _hand_out(self, images: torch.Tensor, host_batch: HostBatch) -> Batch:
         """The batch of `images` [B, H, W, 3] uint8, mixed where that is asked for."""
         loader, micro_batch = self._loader, host_batch.micro_batch
+
+        # Write down what has been read now, and what could not be.
         loader.cursor = Cursor(self.start.epoch, micro_batch.end)
         self._read.append(host_batch.real_ids)
         for sample, why in host_batch.bad.items():
             self.bad.add(sample)
             loader._bad.setdefault(loader.catalog.paths[sample], why)
+
+        # Mix on the device, with one draw for the whole step, whoever reads its images.
         labels, targets = torch.from_numpy(host_batch.labels).to(images.device, non_blocking=True), None
         if loader._mixes:
             drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
             images, labels, targets = mixing.mix(images, labels, len(loader.catalog.classes), drawn)
+
         return Batch(
             # [B, H, W, 3] seen as [B, 3, H, W]: the same memory, which is what channels-last means.
             images=images.permute(0, 3, 1, 2),

@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.backend import TensorListCPU
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize  # type: ignore[import-untyped]
 from torchvision.transforms.functional import rotate  # type: ignore[import-untyped]
@@ -214,6 +216,26 @@ def test_batches_that_are_kept_stay_as_they_are(folder: Path) -> None:
     for batch, copy, second in zip(kept, copies, again, strict=True):
         assert torch.equal(batch.images, copy) and torch.equal(batch.images, second.images)
     assert len({batch.images.data_ptr() for batch in kept + again}) == 2 * len(kept)
+
+
+def test_the_thread_that_trains_makes_no_inputs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It feeds DALI what other threads have made, in the form in which DALI keeps it."""
+    threads, fed = [], []
+
+    def inputs_of(*arguments: Any) -> graph.Inputs:
+        threads.append(threading.current_thread())
+        return made(*arguments)
+
+    def feed(pipeline: Pipeline, name: str, data: object, *arguments: Any) -> None:
+        fed.append(type(data))
+        feed_input(pipeline, name, data, *arguments)
+
+    made, feed_input = graph.inputs_of, Pipeline._feed_input
+    monkeypatch.setattr(graph, "inputs_of", inputs_of)
+    monkeypatch.setattr(Pipeline, "_feed_input", feed)
+    take(opened(config(folder, batch=12, augment=ROTATED)))
+    assert len(threads) == 4 and threading.main_thread() not in threads
+    assert fed == [TensorListCPU] * 4 * 4
 
 
 # Positions
