@@ -121,7 +121,7 @@ def grid(rows: list[list[Cell]]) -> Image.Image:
 
 def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of the text as fits into so many pixels, on one line."""
-    text = " ".join(printable(text).split())
+    text = printable(" ".join(text.split()))
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

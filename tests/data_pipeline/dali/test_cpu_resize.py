@@ -168,7 +168,7 @@ def test_one_colour_stays_that_colour(kernel: Addresses) -> None:
 RESIZE = """
 import sys
 import numpy as np
-from data_pipeline.dali import cpu_resize, graph
+from data_pipeline.dali import graph
 encoded, window = np.frombuffer(open(sys.argv[1], "rb").read(), np.uint8), np.float32([[3, 5], [40, 50]])
 def build():
     return graph.build_graph(lambda: ([encoded], [window[0]], [window[1]]), batch=1, size_px=24, rotate=False,
