@@ -214,7 +214,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_the_command_measures_and_plans_again_elsewhere(tmp_path: Path, command: Callable[..., str]) -> None:
     parts, between = tmp_path / "parts.json", dotted({"between_us": "50", "between_gb_per_s": "1.25"})
-    layout = dotted({"data.batch": "8", "nodes": "1,2", "gpus_per_node": "1", "data.size_px": "32"})
+    layout = dotted(
+        {"data.batch": "8", "nodes": "1,2", "gpus_per_node": "1", "data.size_px": "32", "model.width": "0.25"}
+    )
     data = dotted({"data.path": str(images(tmp_path)), "engine.precision": "fp32"})
     first = command(*data, *layout, *between, "--save_parts", str(parts), "--out", str(tmp_path / "here"))
     assert "between nodes: 50 µs, 1.25 GB/s, as given" in first and "~" in first

@@ -90,7 +90,10 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("resnet101", "resnet152") else name for name in NAMES],
+)
 def test_computes_what_torchvision_computes(name: ModelName) -> None:
     ours, theirs = seeded(name, 1).double(), reference(name, 2).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
