@@ -386,7 +386,7 @@ def as_meant(text: str, around: Container[str] = ()) -> str:
 
 
 _load = get_loader("yaml")
-set_loader("yaml", lambda text: _load(as_meant(text)))  # for --config
+set_loader("yaml", lambda text: _load(as_meant(text)), (yaml.YAMLError,))  # for --config; text that is no YAML is text
 set_dumper("yaml", _dump)  # for --print_config
 
 

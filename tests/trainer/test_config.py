@@ -199,6 +199,11 @@ def test_a_run_is_called_after_its_data(path: str, name: str, tmp_path: Path, mo
     assert load(["--config", "imagenette_75", "--data.path", path]).folder == Path("runs/imagenette_75")
 
 
+@pytest.mark.parametrize("text", ["a\tb", "a: b: c", "[1", "'", '"un\\dis"\t; $HOME [ü] \'x', "%x", "@x"])
+def test_text_that_is_no_yaml_is_text(text: str) -> None:
+    assert load(["--run.dir", text]).run.dir == text
+
+
 def test_load_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml; give one such as"):
         load_run(tmp_path, [])
