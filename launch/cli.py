@@ -29,6 +29,7 @@ MODULES = {
     "export": ("trainer.export.cli", "a run's network for other programs"),
     "bench": ("trainer.bench.cli", "how fast this machine trains, and what holds it up"),
     "plan": ("trainer.plan.cli", "what more GPUs would bring"),
+    "check": ("trainer.check.cli", "accept a machine, item by item"),
     "pack": ("data_pipeline.pack.cli", "images at the size that training needs, in few files"),
     "verify": ("data_pipeline.verify.cli", "find the images that cannot be read"),
     "show": ("data_pipeline.show.cli", "a sheet of images as the model sees them"),

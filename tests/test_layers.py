@@ -9,7 +9,6 @@ from functools import cache
 from tests.conftest import ROOT
 
 LAYERS = ("data_pipeline", "trainer", "launch")  # each may import itself and those before it
-OPERATORS = {"data_pipeline.dali.graph", "data_pipeline.dali.augment"}  # the modules that name DALI operators
 HEAVY = {
     "wandb": {"trainer.tracking.wandb_sink", "trainer.tracking.wandb_process", "launch.pages.dashboards"},
     "wandb_workspaces": {"launch.pages.dashboards"},
@@ -77,26 +76,43 @@ def test_no_circle_exists() -> None:
     assert uses == {}, "each of these imports another one of them"
 
 
-def test_the_trainers_packages_form_no_circle() -> None:
+def test_no_circle_of_packages_exists() -> None:
     uses: dict[str, set[str]] = {}
     for module, tree in modules().items():
-        package = ".".join(module.split(".")[:2])
-        targets = {target for name, _ in imports(tree) if (target := ours(name)) and target.startswith("trainer.")}
-        if module.startswith("trainer."):
-            uses.setdefault(package, set()).update({".".join(target.split(".")[:2]) for target in targets} - {package})
+        targets = {target for name, _ in imports(tree) if (target := ours(name)) and target not in LAYERS}
+        uses.setdefault(package_of(module), set()).update({package_of(target) for target in targets})
+    for package, used in uses.items():
+        used.discard(package)
     while free := [package for package, used in uses.items() if not used & uses.keys()]:
         for package in free:
             del uses[package]
     assert uses == {}, "each of these imports another one of them"
 
 
-def test_only_the_graph_names_dali_operators() -> None:
+def package_of(module: str) -> str:
+    """The package, or the module beside packages, that a module belongs to: trainer.engine of trainer.engine.ddp."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_a_training_needs_no_command_of_another_name() -> None:
+    loaded = {".".join(name.split(".")[:2]) for name in modules_loaded_by("import trainer.__main__, trainer.loop")}
+    commands = {".".join(path.relative_to(ROOT).parent.parts) for path in ROOT.glob("*/*/__main__.py")}
+    assert "trainer.bench" in commands and "trainer.engine" in loaded
+    assert not loaded & commands
+
+
+def test_dali_is_named_in_one_package() -> None:
     for module, tree in modules().items():
         for name, _ in imports(tree):
-            operators = name == "nvidia.dali" or name.startswith(
-                ("nvidia.dali.fn", "nvidia.dali.ops", "nvidia.dali.auto_aug")
-            )
-            assert not operators or module in OPERATORS, f"{module} imports {name}"
+            assert not name.startswith("nvidia") or module.startswith("data_pipeline.dali"), f"{module} imports {name}"
+
+
+def test_folders_stay_small() -> None:
+    for layer in (*LAYERS, "slurm", "tests"):
+        for folder in (ROOT / layer, *(path for path in (ROOT / layer).rglob("*") if path.is_dir())):
+            files = [path.name for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
+            if folder.name != "__pycache__":
+                assert len(files) <= 15, f"{folder.relative_to(ROOT)} has {len(files)} files"
 
 
 def test_only_the_machine_asks_for_cuda() -> None:
@@ -116,10 +132,14 @@ def test_heavy_packages_wait_until_they_are_needed() -> None:
             assert nested or package not in HEAVY or module in HEAVY[package], f"{module} imports {name}"
 
 
-def packages_loaded_by(statement: str) -> set[str]:
-    program = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def modules_loaded_by(statement: str) -> set[str]:
+    program = f"import sys; {statement}; print(*sorted(sys.modules))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(output.stdout.split())
+
+
+def packages_loaded_by(statement: str) -> set[str]:
+    return {name.split(".")[0] for name in modules_loaded_by(statement)}
 
 
 def test_options_are_read_before_anything_heavy_is_loaded() -> None:

@@ -24,7 +24,9 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
+from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig, free
 from trainer.engine.config import EngineConfig, check_deepspeed
@@ -323,29 +325,13 @@ def _parse(arguments: list[str], data: Mapping[str, Any] | None = None) -> Confi
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file, or the name of a shipped recipe.")
     parser.add_class_arguments(Config)
     parser.set_defaults({f"data.{name}": value for name, value in (data or {}).items()})
-    quiet = int(os.environ.get("RANK", 0)) > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
+    quiet = launched_rank() > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
             parts = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise UserError(_remedy(str(error))) from None
+        raise UserError(remedy(str(error), "python -m trainer", unknown=_no_such_option)) from None
     return Config(**{section.name: parts[section.name] for section in fields(Config)})
-
-
-def _remedy(message: str) -> str:
-    """The parser's message in our words."""
-    message = _one_line(message.replace("Parser key", ""))
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    if unknown:
-        return _no_such_option(unknown[1].split("=")[0])
-    wrong = re.match(r'"([\w.]+)": .*value: (.*)', message)
-    kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d elements)", message)
-    if wrong and kinds:
-        wanted = " or ".join(
-            re.sub(r"<class '|'>|\]$", "", kind.replace("typing.Literal[", "one of ")) for kind in kinds
-        )
-        return f"{wrong[1]}: {wrong[2]} does not fit; give {wanted.replace('NoneType', 'null')}"
-    return message.removeprefix("argument ")
 
 
 def _no_such_option(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.launcher import launched_rank
 from data_pipeline.sharding import RankInfo
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class DistContext(RankInfo):
 @contextmanager
 def open_dist_context() -> Iterator[DistContext]:
     """Join the processes that torchrun started, or stand alone; leave them at the end."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = launched_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = max(1, len(os.sched_getaffinity(0)) // local_world)
     torch.set_num_threads(cores)

@@ -4,7 +4,6 @@ python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch.nn import functional
 from data_pipeline.common.cli import parse_known
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
@@ -72,12 +72,10 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
         return catalog
     if Path(cfg.path).resolve() != Path(load_run(folder, []).data.path).resolve():
         return open_catalog(replace(cfg, val_share=1.0), "val", trained.classes)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"{cfg.path} has other images than when {folder} was trained, or was divided otherwise then: some of its "
-            f"{len(catalog)} validation images may have been trained on",
-            file=sys.stderr,
-        )
+    warn_on_rank0(
+        f"{cfg.path} has other images than when {folder} was trained, or was divided otherwise then: some of its "
+        f"{len(catalog)} validation images may have been trained on"
+    )
     return catalog
 
 

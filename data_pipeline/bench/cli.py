@@ -26,10 +26,11 @@ import torch
 
 from data_pipeline.bench.peers import CONTESTANTS, MINUTES, OURS, Task, copy_sample, reported, rounds_within
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import CHOOSING, command_line, parse
+from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
+from data_pipeline.options import CHOOSING, command_line
 
 SIZES_PX = "224,128,64"
 SAMPLE, ROUNDS, TURN = 4096, 9, 640  # images copied; turns of each; images a turn

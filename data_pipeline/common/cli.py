@@ -1,26 +1,24 @@
-"""Command lines: what a parser complains of in one line, and for the data's own commands the options that choose images."""
+"""Command lines of every command: parse, and say in one line of ours what a parser complains of."""
 
 import argparse
 import re
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.config import DataConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-CHOOSING = ("val_share", "images", "image_column", "label_column", "split_column", "quarantine")
-"""Fields of `DataConfig` that decide which images a split has."""
-
-
-def command_line(prog: str, description: str, data: tuple[str, ...] = CHOOSING) -> ArgumentParser:
-    """A parser that knows `--data.NAME` for each name in `data`."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(DataConfig, "data", skip={field.name for field in fields(DataConfig)} - set(data))
-    return parser
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text, in quotes",
+    "list": "a list",
+    "NoneType": "null",
+}
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
@@ -28,7 +26,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UserError(_remedy(str(error), parser.prog)) from None
+        raise UserError(remedy(str(error), parser.prog, dashes="--")) from None
     parsed.data = vars(parsed.data)
     return parsed
 
@@ -38,7 +36,7 @@ def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argpar
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UserError(_pointing_to_help(str(error), parser.prog)) from None
+        raise UserError(remedy(str(error), parser.prog)) from None
 
 
 def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -46,24 +44,32 @@ def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[
     try:
         return parser.parse_known_args(arguments)
     except ArgumentError as error:
-        raise UserError(_pointing_to_help(str(error).removeprefix("argument "), parser.prog)) from None
+        raise UserError(remedy(str(error), parser.prog)) from None
 
 
-def _pointing_to_help(message: str, prog: str) -> str:
-    return f"{' '.join(message.split())}; see {prog} --help"
+def remedy(message: str, prog: str, *, dashes: str = "", unknown: Callable[[str], str] | None = None) -> str:
+    """One line of ours for what a parser complains of: the option, the value, what to give.
 
-
-def _remedy(message: str, prog: str) -> str:
-    """The parser's message in our words."""
+    `dashes` go before an option's name; `unknown` says what to do about an option that does not exist, in place of
+    pointing to the help of `prog`.
+    """
     message = " ".join(message.split())
+    stray = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+    if stray:
+        return unknown(stray[1]) if unknown else f"{stray[1]}: no such option; see {prog} --help"
     wrong = re.match(r'Parser key "([\w.]+)":.*[Vv]alue: (.*)', message)
-    if wrong:
-        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
-        kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))
-        known = f"one of {choices[1]}" if choices else "another value"
-        wanted = " or ".join(kind for kind in kinds if kind not in ("NoneType", "str")) or known
-        return f"--{wrong[1].replace('_', '-') if '.' not in wrong[1] else wrong[1]}: {wrong[2]} does not fit; give {wanted}"
-    unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
-    if unknown:
-        return f"{unknown[1]}: no such option; see {prog} --help"
-    return _pointing_to_help(message.removeprefix("the "), prog)
+    if not wrong:
+        return f"{message.removeprefix('the ').removeprefix('argument ')}; see {prog} --help"
+    name = wrong[1].replace("_", "-") if dashes and "." not in wrong[1] else wrong[1]
+    return f"{dashes}{name}: {wrong[2]} does not fit; give {_wanted(message)}"
+
+
+def _wanted(message: str) -> str:
+    """The kinds of value that an option takes, in words, from a parser's message."""
+    words = []
+    for kind in re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d elements)", message):
+        name = re.sub(r"^<class '|'>$", "", kind)
+        name = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", name)
+        name = re.sub(r"^tuple with (\d) elements$", r"a list of \1 values", name)
+        words.append(_WORDS.get(name, name))
+    return " or ".join(dict.fromkeys(words)) or "another value"

@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.launcher import launched_rank
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point: a `UserError` becomes one line on stderr, printed once, and exit code 2."""
     _mend_streams()
-    rank = int(os.environ.get("RANK", 0))
+    rank = launched_rank()
     try:
         main()
     except UserError as error:

@@ -15,6 +15,7 @@ from threading import Event, Thread
 from typing import Any, Generic, Self, TypeVar
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.launcher import launched_rank
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -96,7 +97,7 @@ def progress(
     def advance(count: int) -> None:
         part.done = min(part.done + count, total) if total is not None else part.done + count
 
-    if int(os.environ.get("RANK", 0)) > 0:
+    if launched_rank() > 0:
         yield advance
         return
     _open_parts.append(part)

@@ -9,8 +9,6 @@ Numba compiles it once a machine, in some three seconds, into a cache beside thi
 cache to which others may write is not used.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import why_untrusted
+from data_pipeline.common.launcher import warn_on_rank0
 
 
 def _may_cache() -> bool:
@@ -34,11 +33,10 @@ def _may_cache() -> bool:
         untrusted = why_untrusted(folder, Path(__file__).stat().st_uid)
     except (OSError, RuntimeError) as error:  # numba finds no folder that can be written
         untrusted = str(error)
-    if untrusted and int(os.environ.get("RANK", 0)) == 0:
-        print(
+    if untrusted:
+        warn_on_rank0(
             f"compiling the CPU's resize anew each time, in some three seconds: {untrusted}; mend that, or set "
-            "NUMBA_CACHE_DIR to a folder of your own",
-            file=sys.stderr,
+            "NUMBA_CACHE_DIR to a folder of your own"
         )
     return not untrusted
 

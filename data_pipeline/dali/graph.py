@@ -22,6 +22,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
 from data_pipeline.common.errors import require
+from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.dali.augment import Operator
 
@@ -179,9 +180,8 @@ def cpu_kernel() -> "Addresses | None":
 
         return kernel.compiled()
     except Exception as error:  # numba raises a hundred kinds, and none is worth a run
-        if int(os.environ.get("RANK", 0)) == 0:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"numba does not work here, so DALI resizes, which takes longer ({why})", file=sys.stderr)
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warn_on_rank0(f"numba does not work here, so DALI resizes, which takes longer ({why})")
         return None
 
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_pipeline.common.cli import command_line, parse
+from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import Workers, progress
 from data_pipeline.config import DataConfig
+from data_pipeline.options import command_line
 from data_pipeline.pack.writer import Note, Shard, Workshop, refuse_foreign
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.image_headers import BadImage, Size, inspect

@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import command_line, parse
+from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
+from data_pipeline.options import command_line
 from data_pipeline.sampling import order
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog

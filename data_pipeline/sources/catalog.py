@@ -5,9 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import stat
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
 from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.sources import pack_format
@@ -180,8 +179,7 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
 @cache
 def _say_forgetful(root: str, why: str) -> None:
     """Tell once, of all splits and ranks, that nothing scanned can be remembered."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"scanning {printable(root)} anew each time: {why}", file=sys.stderr)
+    warn_on_rank0(f"scanning {printable(root)} anew each time: {why}")
 
 
 class _Unread(str):

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import read_bytes
-from data_pipeline.common.cli import CHOOSING, command_line, parse
+from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import Workers, progress
 from data_pipeline.config import DataConfig
+from data_pipeline.options import CHOOSING, command_line
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.image_headers import BadImage, Size
 from data_pipeline.sources.pack_format import SPLITS, Index, Pack, is_pack, key, sha256, shard_name

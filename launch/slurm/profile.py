@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
+from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
 
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
@@ -169,7 +171,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     try:
         return vars(parser.parse_args(_with_file(arguments)))
     except ArgumentError as error:
-        raise UserError(_remedy(" ".join(str(error).split()), str(parser.prog))) from None
+        raise UserError(remedy(str(error), str(parser.prog), unknown=partial(_not_ours, str(parser.prog)))) from None
 
 
 def request_of(values: dict[str, Any]) -> Request:
@@ -193,12 +195,5 @@ def _with_file(arguments: list[str]) -> list[str]:
     return ["--profile", str(path), *arguments[2:]]
 
 
-def _remedy(message: str, prog: str) -> str:
-    """Rewrite the parser's message in our words."""
-    wrong = re.match(r'Parser key "(\w+)":.*[Vv]alue: (.*)', message)
-    if wrong:
-        kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", message))
-        words = {"str": "text, in quotes", "int": "a whole number", "list": "a list"}
-        wanted = " or ".join(words.get(kind, kind) for kind in kinds if kind != "NoneType") or "another value"
-        return f"{wrong[1]}: {wrong[2]} does not fit; give {wanted}"
-    return f"{message}; see {prog} --help, and put the trainer's options after --"
+def _not_ours(prog: str, name: str) -> str:
+    return f"{name}: no such option of a job; see {prog} --help, and put the trainer's options after --"

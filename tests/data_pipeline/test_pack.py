@@ -350,7 +350,7 @@ def test_second_process_is_refused(slow_source: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("SRC",), "dst"),
-        (("SRC", "DST", "--short-side", "wide"), "--short-side: wide does not fit; give int"),
+        (("SRC", "DST", "--short-side", "wide"), "--short-side: wide does not fit; give a whole number"),
         (("SRC", "DST", "--quality", "96"), "--quality: 96 is out of range"),
         (("SRC", "DST", "--shard-size", "5 miles"), "--shard-size: 5 miles is no size"),
         (("SRC", "DST", "--shard-size", "0"), "--shard-size: 0 is too little"),

@@ -73,8 +73,8 @@ class Fault(NamedTuple):
 
 COMMAND_LINES = {
     "unknown option": Fault("--optim.lrr: no such option; did you mean --optim.lr?", {"optim.lrr": "1"}),
-    "wrong type": Fault("optim.lr: fast does not fit; give float", {"optim.lr": "fast"}),
-    "value of two lines": Fault("optim.lr: fa st does not fit; give float", {"optim.lr": "fa\nst"}),
+    "wrong type": Fault("optim.lr: fast does not fit; give a number", {"optim.lr": "fast"}),
+    "value of two lines": Fault("optim.lr: fa st does not fit; give a number", {"optim.lr": "fa\nst"}),
     "bad value": Fault("optim.lr: -1.0 is not positive; give a learning rate above 0", {"optim.lr": "-1"}),
     "unknown choice": Fault(
         "model.name: resnet19 does not fit; give one of 'resnet18', 'resnet34'", {"model.name": "resnet19"}

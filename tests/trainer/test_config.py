@@ -103,7 +103,7 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         (b"tracking: {wandb: on}", "tracking.wandb: on does not fit; give one of 'auto', 'online', 'offline', 'off'"),
         (b"data:\n  path:\n", "FILE: data.path: nothing is given; give a value, or leave the option out"),
         (b"run: {epochs: ~}", "FILE: run.epochs: nothing is given; give a value, or leave the option out"),
-        (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give float"),
+        (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give a number"),
         (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
         (b"", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
         (b"- 1\n- 2\n", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
@@ -251,7 +251,7 @@ def test_mistake_as_the_shell_sees_it() -> None:
     assert os.environ.get("RANK") is None
     failed = trainer("--optim.lr", "fa\nst")
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == "error: optim.lr: fa st does not fit; give float\n"
+    assert failed.stderr == "error: optim.lr: fa st does not fit; give a number\n"
 
 
 def test_runs_of_a_wandb_sweep_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from torch.profiler import record_function
 
 from data_pipeline.bench.peers import MINUTES, copy_sample, reported, rounds_within
 from data_pipeline.common.errors import UserError, require
+from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -339,7 +340,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three updates")
     parser.add_argument("--wandb", action="store_true", help="log the medians to Weights & Biases; needs --out")
-    quiet = int(os.environ.get("RANK", 0)) > 0
+    quiet = launched_rank() > 0
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
             return parser.parse_known_args(arguments)

@@ -1,0 +1,15 @@
+"""This process's place among those that a launcher started. Read here alone, and without torch."""
+
+import os
+import sys
+
+
+def launched_rank() -> int:
+    """Rank as the launcher says in RANK; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def warn_on_rank0(line: str) -> None:
+    """Print a line on stderr, once for all ranks."""
+    if launched_rank() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,17 @@
+"""Options of `DataConfig` on the command lines of the data's own commands."""
+
+from dataclasses import fields
+
+from jsonargparse import ArgumentParser
+
+from data_pipeline.config import DataConfig
+
+CHOOSING = ("val_share", "images", "image_column", "label_column", "split_column", "quarantine")
+"""Fields of `DataConfig` that decide which images a split has."""
+
+
+def command_line(prog: str, description: str, data: tuple[str, ...] = CHOOSING) -> ArgumentParser:
+    """A parser that knows `--data.NAME` for each name in `data`."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(DataConfig, "data", skip={field.name for field in fields(DataConfig)} - set(data))
+    return parser
