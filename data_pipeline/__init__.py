@@ -1,4 +1,4 @@
-"""Images in batches that follow from (seed, epoch, position) alone; usable without the trainer.
+"""Batches of images that follow from (seed, epoch, position) alone; usable without the trainer.
 
 >>> from data_pipeline import Cursor, DataConfig, Loader
 >>> loader = Loader(DataConfig("/data/imagenette", batch=64, size_px=128), seed=1, epochs=2)

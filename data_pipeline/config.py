@@ -1,4 +1,4 @@
-"""Every option of the data: where it lies, how it is cut and augmented, how it is batched."""
+"""Options of the data: its place, its splits, cropping and augmentation, batches."""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
@@ -12,7 +12,7 @@ FREE = {"resume": "free"}
 
 
 def free(default: T) -> T:
-    """A field with this default that a resumed run may change: it does not decide the weights."""
+    """Make a field with this default that a resumed run may change, because it does not change the weights."""
     found: T = field(default=default, metadata=FREE)
     return found
 
@@ -23,44 +23,44 @@ Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to a training image. Every draw is a function of (seed, epoch, position), see `draws`.
+    """Random changes to a training image. Every draw is a function of (seed, epoch, position), see `sampling`.
 
-    They happen in this order: crop and flips, rotation, policy, colour jitter, erasing, mixup or cutmix. What is off
-    costs nothing.
+    They happen in this order: crop and flips, rotation, policy, colour jitter, erasing, mixup or cutmix. A change that is
+    off costs nothing.
     """
 
     min_area: float = 0.35
-    """Smallest share of the image's area that a random crop keeps (Szegedy et al. 2014 use 0.08; short runs like more)."""
+    """Smallest share of the image's area that a random crop keeps (Szegedy et al. 2014: 0.08; short runs need more)."""
     max_area: float = 1.0
     """Largest share of the image's area that a random crop keeps."""
     max_ratio: float = 4 / 3
-    """Most extreme width:height ratio of a crop; its inverse is the least."""
+    """Largest width:height ratio of a crop; the smallest is its inverse."""
     flip: float = 0.5
     """Chance of a horizontal flip."""
     vertical_flip: float = 0.0
     """Chance of a vertical flip."""
     rotate_deg: float = 0.0
-    """Rotation by a uniform angle in ± this many degrees, corners filled with black; 0 leaves it out."""
+    """Rotation by a uniform angle in ± this many degrees, corners filled with black; 0 turns it off."""
     policy: Policy = "none"
     """RandAugment (Cubuk et al. 2020), TrivialAugmentWide (Müller and Hutter 2021) or AutoAugment's policy for ImageNet
     (Cubuk et al. 2019)."""
     randaugment_n: int = 2
-    """Operations in a row that RandAugment applies, 1 to 4."""
+    """Number of operations that RandAugment applies to an image, 1 to 4."""
     randaugment_m: int = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strengths b, c, s, h as in torchvision: brightness, contrast and saturation are multiplied by a uniform factor in
     1 ± b, 1 ± c, 1 ± s (never below 0), and the hue is turned by a uniform share in ± h of the colour circle."""
     erase: float = 0.0
-    """Chance that a random rectangle takes the colour data.mean (Zhong et al. 2017): .02 to .33 of the area, ratio .3 to 3.3."""
+    """Chance that a random rectangle gets the colour data.mean (Zhong et al. 2017): .02 to .33 of the area, ratio .3 to 3.3."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018): blend images in pairs, and their labels, by a share from Beta(alpha, alpha)."""
+    """Alpha of mixup (Zhang et al. 2018): blend images in pairs, and their labels, with a share from Beta(alpha, alpha)."""
     cutmix: float = 0.0
-    """Alpha of cutmix (Yun et al. 2019): swap a rectangle between images in pairs, of a share of the area that comes from
-    Beta(alpha, alpha). With mixup also on, each update takes one of the two, evenly."""
+    """Alpha of cutmix (Yun et al. 2019): swap a rectangle between images in pairs; its share of the area is drawn from
+    Beta(alpha, alpha). With mixup also on, each optimizer step uses one of the two, with equal chance."""
     repeats: int = 1
-    """Times that an image stands in the order, each time changed otherwise (Hoffer et al. 2020). An epoch keeps its length:
-    it reads 1 of `repeats` images, and so many epochs in a row read each of them equally often."""
+    """Number of times that an image stands in the order, each time augmented anew (Hoffer et al. 2020). An epoch keeps its
+    length: it reads 1 of `repeats` images, and `repeats` epochs in a row read each image equally often."""
 
     def __post_init__(self) -> None:
         require(
@@ -108,40 +108,40 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
+        """True where images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, at which size, in which batches."""
+    """Dataset, image size and batch size."""
 
     path: str = free("builtin")
-    """Folder with train/CLASS/ and val/CLASS/ (or other usual names), or with CLASS/ folders only (see val_share); with *.tar
-    shards in WebDataset layout in their place; a pack; a CSV or Parquet table of images and labels, or a folder with one.
-    "builtin" is the built-in set; imagenette, cifar10, flowers102, oxford_pets and food101 are fetched once, unless something
-    of that name exists."""
+    """Folder with train/CLASS/ and val/CLASS/ (or other usual names), or with CLASS/ folders only (see val_share); or *.tar
+    shards in WebDataset layout in place of the CLASS/ folders; a pack; a CSV or Parquet table of images and labels, or a
+    folder with one. "builtin" is the built-in set; imagenette, cifar10, flowers102, oxford_pets and food101 are downloaded
+    once, unless a file or folder of that name exists."""
     images: str | None = free(None)
     """Folder of the images that a table names; the table's own folder if not given, anywhere below it."""
     image_column: str | None = None
-    """Column of a table with the images' names; their suffix may be missing. Found by the files that there are."""
+    """Column of a table with the images' names; suffixes may be missing. If not given: found by the files that exist."""
     label_column: str | None = None
-    """Column of a table with the classes. Found by its usual names, or the only one left; else it must be given."""
+    """Column of a table with the classes. If not given: found by its usual names, or the only column left."""
     split_column: str | None = None
-    """Column of a table that says train or val; found by its usual names, as "split", else val_share decides."""
+    """Column of a table with train or val. If not given: one named "split" or alike, else val_share decides."""
     val_share: float = 0.1
-    """Share of each class held out for validation where the data has no validation part: one image at least of a class of
-    two or more, those whose paths have the smallest hashes."""
+    """Share of each class held out for validation where the data has no validation part: those whose paths have the
+    smallest hashes, and at least one image of a class of two or more."""
     on_error: Literal["skip", "fail"] = free("skip")
-    """What an image that cannot be decoded does: skip names it once and does not count it; fail ends the run."""
+    """Reaction to an image that cannot be decoded: skip names it once and does not count it; fail ends the run."""
     max_bad_share: float = free(0.01)
-    """Share of images that may be skipped; beyond it the run ends."""
+    """Share of images that may be skipped; with more the run ends."""
     quarantine: str | None = None
-    """A list of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path a line,
+    """List of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path in a line,
     relative to data.path."""
     batch: int | list[int] = 64
-    """Global batch: images per weight update, over all ranks and micro-batches. A list gives each of its batches an equal
-    share of the epochs, in order, as data.size_px does."""
+    """Global batch: images in an optimizer step, over all ranks and micro-batches. A list gives each of its batches an
+    equal share of the epochs, in order, as data.size_px does."""
     size_px: int | list[int] = 64
     """Side of the training images in pixels; a list gives each of its sizes an equal share of the epochs, in order."""
     eval_size_px: int | None = None
@@ -153,16 +153,16 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of R, G, B that normalisation divides by, for pixels in 0..1."""
     decode: Decode = "auto"
-    """Where images are decoded and resized: auto is the GPU if there is one. cpu spares the GPU where processors are idle."""
+    """Device that decodes and resizes images: auto is the GPU if there is one. cpu spares the GPU where processors are idle."""
     hw_decoder_load: float = 0.75
     """Share of a batch that goes to the decoder for JPEG which an A100 or H100 has; its cores decode the rest. With 0 they
     decode all of it, so that no image's decoder depends on the batch that it is in, and so on the number of ranks."""
     preallocate_width_hint: int = 0
-    """Width in pixels of the largest images, for the memory of that decoder to be reserved once; 0 lets it grow."""
+    """Width in pixels of the largest images, to reserve that decoder's memory once; 0 lets it grow."""
     preallocate_height_hint: int = 0
-    """Height in pixels, likewise."""
+    """Height in pixels of the largest images, for the same purpose."""
     threads: int | None = free(None)
-    """Decoding threads of each rank; its share of the processors it may use if not given."""
+    """Decoding threads of each rank; if not given, its share of the processors it may use."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -217,14 +217,14 @@ class DataConfig:
         return self.eval_size_px or self.sizes_px[-1]
 
     def size_at(self, epoch: int, epochs: int) -> int:
-        """Training side in pixels in `epoch` (from 0) of a run of `epochs`."""
+        """Side of the training images in pixels in `epoch` (from 0) of a run of `epochs`."""
         return _share_of(self.sizes_px, epoch, epochs)
 
     def batch_at(self, epoch: int, epochs: int) -> int:
-        """Images per update in `epoch` (from 0) of a run of `epochs`."""
+        """Images in an optimizer step in `epoch` (from 0) of a run of `epochs`."""
         return _share_of(self.batches, epoch, epochs)
 
 
 def _share_of(values: list[int], epoch: int, epochs: int) -> int:
-    """The value whose equal share of the epochs `epoch` lies in."""
+    """Pick the value whose equal share of the epochs includes `epoch`."""
     return values[min(epoch * len(values) // epochs, len(values) - 1)]

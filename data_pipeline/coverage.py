@@ -1,7 +1,7 @@
-"""Proof that the ranks together read what an epoch holds: counts, and a hash that does not depend on the order.
+"""Proof that the ranks together read exactly an epoch's images: counts, and a hash that does not depend on the order.
 
-A rank started twice, a node whose folder holds other files, or a mistake of ours would otherwise train on some images twice
-and on others never, and nothing would show it.
+A rank started twice, a node whose folder holds other files, or a bug of ours would otherwise train on some images twice
+and on others never, and nobody would notice.
 """
 
 import zlib
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 CoverageSums = NDArray[np.int64]
-"""[6]: count and checksum of what a rank has read, of what its share was, and of what all ranks together should read."""
+"""[6]: count and checksum of the samples that a rank has read, of its share, and of the samples of all ranks together."""
 
 
 def sample_hashes(paths: list[str]) -> NDArray[np.int64]:
-    """[N] a hash for each sample that follows from its name; sums of them, modulo 2^64, tell sets of samples apart."""
+    """Compute [N] a hash of each sample's name; sums of hashes, modulo 2^64, tell sets of samples apart."""
     sums = np.fromiter((zlib.crc32(path.encode(errors="surrogateescape")) for path in paths), np.uint64, len(paths))
     return (sums * np.uint64(0x9E3779B97F4A7C15) ^ (sums >> np.uint64(7))).view(np.int64)
 
@@ -25,7 +25,7 @@ def checksum(hashes: NDArray[np.int64]) -> tuple[int, int]:
 
 
 def first_fault(sums: NDArray[np.int64]) -> str | None:
-    """Say what is wrong with the `sums` [world, 6] of all ranks; None where nothing is."""
+    """Describe the first fault in the `sums` [world, 6] of all ranks; None where there is none."""
     read, share, whole = sums[:, 0:2], sums[:, 2:4], sums[:, 4:6]
     for rank in np.flatnonzero((whole != whole[0]).any(axis=1)):
         return f"rank {rank} finds other images than rank 0; make data.path the same on every node"

@@ -1,4 +1,4 @@
-"""A micro-batch in host memory: its encoded images, and how each is to be cut and changed."""
+"""A micro-batch in host memory: its encoded images, and the random changes of each."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -15,31 +15,31 @@ from data_pipeline.sharding import MicroBatch
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.image_headers import BadImage, Size
 
-IGNORE_LABEL = -1  # the label of a row that no loss and no score may count
-_MOST_PIXELS = 1 << 28  # that a rank decodes at once, 0.8 GB: three times as many are under way
+IGNORE_LABEL = -1  # label of a row that counts in no loss and no score
+_MOST_PIXELS = 1 << 28  # pixels that a rank decodes at once at most, 0.8 GB: three times as many are in flight
 
 
 class HostBatch(NamedTuple):
-    """One micro-batch of one rank, B rows, as DALI is given it."""
+    """One micro-batch of one rank, B rows, in the form that DALI takes."""
 
     inputs: list[graph.Inputs]
-    """Its rows in order, as many at a time as may be decoded at once; all of them, but where images are huge."""
+    """Rows in order, in parts that may be decoded at once; a single part, except where images are huge."""
     labels: NDArray[np.int64]
-    """[B] IGNORE_LABEL for padding and for images that cannot be read."""
+    """[B] class of each row; IGNORE_LABEL for padding and for images that cannot be read."""
     ids: NDArray[np.int64]
     """[B] row in the catalog."""
     bad: dict[int, str]
-    """Images among `ids` that cannot be read, and why."""
+    """Images among `ids` that cannot be read -> reason."""
     micro_batch: MicroBatch
 
     @property
     def real_ids(self) -> NDArray[np.int64]:
-        """`ids` without those of padding."""
+        """`ids` without padding."""
         return self.ids[: self.micro_batch.num_real]
 
 
 class Fetcher:
-    """Reads micro-batches of a catalog, and draws how each of their images is changed."""
+    """Reads micro-batches of a catalog, and draws the random changes of their images."""
 
     def __init__(
         self,
@@ -50,19 +50,19 @@ class Fetcher:
         training: bool,
         seed: int,
     ) -> None:
-        """`read` gives the encoded bytes of a sample and the image's size, or raises `BadImage`."""
+        """Make a fetcher. `read` returns a sample's encoded bytes and the image's size, or raises `BadImage`."""
         self._catalog, self._cfg, self._read = catalog, cfg, read
         self._training, self._seed = training, seed
         self.rotates = training and cfg.augment.rotate_deg > 0
         self.operators = augment.operators(cfg) if training else []
 
     def fetch(self, micro_batch: MicroBatch, epoch: int, order: NDArray[np.int64], size_px: int) -> HostBatch:
-        """The micro-batch of an epoch with this `order`, for images of `size_px`."""
+        """Read the micro-batch of an epoch with this `order`, for images of `size_px`."""
         positions = micro_batch.positions
         ids = order[positions % len(order)]
         labels = np.where(positions < micro_batch.end, self._catalog.labels[ids], IGNORE_LABEL)
 
-        # The bytes. A grey image stands in for one that cannot be read.
+        # Read the bytes. A grey image stands in for one that cannot be read.
         sizes = np.empty((len(ids), 2), np.int32)
         encoded, bad = [], {}
         for row, sample in enumerate(ids.tolist()):
@@ -73,7 +73,7 @@ class Fetcher:
                 bad[sample], labels[row] = str(error), IGNORE_LABEL
             encoded.append(stream)
 
-        # The window of each image, which depends on its size.
+        # Choose the window of each image, which depends on its size.
         if self._training:
             u = sampling.uniforms(self._seed, epoch, positions)
             geometry = sampling.training_geometry(u, sizes, self._cfg.augment)
@@ -81,7 +81,7 @@ class Fetcher:
             geometry = sampling.centre_geometry(sizes, size_px, self._cfg.eval_crop)
         tables = [geometry.roi[:, :2], geometry.roi[:, 2:]]
 
-        # What else happens to it, in the order of the graph's inputs.
+        # Draw the other changes, in the order of the graph's inputs.
         if self.rotates:
             tables.append(geometry.angle_deg)
         if self.operators:
@@ -92,7 +92,7 @@ class Fetcher:
 
 
 def _cut(sizes: NDArray[np.int32]) -> Iterator[slice]:
-    """Rows whose images of `sizes` [B, 2] may be decoded at once: no more pixels than `_MOST_PIXELS`, or a single image."""
+    """Yield slices of rows whose images of `sizes` [B, 2] are decoded at once: at most `_MOST_PIXELS`, or a single image."""
     first, pixels = 0, 0
     for row, more in enumerate(sizes.astype(np.int64).prod(axis=1).tolist()):
         if pixels + more > _MOST_PIXELS and row > first:
@@ -103,7 +103,7 @@ def _cut(sizes: NDArray[np.int32]) -> Iterator[slice]:
 
 
 def _blank() -> tuple[bytes, Size]:
-    """A grey image for the row of one that cannot be read."""
+    """Encode a grey image for the row of one that cannot be read."""
     size, stream = Size(16, 16), io.BytesIO()
     Image.new("RGB", size, (128, 128, 128)).save(stream, "JPEG")
     return stream.getvalue(), size

@@ -1,7 +1,7 @@
-"""mixup and cutmix on the training device, in pairs of neighbours in the order of the epoch.
+"""mixup and cutmix on the training device, between neighbours in the order of the epoch.
 
-Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. Where images are mixed, the ranks are given such pairs,
-and one draw serves a whole optimizer step: so neither the number of ranks nor that of micro-batches changes a pixel.
+Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. The ranks get whole pairs, and one draw serves a whole
+optimizer step: so neither the number of ranks nor that of micro-batches changes a pixel.
 """
 
 import math
@@ -17,19 +17,19 @@ from data_pipeline.sampling import MIX, philox
 
 
 class Mixing(NamedTuple):
-    """The one way in which all images of an optimizer step are mixed."""
+    """Random draw of an optimizer step: all of its images are mixed in this way."""
 
     cut: bool
-    """cutmix rather than mixup."""
+    """True for cutmix, False for mixup."""
     share: float
-    """Lambda: what an image keeps of itself, in 0..1; cutmix then rounds it to whole pixels."""
+    """Lambda: share of itself that an image keeps, in 0..1; cutmix then rounds it to whole pixels."""
     y: float
     x: float
     """Centre of the rectangle that cutmix swaps, as a share of the image's height and width, in 0..1."""
 
 
 def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing:
-    """Draw the mixing of the optimizer step that begins at position `start`: mixup or cutmix, whichever `cfg` switches on."""
+    """Draw the mixing of the optimizer step that begins at position `start`: mixup or cutmix, as `cfg` switches on."""
     generator = np.random.Generator(philox(seed, MIX, epoch, start))
     either, y, x = generator.random(3)
     cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < 0.5)
@@ -38,35 +38,39 @@ def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing:
 
 
 def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each even row with the odd one behind it, and the other way round; leave alone pairs that do not wholly count.
+    """Mix each even row with the odd one behind it, and the other way round, except pairs with a row that does not count.
 
     `images` [B, H, W, 3] uint8, B even; `labels` [B] int64, negative where a row does not count.
     Returns images, uint8 as swapped by cutmix (Yun et al. 2019, arXiv 1905.04899) or float32 as blended by mixup (Zhang et
     al. 2018, arXiv 1710.09412); the class of the largest share [B] int64, negative as before; and the share of each class
     [B, classes] float32, all zero where a row does not count.
     """
+    # A pair with padding, or with an image that could not be read, stays as it is.
     paired = (labels.view(-1, 2) >= 0).all(dim=1).repeat_interleave(2)
     height, width = images.shape[1:3]
+    # cutmix: swap a rectangle. The share is what the clipped rectangle leaves, so labels match pixels exactly.
     if mixing.cut:
         top, left, bottom, right = box(mixing, height, width)
         share = 1 - (bottom - top) * (right - left) / (height * width)
         window = images[:, top:bottom, left:right]
         images = images.clone()
         images[:, top:bottom, left:right] = torch.where(_per_image(paired), _partner(window), window)
+    # mixup: blend in place, in float32. One difference serves both rows of a pair.
     else:
         share = mixing.share
-        images = images.float()  # a copy, within which each pair is mixed
+        images = images.float()  # a copy, changed in place below
         even, odd = images.unflatten(0, (-1, 2)).unbind(dim=1)
         moved = (odd - even) * _per_image(paired[::2] * (1 - share))
         even += moved
         odd -= moved
+    # Labels follow the pixels; a row that does not count has none.
     own = functional.one_hot(labels.clamp(min=0), classes) * (labels >= 0).float()[:, None]
     targets = torch.lerp(own, _partner(own), (paired * (1 - share))[:, None])
     return images, torch.where(labels >= 0, targets.argmax(dim=1), labels), targets
 
 
 def box(mixing: Mixing, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right in pixels of a rectangle of 1 - share of the area, cut off at the image's edges."""
+    """Compute top, left, bottom, right in pixels of a rectangle of 1 - share of the area, clipped to the image."""
     half = 0.5 * math.sqrt(1 - mixing.share)
     y, x = int(mixing.y * height), int(mixing.x * width)
     half_height, half_width = int(half * height), int(half * width)
@@ -74,7 +78,7 @@ def box(mixing: Mixing, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def _partner(rows: Tensor) -> Tensor:
-    """[B, ...] with the two rows of each pair exchanged."""
+    """Exchange the two rows of each pair: [B, ...]."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead of the training: a few threads fetch from storage what comes next, and files that it waits for are named."""
+"""Read ahead of the training: a few threads fetch the next batches from storage, and slow files are named."""
 
 import sys
 from collections import deque
@@ -13,9 +13,9 @@ from data_pipeline.sources.image_headers import BadImage, Size, inspect
 T = TypeVar("T")
 R = TypeVar("R")
 
-_THREADS = 8  # at most, that read from storage, each a batch
-_PATIENCE_S = 30.0  # that storage may take for a batch before its files are named
-_FIRST = 4  # batches of an epoch that are waited for whatever storage does, as nothing was read ahead
+_THREADS = 8  # most threads that read from storage, a batch each
+_PATIENCE_S = 30.0  # time that storage may take for a batch before its files are named
+_FIRST = 4  # first batches of an epoch; nothing was read ahead for them, so their wait says nothing of the storage
 
 
 class ReadAhead:
@@ -24,7 +24,7 @@ class ReadAhead:
     def __init__(self, catalog: Catalog, rank: int) -> None:
         self._catalog, self._rank = catalog, rank
         self._pool = ThreadPoolExecutor(_THREADS)
-        self._ahead = 1  # batches at a time: threads take the interpreter from each other, so no more than needed
+        self._ahead = 1  # batches in flight: threads take the interpreter from each other, so no more than needed
         self._being_read: set[int] = set()
 
     def in_background(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -32,7 +32,7 @@ class ReadAhead:
         return self._pool.submit(work, *arguments)
 
     def fetched(self, fetch: Callable[[T], R], batches: Iterable[T]) -> Iterator[R]:
-        """`fetch(batch)` of each batch in order, worked out by other threads before it is asked for."""
+        """Yield `fetch(batch)` of each batch in order, computed by other threads before it is asked for."""
         pending: deque[Future[R]] = deque()
         for number, batch in enumerate(batches):
             pending.append(self._pool.submit(fetch, batch))
@@ -44,7 +44,7 @@ class ReadAhead:
             yield self._awaited(pending.popleft())
 
     def read(self, sample: int) -> tuple[bytes, Size]:
-        """The encoded bytes of an image and its size. Raises `BadImage` where they cannot be read or decoded."""
+        """Read the encoded bytes of an image and its size. Raises `BadImage` where it cannot be read or decoded."""
         self._being_read.add(sample)
         try:
             data = self._catalog.read(sample)
@@ -55,7 +55,7 @@ class ReadAhead:
             self._being_read.discard(sample)
 
     def _awaited(self, batch: Future[R]) -> R:
-        """The batch, however long it takes; what it waits for is said again and again."""
+        """Wait for the batch, however long it takes; name again and again the files that it waits for."""
         waited_s = 0.0
         while not batch.done() and wait([batch], _PATIENCE_S).not_done:
             waited_s += _PATIENCE_S

@@ -17,29 +17,29 @@ ORDER, AUGMENT, WEIGHTS, LOOK, MIX = range(5)  # streams of random numbers; WEIG
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 _WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
 _FLIP, _ANGLE, _TOP, _LEFT, _VERTICAL_FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
-_APART = 3  # images whose repetitions take turns; an odd number, so that mixing pairs them with others each time
+_APART = 3  # images whose repeats alternate; odd, so that mixing pairs an image with others each time
 
 
 class Geometry(NamedTuple):
     """Window, flips and rotation of each image of a batch of B."""
 
     roi: NDArray[np.float32]
-    """[B, 4] window in source pixels: top, left, bottom, right; left > right asks for a mirror image, top > bottom for
-    one upside down."""
+    """[B, 4] window in source pixels: top, left, bottom, right; left > right mirrors the image, top > bottom turns it
+    upside down."""
     angle_deg: NDArray[np.float32]
     """[B] counter-clockwise rotation after the resize."""
 
 
 def philox(seed: int, stream: int, epoch: int, position: int = 0) -> np.random.Philox:
-    """A generator whose numbers follow from these four alone."""
+    """Make a generator whose numbers follow from these four alone."""
     return np.random.Philox(key=[seed, stream], counter=[0, 0, position, epoch])
 
 
 def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int64]:
-    """[count] sample indices in the order in which the epoch reads them.
+    """Draw [count] sample indices in the order in which the epoch reads them.
 
-    With `repeats` (Hoffer et al. 2020, arXiv 1901.09335) each index stands there so many times, close together: one
-    permutation serves `repeats` epochs, of which each reads its share, a b c a b c d e f d e f ... where `repeats` is 2.
+    With `repeats` (Hoffer et al. 2020, arXiv 1901.09335) each index stands there so many times, close together. One
+    permutation serves `repeats` epochs, and each reads its share: a b c a b c d e f d e f ... where `repeats` is 2.
     """
     permutation = np.random.Generator(philox(seed, ORDER, epoch // repeats)).permutation(count)
     if repeats == 1:
@@ -50,7 +50,7 @@ def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int
 
 
 def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:
-    """[B, 32] numbers in [0, 1): row i belongs to `positions[i]` alone. Positions must ascend."""
+    """Draw [B, 32] numbers in [0, 1): row i belongs to `positions[i]` alone. Positions must ascend."""
     first, last = int(positions[0]), int(positions[-1])
     bits = philox(seed, stream, epoch).advance(first * _WIDTH // 4)
     table = np.random.Generator(bits).random((last - first + 1, _WIDTH))
@@ -62,7 +62,7 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
 
     `u` [B, 32] from `uniforms`; `sizes` [B, 2] height and width of the sources in pixels.
     """
-    # Ten windows of random area and ratio, of which the first that fits into the image counts.
+    # Try ten windows of random area and ratio; the first that fits into the image counts.
     height, width = sizes[:, 0:1].astype(np.float64), sizes[:, 1:2].astype(np.float64)
     area = height * width * (cfg.min_area + (cfg.max_area - cfg.min_area) * u[:, 0 : 2 * CROP_TRIES : 2])
     ratio = np.exp(np.log(cfg.max_ratio) * (2 * u[:, 1 : 2 * CROP_TRIES : 2] - 1))
@@ -70,17 +70,17 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
     fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
     pick = fits.argmax(axis=1)[:, None]
     found = np.take_along_axis(fits, pick, axis=1)
-    # None of the tries fits: the largest centred window of an allowed ratio.
+    # Where no try fits, take the largest centred window of an allowed ratio.
     widest, highest = (
         np.minimum(width, np.rint(height * cfg.max_ratio)),
         np.minimum(height, np.rint(width * cfg.max_ratio)),
     )
     w = np.where(found, np.take_along_axis(crop_w, pick, axis=1), widest)
     h = np.where(found, np.take_along_axis(crop_h, pick, axis=1), highest)
-    # Where it lies: anywhere, but for the centred one.
+    # Place it anywhere; the centred one stays.
     top = np.where(found, np.floor(u[:, _TOP, None] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(u[:, _LEFT, None] * (width - w + 1)), (width - w) // 2)
-    # A flip exchanges two edges of the window.
+    # Flip by exchanging two edges of the window.
     mirrored, upturned = u[:, _FLIP, None] < cfg.flip, u[:, _VERTICAL_FLIP, None] < cfg.vertical_flip
     roi = np.hstack([top + upturned * h, left + mirrored * w, top + ~upturned * h, left + ~mirrored * w])
     angle = cfg.rotate_deg * (2 * u[:, _ANGLE] - 1)
@@ -88,9 +88,9 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
 
 
 def centre_geometry(sizes: NDArray[np.int32], size_px: int, crop: float) -> Geometry:
-    """torchvision's Resize(size_px / crop) and CenterCrop(size_px), as one window in each source. `sizes` [B, 2]."""
+    """Compute torchvision's Resize(size_px / crop) and CenterCrop(size_px), as one window in each source. `sizes` [B, 2]."""
     sources, short = sizes.astype(np.float64), round(size_px / crop)
-    resized = np.floor(short * sources / sources.min(axis=1, keepdims=True))  # cut to whole pixels as there
+    resized = np.floor(short * sources / sources.min(axis=1, keepdims=True))  # cut to whole pixels as torchvision does
     start = np.rint((resized - size_px) / 2)
     scale = sources / resized
     roi = np.hstack([start * scale, (start + size_px) * scale])

@@ -1,7 +1,7 @@
 """Sharding of an epoch over ranks and micro-batches: pure functions of positions in the epoch's order.
 
 An epoch is cut into optimizer steps, a step into micro-batches. In a micro-batch the ranks take turns, with one image
-each, or with a pair where images are mixed in pairs. So the images of a step are the same at any number of ranks.
+each, or with a pair where images are mixed in pairs. So a step has the same images at any number of ranks.
 """
 
 import os
@@ -20,20 +20,20 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One of `world` processes that share an epoch, and its device. Alone on the CPU, if nothing else is said."""
+    """One of `world` processes that share an epoch, and its device; by default the only one, on the CPU."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Processor cores that are this process's share of its node."""
+    """This process's share of its node's processor cores."""
 
 
 class BatchSharding(NamedTuple):
     """One rank's share of an optimizer step."""
 
     local_positions: Positions
-    """[B] where the rows of this rank stand in a micro-batch of all ranks, ascending."""
+    """[B] positions of this rank's rows in a micro-batch of all ranks, ascending."""
     micro_batch: int
     """Images in a micro-batch, over all ranks."""
     step: int
@@ -51,13 +51,13 @@ class MicroBatch(NamedTuple):
     positions: Positions
     """[B] ascending; those from `end` on are padding."""
     start: int
-    """Position that its step begins at."""
+    """Position of the first image of its step."""
     end: int
     """Position behind the last image of its step."""
 
     @property
     def num_real(self) -> int:
-        """Rows that are no padding: the first ones."""
+        """Rows that are not padding; they come first."""
         return int((self.positions < self.end).sum())
 
 
@@ -73,7 +73,7 @@ def check_batch(batch: int, world: int, micro_batches: int, *, pairs: bool) -> N
 
 
 def shard_batch(batch: int, rank: int, world: int, *, micro_batches: int = 1, pairs: bool = False) -> BatchSharding:
-    """The share of `rank` in a step of `batch` images, each share rounded up to the same size."""
+    """Compute the share of `rank` in a step of `batch` images, each share rounded up to the same size."""
     turn = 2 if pairs else 1
     rows = -(-batch // (world * micro_batches * turn)) * turn
     local_positions = np.arange(rows * world).reshape(-1, world, turn)[:, rank].ravel()
@@ -81,14 +81,14 @@ def shard_batch(batch: int, rank: int, world: int, *, micro_batches: int = 1, pa
 
 
 def steps_per_epoch(sharding: BatchSharding, count: int) -> int:
-    """Optimizer steps in an epoch of `count` images, the last of which may be a short one."""
+    """Count the optimizer steps in an epoch of `count` images; the last one may be shorter."""
     return -(-count // sharding.step)
 
 
 def micro_batches(sharding: BatchSharding, start: int, count: int) -> Iterator[MicroBatch]:
-    """Yield what a rank reads from position `start` to the end of an epoch of `count` images, in order.
+    """Yield the micro-batches of a rank from position `start` to the end of an epoch of `count` images, in order.
 
-    Every rank gets as many micro-batches of as many rows: what lies behind the end is padding.
+    Every rank gets the same number of micro-batches and of rows: positions behind the end are padding.
     """
     for first in range(start, count, sharding.step):
         for offset in range(0, sharding.step, sharding.micro_batch):
@@ -97,7 +97,7 @@ def micro_batches(sharding: BatchSharding, start: int, count: int) -> Iterator[M
 
 
 def positions_of_rank(sharding: BatchSharding, start: int, count: int) -> Positions:
-    """[N] the positions that a rank reads from `start` to the end of an epoch of `count` images, padding left out."""
+    """Compute [N] the positions that a rank reads from `start` to the end of an epoch of `count` images, without padding."""
     firsts = np.arange(start, count, sharding.micro_batch)
     positions = (firsts[:, None] + sharding.local_positions).ravel()
     return positions[positions < count]

@@ -1,4 +1,4 @@
-"""What a command says at its start of the data that it took."""
+"""Describe the data of a command in a few lines at its start."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import counted
 
-_SMALL = 100  # validation images below which their number is worth a line
+_SMALL = 100  # validation images below which their small number is worth a line
 _SHOWN = 5  # classes that are named
 
 
 def refuse_single_class(train: Catalog) -> None:
-    """Raise `UserError` where there is nothing to tell a class from."""
+    """Raise `UserError` where there is only one class."""
     there = {train.classes[label] for label in np.unique(train.labels)}
     require(
         len(there) > 1,
@@ -22,7 +22,7 @@ def refuse_single_class(train: Catalog) -> None:
 
 
 def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
-    """Two lines on the layout, the images of each split and the classes; then one on each thing that is odd."""
+    """Return two lines on the layout, the images of each split and the classes; then one line on each oddity."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     small, large = int(counts.argmin()), int(counts.argmax())
     sizes = f"{counts[small]:,} ({train.classes[small]}) to {counts[large]:,} ({train.classes[large]}) training images"
@@ -50,6 +50,6 @@ def _few(names: list[str]) -> str:
 
 
 def print_summary(cfg: DataConfig, train: Catalog, val: Catalog) -> None:
-    """The same on stdout."""
+    """Print the summary on stdout."""
     for line in summary(cfg, train, val):
         print(line, flush=True)

@@ -1,10 +1,10 @@
-"""Our loader beside others, and beside bare decoding as the limit: python -m data_pipeline.bench [--data.path FOLDER]
+"""Compare our loader with others, and with bare decoding as the limit: python -m data_pipeline.bench [--data.path FOLDER]
 
-All read the same sample of the data, copied to a temporary folder, with the same crop and flip to uint8 images, by as
-many threads or processes as there are processors. Each lives in a process of its own. They take turns, round after
-round, and whoever is not at its turn is stopped, with its children: no loader works ahead on another's time, and a
-machine that slows down slows them all. What a loader burns is the CPU time of its process and its children. Rounds are
-as many as fit into --minutes; what was measured when it is broken off is reported and kept.
+All read the same sample of the data, copied to a temporary folder, with the same crop and flip to uint8 images, and use
+as many threads or processes as there are processors. Each runs in a process of its own. They take turns, round after
+round; outside its turn a loader is stopped, with its children. So no loader works ahead in another's time, and a
+machine that slows down slows them all. A loader's CPU time is that of its process and its children. There are as many
+rounds as fit into --minutes. If the benchmark is broken off, it reports and keeps its measurements so far.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.options import CHOOSING, command_line
 
 SIZES_PX = "224,128,64"
-SAMPLE, ROUNDS, TURN = 4096, 9, 640  # images copied; turns of each; images a turn
+SAMPLE, ROUNDS, TURN = 4096, 9, 640  # images copied; turns of each; images in a turn
 # Imported once by the process that the contestants are forked from, not by each of them.
 _PRELOADED = ["pandas", "data_pipeline.common.cli", "data_pipeline.bench.peers"]
 _READY_S, _END_S = 300, 10  # longest time that a loader may take for its first batch, and to end
@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 
 class Runner:
-    """A contestant in a process group of its own, stopped but for its turns."""
+    """A contestant in a process group of its own, stopped outside its turns."""
 
     def __init__(self, name: str, task: Task) -> None:
         context = get_context("forkserver")
@@ -65,14 +65,14 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self._signal(signal.SIGCONT)
-        self._orders.close()  # which lets it end in order
+        self._orders.close()  # so that it ends by itself
         self._process.join(_END_S)
         self._signal(signal.SIGKILL)
-        self._process.kill()  # should it not lead its group yet
+        self._process.kill()  # in case it does not lead its group yet
         self._process.join()
 
     def wait_until_ready(self) -> None:
-        """Until the first batch is there. Raises `UserError` with the reason why there is none."""
+        """Wait until the first batch is there. Raises `UserError` with the reason if there is none."""
         failure = self._answer(_READY_S)
         if failure:
             raise UserError(f"{self.name}: {failure}")
@@ -105,14 +105,14 @@ class Runner:
 
 
 def _serve(name: str, task: Task, orders: Connection) -> None:
-    """Deliver images when told to; the answer to an order is (images, seconds), or why there are none."""
-    # With a group of its own it can be stopped whole; and the kernel ends a stopped group whose parent is gone.
+    """Deliver images when asked; an answer is (images, seconds), or an error message."""
+    # As a group of its own it can be stopped as a whole; and the kernel ends a stopped group whose parent is gone.
     os.setpgid(0, 0)
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError):
         try:
             delivery = CONTESTANTS[name].deliver(task)
-            next(delivery)
+            next(delivery)  # now, so that no start-up falls into a turn
             orders.send(None)
             while True:
                 wanted, start, seen = orders.recv(), time.perf_counter(), 0
@@ -121,12 +121,12 @@ def _serve(name: str, task: Task, orders: Connection) -> None:
                 orders.send((seen, time.perf_counter() - start))
         except EOFError:
             raise
-        except Exception as error:  # whatever another's library raises is no reason to stop the others
+        except Exception as error:  # an error in another library must not stop the other contestants
             orders.send(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _family(pid: int) -> Iterator[int]:
-    """The process and all below it."""
+    """Yield the process and all its descendants."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -135,9 +135,11 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def _cpu_s(pid: int) -> float:
-    """CPU time of all threads of a process, those that ended included."""
+    """CPU time of all threads of a process, ended ones included."""
     with suppress(OSError):
-        return time.clock_gettime(~pid << 3 | 2)  # its clock's number, as clock_getcpuclockid(3) makes it on Linux
+        return time.clock_gettime(
+            ~pid << 3 | 2
+        )  # the number of its clock, computed as clock_getcpuclockid(3) does on Linux
     return 0.0
 
 
@@ -158,19 +160,22 @@ def measure(
     images: int = TURN,
     sample: int = SAMPLE,
 ) -> None:
-    """Append a row for each turn. Raises `UserError`."""
+    """Measure the contestants and append a row for each turn. Raises `UserError`."""
     deadline_s = time.monotonic() + 60 * minutes
     with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder:
         copy_sample(cfg, Path(folder), sample)
         names = _installed()
+        # Sizes share the time evenly; within a size the contestants take turns.
         for place, size_px in enumerate(sizes_px):
             now_s = time.monotonic()
-            end_s = now_s + (deadline_s - now_s) / (len(sizes_px) - place)  # what one size leaves is for the others
+            end_s = now_s + (deadline_s - now_s) / (
+                len(sizes_px) - place
+            )  # time that one size leaves is for the others
             task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
             with ExitStack() as stack:
                 runners = _start(names, task, stack)
                 for runner in runners:
-                    runner.turn(images)  # which does not count: it lives on what was made before
+                    runner.turn(images)  # not counted: it uses what was made before
                 advance = stack.enter_context(progress(f"{size_px} px", rounds * len(runners), unit="turns"))
                 for number in rounds_within(rounds, end_s):
                     for runner in runners:
@@ -179,7 +184,7 @@ def measure(
 
 
 def turns_of(rows: list[Row]) -> pd.DataFrame:
-    """The rows as a table, with images_per_s and cpu_ms an image."""
+    """Make a table of the rows, with images_per_s and cpu_ms for each image."""
     turns = pd.DataFrame(rows, columns=["size_px", "loader", "round", *Turn._fields])
     turns["images_per_s"] = turns.images / turns.wall_s
     turns["cpu_ms"] = 1e3 * turns.cpu_s / turns.images
@@ -187,7 +192,7 @@ def turns_of(rows: list[Row]) -> pd.DataFrame:
 
 
 def _installed() -> list[str]:
-    """The contestants; one whose package is missing is named and left out."""
+    """Names of the contestants; one whose package is missing is printed and left out."""
     missing = {name: needs for name, (_, needs) in CONTESTANTS.items() if needs and not importlib.util.find_spec(needs)}
     for name, needs in missing.items():
         print(f"{name} is left out: {needs} is not installed", file=sys.stderr)
@@ -195,7 +200,7 @@ def _installed() -> list[str]:
 
 
 def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
-    """Those that deliver; each that does not is named, with the reason."""
+    """Start the contestants; one that does not deliver is printed with the reason and left out."""
     ready = []
     for runner in [stack.enter_context(Runner(name, task)) for name in names]:
         try:
@@ -212,7 +217,7 @@ def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
 
 
 def summary(turns: pd.DataFrame) -> pd.DataFrame:
-    """One row for each size and loader: medians and ranges, and its CPU time over ours, round by round."""
+    """Make a row for each size and loader: medians and ranges, and its CPU time over ours, round by round."""
     ours = turns[turns.loader == OURS].set_index(["size_px", "round"]).cpu_ms.rename("ours")
     turns = turns.join(ours, on=["size_px", "round"])
     turns["ratio"] = turns.cpu_ms / turns.ours
@@ -227,7 +232,7 @@ def summary(turns: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(summed: pd.DataFrame) -> str:
-    """The summary for people."""
+    """Format the summary for people."""
 
     def cells(column: str, digits: int) -> list[str]:
         values = zip(*(summed[f"{column}_{name}"] for name in ("median", "min", "max")), strict=True)
@@ -245,7 +250,7 @@ def table(summed: pd.DataFrame) -> str:
 
 
 def plot(summed: pd.DataFrame) -> bytes:
-    """The summary as a PNG: bars for each size, whiskers from the least to the most."""
+    """Plot the summary as a PNG: bars for each size, whiskers from the least to the most."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -269,14 +274,14 @@ def plot(summed: pd.DataFrame) -> bytes:
 
 
 def write(turns: pd.DataFrame, out: Path) -> None:
-    """bench.csv, one line a turn, and bench.png."""
+    """Write bench.csv, one line for each turn, and bench.png."""
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "bench.csv", turns.to_csv(index=False).encode())
     replace_file(out / "bench.png", plot(summary(turns)))
 
 
 def sizes_of(text: str) -> list[int]:
-    """Sides in pixels from "224,128,64". Raises `UserError`."""
+    """Parse sides in pixels, such as "224,128,64". Raises `UserError`."""
     parts = text.split(",")
     require(
         all(part.isdecimal() and 8 <= int(part) <= 4096 for part in parts) and len(set(parts)) == len(parts),
@@ -305,11 +310,11 @@ def main() -> None:
 
 
 def report(rows: list[Row], out: Path | None, why: str) -> None:
-    """Write and print what was measured, and `why` it was broken off."""
+    """Write and print the measurements; `why` says why they were broken off."""
     if not rows:
         return
     turns = turns_of(rows)
-    if out:  # first, for nobody may be reading what is printed
+    if out:  # written first: perhaps nobody reads what is printed
         write(turns, out)
     counts = turns.groupby(["size_px", "loader"])["round"].count()
     most, processors = counts.max(), len(os.sched_getaffinity(0))

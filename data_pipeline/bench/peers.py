@@ -1,4 +1,4 @@
-"""Our loader and others on the same images, with the same crop and flip: what `bench` lets compete."""
+"""The contestants of `bench`: our loader and others, on the same images, with the same crop and flip."""
 
 import importlib.util
 import io
@@ -27,7 +27,7 @@ from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
 
 MINUTES = 5.0
-"""That a benchmark takes at most, but for what it needs to begin and for one round."""
+"""Longest time of a benchmark, besides its preparation and one round."""
 BATCH = 64
 OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
 _SHARDS = 16
@@ -42,9 +42,9 @@ T = TypeVar("T")
 def rounds_within(
     rounds: int, deadline_s: float, agree: Callable[[Callable[[], bool]], bool] = lambda fits: fits()
 ) -> Iterator[int]:
-    """Numbers of at most `rounds` rounds, as long as one more, as long as the longest, ends before `deadline_s`.
+    """Yield at most `rounds` numbers, while one more round, as long as the longest, would end before `deadline_s`.
 
-    That is a value of `time.monotonic`; the first round comes in any case. `agree` has several processes decide alike.
+    `deadline_s` is a value of `time.monotonic`; the first round always runs. `agree` makes several processes decide alike.
     """
     longest_s = 0.0
     for number in range(rounds):
@@ -57,14 +57,14 @@ def rounds_within(
 
 @contextmanager
 def reported(report: Callable[[str], None]) -> Iterator[None]:
-    """Call `report` when the measurement within ends: with "", or with why it was broken off by a signal or a crash."""
+    """Call `report` when the measurement within ends: with "", or with the signal or crash that broke it off."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised as an exception
     why = ""
     try:
         yield
     except BaseException as error:
-        for number in before:  # a launcher sends one more than once
+        for number in before:  # a launcher sends more than one
             signal.signal(number, signal.SIG_IGN)
         why = f"broken off by {type(error).__name__}; what was measured until then is kept"
         raise
@@ -75,16 +75,16 @@ def reported(report: Callable[[str], None]) -> Iterator[None]:
 
 
 class Task(NamedTuple):
-    """What every contestant is given."""
+    """Data and settings that every contestant gets."""
 
     folder: Path
-    """train/CLASS/NUMBER.jpg, and the same images in the shard-NUMBER.tar files."""
+    """Folder with train/CLASS/NUMBER.jpg, and the same images in shard-NUMBER.tar files."""
     size_px: int
     workers: int
 
 
 Delivery = Iterator[int]
-"""Without end: the number of images in each batch that a loader delivers."""
+"""Endless iterator: the number of images in each batch that a loader delivers."""
 
 
 def _sluice(task: Task) -> Delivery:
@@ -97,7 +97,7 @@ def _sluice(task: Task) -> Delivery:
 
 
 def _plain_dali(task: Task) -> Delivery:
-    graph.cpu_kernel = lambda: None  # type: ignore[assignment] # in a process that does nothing else
+    graph.cpu_kernel = lambda: None  # type: ignore[assignment] # the process does nothing else
     return _sluice(task)
 
 
@@ -161,7 +161,7 @@ def _ffcv(task: Task) -> Delivery:
 
 
 def _decode_only(task: Task) -> Delivery:
-    """Whole images from memory, thrown away. Nothing that decodes on a CPU can be faster than this."""
+    """Decode whole images from memory and drop them. No loader that decodes on a CPU can be faster."""
     streams = [read_file(str(path)) for path in sorted((task.folder / "train").rglob("*.jpg"))]
     decode = bare_decoder()
     with ThreadPoolExecutor(task.workers) as pool:
@@ -171,7 +171,7 @@ def _decode_only(task: Task) -> Delivery:
 
 
 def bare_decoder() -> Callable[[torch.Tensor], int]:
-    """simplejpeg, the thinnest shell around libjpeg-turbo, where it is installed."""
+    """Return simplejpeg's decoder, the thinnest wrapper around libjpeg-turbo, if it is installed."""
     if importlib.util.find_spec("simplejpeg"):
         from simplejpeg import decode_jpeg as decode_with_simplejpeg
 
@@ -182,7 +182,7 @@ def bare_decoder() -> Callable[[torch.Tensor], int]:
 class Contestant(NamedTuple):
     deliver: Callable[[Task], Delivery]
     needs: str = ""
-    """A package that may be missing."""
+    """Package that may be missing."""
 
 
 CONTESTANTS = {

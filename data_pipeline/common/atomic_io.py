@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading them with as few system calls as there can be."""
+"""Write files whole or not at all, and read them with as few system calls as possible."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 MOST_BYTES = 1 << 30
-"""Bytes that are read at once at most: twice those of the largest image that is taken, a BMP."""
+"""Most bytes that are read at once: twice the size of the largest image that is accepted, a BMP."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -24,9 +24,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def why_untrusted(folder: Path, *owners: int) -> str | None:
-    """Why somebody else may have put something into a folder, if so. Raises OSError.
+    """Say why another user may have put files into a folder; None if that is impossible. Raises OSError.
 
-    It must belong to this process's user, or to one of `owners`, and not everybody may write to it.
+    The folder must belong to this process's user, or to one of `owners`, and must not be writable for everybody.
     """
     entry = folder.stat()
     if entry.st_uid not in (os.geteuid(), *owners):
@@ -37,7 +37,7 @@ def why_untrusted(folder: Path, *owners: int) -> str | None:
 
 
 def stays_below(name: str) -> bool:
-    """Whether a name from an archive or a manifest, joined to its folder, lies below that folder. Links are not looked at."""
+    """Return True where a name from an archive or a manifest, joined to its folder, lies below it. Links are not resolved."""
     return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 
 
 def read_bytes(path: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `offset` on, fewer where the file ends before; all that follow if not given.
+    """Read `length` bytes from `offset` on, fewer where the file ends before; to the end if `length` is not given.
 
     Raises OSError, also for more than MOST_BYTES.
     """

@@ -22,7 +22,7 @@ _WORDS = {
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
-    """The values, `data` among them as a dictionary. Raises `UserError`."""
+    """Parse the options, `data` among them as a dictionary. Raises `UserError`."""
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -32,7 +32,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
 
 
 def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The values of a command that has no options of `DataConfig`. Raises `UserError`."""
+    """Parse the options of a command that has none of `DataConfig`. Raises `UserError`."""
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
@@ -40,7 +40,7 @@ def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argpar
 
 
 def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The values of a command's own options, and the arguments that are no such option. Raises `UserError`."""
+    """Parse a command's own options, and return the other arguments beside them. Raises `UserError`."""
     try:
         return parser.parse_known_args(arguments)
     except ArgumentError as error:

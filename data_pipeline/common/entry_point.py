@@ -1,4 +1,4 @@
-"""How a command ends: quietly, or with one line that says which mistake to mend."""
+"""End of a command: silent, or one line that names the user's mistake."""
 
 import io
 import os
@@ -21,14 +21,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         if rank == 0:
-            with suppress(OSError):  # nobody may be there to read it
+            with suppress(OSError):  # perhaps nobody reads it
                 print("error:", printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
         else:
-            time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 speak first
+            time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 print first
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         sys.exit(128 + signal.SIGPIPE)
     finally:
         _flush()
@@ -36,7 +36,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def _flush() -> None:
-    """Write out what was printed; where nobody reads it, the interpreter shall not complain of it at its end."""
+    """Flush what was printed; where nobody reads it, keep the interpreter from complaining at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -46,7 +46,7 @@ def _flush() -> None:
 
 @contextmanager
 def keep_printing() -> Iterator[None]:
-    """Let no print fail: who reads may leave, a terminal may close, a log's disk may be full."""
+    """Let no print fail: a reader may leave, a terminal may close, a log's disk may be full."""
     before = sys.stdout, sys.stderr
     try:
         sys.stdout, sys.stderr = map(_forgiving, before)
@@ -58,17 +58,17 @@ def keep_printing() -> Iterator[None]:
 
 
 def _forgiving(stream: Any) -> Any:
-    """Another stream to the same place, in which no write fails."""
+    """Open another stream to the same place, whose writes never fail."""
     try:
         stream.flush()
         raw = io.BufferedWriter(_Deaf(stream.fileno(), "wb", closefd=False))
-    except (OSError, ValueError):  # it is no file, but in memory
+    except (OSError, ValueError):  # it is in memory, not a file
         return stream
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
 
 
 class _Deaf(io.FileIO):
-    """Takes every write, whether it arrives or not."""
+    """Raw file that accepts every write, even one that does not arrive."""
 
     def write(self, data: Any) -> int:
         try:
@@ -78,7 +78,7 @@ class _Deaf(io.FileIO):
 
 
 def _mend_streams() -> None:
-    """Let prints write what their encoding lacks as escapes, and have all three streams, for many a library needs them."""
+    """Escape characters that a stream's encoding lacks, and open missing standard streams, as many libraries need all three."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,10 +1,10 @@
-"""The one exception for mistakes that a user can mend, and how names from outside are shown."""
+"""The one exception for mistakes that a user can correct, and a safe way to show names from outside."""
 
 import unicodedata
 
 
 class UserError(ValueError):
-    """A mistake in an option or a file, said in one line: what, which value, what to do.
+    """A mistake in an option or a file, in one line: the option or file, its value, the remedy.
 
     Raised where the value enters. The entry points print it once, on rank 0, without a traceback, and exit with code 2.
     """
@@ -20,9 +20,9 @@ BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: str) -> str:
-    """Text as any terminal, page or table takes it: what would be obeyed rather than shown is escaped, as in \\x1b.
+    """Escape what a terminal, page or table would obey rather than show, as in \\x1b.
 
-    That is control characters, line breaks among them, what reverses the order of letters, and bytes that are no UTF-8.
+    These are control characters, line breaks among them, characters that reverse the order of letters, and invalid UTF-8.
     """
     if text.isprintable():
         return text
@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """`printable`, but the line breaks are meant: of a table that is laid out already."""
+    """Escape as `printable` does, but keep line breaks: for a table that is laid out already."""
     return "\n".join(map(printable, text.split("\n")))
 
 

@@ -1,4 +1,4 @@
-"""YAML of others: plain values, and no more of them than a file of options needs."""
+"""Read YAML from others: plain values, and no more of them than a file of options needs."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import yaml
 
 BYTES, DEPTH, NODES = 1 << 20, 20, 10_000
-"""Of a file: its length, how deep its values may lie, and how many there may be once each alias stands for a copy."""
+"""Limits of a file: its length in bytes, the depth of its values, and their number with each alias expanded."""
 
 
 def load_yaml(text: str) -> Any:
-    """What YAML says in plain values. Raises `yaml.YAMLError`, also for what is too long, too deep, or refers to itself."""
+    """Parse YAML into plain values. Raises `yaml.YAMLError`, also where it is too long, too deep, or refers to itself."""
     _check_length(text)
     try:
         return yaml.load(text, _Bounded)  # a safe loader
@@ -31,7 +31,7 @@ def _check_length(text: str) -> None:
 
 
 def read_yaml(file: Path) -> Any:
-    """`load_yaml` of a file, of which no more is read than is allowed. Raises also OSError and UnicodeDecodeError."""
+    """Apply `load_yaml` to a file, without reading more than is allowed. Raises also OSError and UnicodeDecodeError."""
     return load_yaml(read_text(file))
 
 
@@ -42,12 +42,12 @@ def read_text(file: Path) -> str:
 
 
 class _Bounded(yaml.SafeLoader):
-    """Counts nodes as they are composed; a short text may stand for 10^9 of them by aliases of aliases."""
+    """Loader that counts nodes while it composes them: a short text can stand for 10^9 of them by aliases of aliases."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = 0
-        self._sizes: dict[int, int] = {}  # in nodes, of what is composed, by id
+        self._sizes: dict[int, int] = {}  # id of a composed node -> its size in nodes
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias, before = self.check_event(yaml.AliasEvent), self._nodes

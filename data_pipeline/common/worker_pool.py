@@ -1,4 +1,4 @@
-"""The same work on many pieces by several processes, results in the order of the pieces; and a bar to watch it by."""
+"""Do the same work on many pieces in several processes, results in the order of the pieces; and show the progress."""
 
 import os
 import signal
@@ -20,15 +20,15 @@ from data_pipeline.common.launcher import launched_rank
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-_AHEAD = 4  # pieces a worker may be ahead of the one wanted next: bounds the memory that results take
+_AHEAD = 4  # pieces that a worker may be ahead of the next one: bounds the memory of results
 
 _work: Callable[[Any], Any]
 
 
 class Workers(Generic[Piece, Result]):
-    """Processes that apply `work` to pieces. It is inherited, not pickled, so it may close over a whole catalog.
+    """Processes that apply `work` to pieces. `work` is inherited, not pickled, so it may close over a whole catalog.
 
-    `count` is the number of processes, that of the processors this one may use if None.
+    `count` is the number of processes; None means the number of processors that this one may use.
     """
 
     def __init__(self, work: Callable[[Piece], Result], count: int | None) -> None:
@@ -45,9 +45,10 @@ class Workers(Generic[Piece, Result]):
         self._pool.shutdown(cancel_futures=True)
 
     def map(self, pieces: Iterable[Piece]) -> Iterator[Result]:
-        """`work` of each piece, in order. Raises what `work` raises, and `UserError` where a process was ended."""
+        """Apply `work` to each piece, in order. Raises what `work` raises, and `UserError` where a process was killed."""
         pending: deque[Future[Result]] = deque()
         try:
+            # Submit a bounded number ahead, so that results of fast workers do not fill the memory.
             for piece in pieces:
                 pending.append(self._pool.submit(_apply, piece))
                 if len(pending) > _AHEAD * self.count:
@@ -61,11 +62,11 @@ class Workers(Generic[Piece, Result]):
 
 
 SILENT_S = 10.0
-"""Longest time that a command at work says nothing."""
+"""Longest time that a working command prints nothing."""
 
 
 class Part:
-    """A part of a command that takes its time: how far it is, in words."""
+    """A part of a command that takes time: its progress in words."""
 
     def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -73,7 +74,7 @@ class Part:
         self._start_s = time.monotonic()
 
     def __str__(self) -> str:
-        """`label: 20 of 100 images, eta 0:01:20`; without a total, or before anything is done, the time that it has taken."""
+        """Say `label: 20 of 100 images, eta 0:01:20`; without a total, or before anything is done, the time taken so far."""
         took_s = time.monotonic() - self._start_s
         if self.total is None:
             return f"{self.label}: {took_s:.0f} s so far"
@@ -88,9 +89,9 @@ class Part:
 def progress(
     label: str, total: int | None = None, done: int = 0, unit: str = "images"
 ) -> Iterator[Callable[[int], None]]:
-    """Say on stderr how far a part of a command is; call what it gives with each number of units finished.
+    """Report on stderr the progress of a part of a command; call the result with each number of units finished.
 
-    A bar on a terminal, elsewhere a line every SILENT_S. One opened within another speaks in its place. Only rank 0 speaks.
+    A terminal gets a bar, anything else a line every SILENT_S. An inner part speaks for the outer. Only rank 0 speaks.
     """
     part = Part(label, total, done, unit)
 
@@ -117,11 +118,11 @@ def _on_terminal() -> bool:
 
 @contextmanager
 def _lines() -> Iterator[None]:
-    """A thread that says every SILENT_S where the innermost part is."""
+    """Start a thread that prints the innermost part's progress every SILENT_S."""
     closed, stream = Event(), sys.stderr
 
     def speak() -> None:
-        with suppress(OSError, ValueError):  # nobody listens any more
+        with suppress(OSError, ValueError):  # nobody reads any more
             while not closed.wait(SILENT_S):
                 print(_open_parts[-1], file=stream, flush=True)
 
@@ -136,7 +137,7 @@ def _lines() -> Iterator[None]:
 
 @contextmanager
 def _bar() -> Iterator[None]:
-    """A bar of the innermost part, which leaves what is printed meanwhile above itself, and nothing behind."""
+    """Show a bar for the innermost part; other output appears above it, and the bar disappears at the end."""
     from rich.console import Console
     from rich.live import Live
     from rich.progress_bar import ProgressBar
@@ -157,12 +158,12 @@ def _bar() -> Iterator[None]:
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes no queue: without this its workers would wait for pieces for ever."""
+    """End a worker with its parent: a killed parent closes no queue, so the worker would wait for pieces for ever."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

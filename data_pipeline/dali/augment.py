@@ -1,6 +1,6 @@
-"""Changes of an image of its final size: a policy, colour jitter, random erasing, in this order.
+"""Random changes of an image of its final size: a policy, colour jitter, random erasing, in this order.
 
-Each is an `Operator`: its draws, made in NumPy by position (see `draws`), and the DALI operators that follow them. One
+Each is an `Operator`: its draws, made in NumPy by position (see `sampling`), and the DALI operators that apply them. One
 that is switched off does not exist.
 """
 
@@ -38,13 +38,13 @@ class Operator(NamedTuple):
     """One random change of the images of a batch of B."""
 
     draw: Callable[[Uniforms, int], Draws]
-    """(numbers in [0, 1) [B, 32], side of the images in pixels) -> what `apply` needs to know, [B, ...]."""
+    """(numbers in [0, 1) [B, 32], side of the images in pixels) -> draws for `apply`, [B, ...]."""
     apply: Callable[[DataNode, DataNode, int], DataNode]
     """(images uint8 RGB HWC, the draws, side of the images in pixels) -> images; within a pipeline with conditionals."""
 
 
 def operators(cfg: DataConfig) -> list[Operator]:
-    """The changes that are switched on, in the order in which they follow each other."""
+    """Return the changes that are switched on, in their order."""
     augment = cfg.augment
     wanted = {
         _policy: augment.policy != "none",
@@ -58,7 +58,7 @@ def operators(cfg: DataConfig) -> list[Operator]:
 
 
 class Stages(NamedTuple):
-    """A policy: in each of its S stages, each image goes through one augmentation of that stage's list."""
+    """A policy of S stages: in each stage, each image goes through one augmentation of that stage's list."""
 
     choices: list[list[Any]]
     """`nvidia.dali.auto_aug` augmentations of each stage."""
@@ -69,7 +69,7 @@ class Stages(NamedTuple):
 
 
 def stages_of(cfg: AugmentConfig) -> Stages:
-    """The policy `cfg.policy`, with the ranges of magnitudes that DALI gives it."""
+    """Look up the policy `cfg.policy`, with DALI's ranges of magnitudes."""
     if cfg.policy == "randaugment":
         return _rand_augment(cfg.randaugment_n, cfg.randaugment_m)
     return _trivial_augment() if cfg.policy == "trivialaugment" else _auto_augment()
@@ -98,7 +98,7 @@ def _trivial_augment() -> Stages:
 def _auto_augment() -> Stages:
     """Cubuk et al. 2019, arXiv 1805.09501, table 9: one of 25 pairs of operations, each with its own chance to run.
 
-    It is torchvision's policy for ImageNet too; DALI has it under the name of the reduced ImageNet that it was found on.
+    DALI has it under the name of the reduced ImageNet that it was found on; torchvision uses it for ImageNet too.
     """
     policy = get_reduced_image_net_policy()
     skip = (augmentations.identity, 0.0, None)
@@ -116,17 +116,17 @@ def _auto_augment() -> Stages:
 
 
 def _signed(index: Draws, bin: Draws, u: Uniforms) -> NDArray[np.int32]:
-    """[B, S, 3] of three [B, S]: whole part of an index and of a bin, and an even chance to be negative."""
+    """Stack three [B, S] into [B, S, 3]: whole part of an index and of a bin, and an even chance to be negative."""
     return np.stack([index, bin, u < 0.5], axis=-1).astype(np.int32)
 
 
 def _policy(cfg: DataConfig) -> Operator:
     stages = stages_of(cfg.augment)
-    # Nothing in them depends on conditionals, for which DALI would rewrite them, and run them twenty times as slowly.
+    # They contain no conditionals. DALI would rewrite them for conditionals and run them twenty times as slowly.
     calls = [[do_not_convert(choice.__call__) for choice in choices] for choices in stages.choices]
 
     def apply(images: DataNode, draws: DataNode, size_px: int) -> DataNode:
-        # DALI's augmentations call two of its operators by deprecated names; it says so whatever the filters.
+        # DALI's augmentations call two of its operators by deprecated names; it warns of that in spite of all filters.
         with warnings.catch_warnings(record=True):
             for stage, choices in enumerate(calls):
                 images = select(
@@ -136,7 +136,7 @@ def _policy(cfg: DataConfig) -> Operator:
                     magnitude_bin=signed_bin(draws[stage, 1], draws[stage, 2]),
                     num_magnitude_bins=stages.bins,
                     fill_value=_FILL,
-                    # As `rotate` of the graph; linear costs 1.5 to 2.5 times as much on a CPU, for the whole policy.
+                    # Nearest neighbour as in the graph's `rotate`: linear makes a policy cost 1.5 to 2.5 times as much on a CPU.
                     interp_type=types.INTERP_NN,
                     shape=(size_px, size_px),
                 )
@@ -151,8 +151,8 @@ def _policy(cfg: DataConfig) -> Operator:
 def _color_jitter(cfg: DataConfig) -> Operator:
     """torchvision's ColorJitter: brightness and contrast, then saturation and hue.
 
-    Its random order is left out: but for clipping, all but the hue commute. The hue turns about the grey axis, which
-    keeps the luma, where torchvision goes through HSV, which does not.
+    Its random order is left out: except for clipping, all but the hue commute. The hue turns about the grey axis, which
+    keeps the luma; torchvision goes through HSV, which does not.
     """
     strength = np.array(cfg.augment.color_jitter)
     low, high = np.maximum(1 - strength, 0), 1 + strength
@@ -190,9 +190,9 @@ def _erasing(cfg: DataConfig) -> Operator:
 
 
 def erased_boxes(u: Uniforms, size_px: int, chance: float) -> NDArray[np.float32]:
-    """[B, 4] top, left, height, width in pixels of the erased rectangles; 0, 0, 0, 0 where nothing is.
+    """Compute [B, 4] top, left, height, width in pixels of the erased rectangles; 0, 0, 0, 0 for none.
 
-    `u` [B, 19]: chance, place, then eight pairs of area and ratio, of which the first that fits into the image counts.
+    `u` [B, 19]: chance, place, then eight pairs of area and ratio; the first pair that fits into the image counts.
     """
     (smallest, largest), (narrowest, widest) = _ERASE_AREA, np.log(_ERASE_RATIO)
     area = size_px * size_px * (smallest + (largest - smallest) * u[:, 3::2])

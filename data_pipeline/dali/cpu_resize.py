@@ -1,12 +1,12 @@
-"""Cutting, mirroring and resizing of decoded images on the CPU, as machine code for DALI's threads to call.
+"""Cut, mirror and resize decoded images on the CPU, as machine code that DALI's threads call.
 
-DALI's own resize costs a CPU more than the decoding of the image. This one makes each output row in two steps: a blend
-of the source rows that it touches, in one long vector, then of the pixels of that row, each a vector of four lanes. The
+DALI's own resize costs a CPU more than the decoding of the image. This one makes each output row in two steps: it
+blends the source rows, in one long vector, and then the pixels of that row, each a vector of four lanes. The
 filter is the triangle of PIL's BILINEAR, widened by the factor of reduction, which sees the pixels around the window as
 `Image.resize(box=...)` does; levels differ from PIL's by at most 1, as PIL rounds between the two steps.
 
-Numba compiles it once a machine, in some three seconds, into a cache beside this file or in the user's cache folder. A
-cache to which others may write is not used.
+Numba compiles it once on a machine, in some three seconds, into a cache beside this file or in the user's cache folder.
+A cache to which others may write is not used.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ from data_pipeline.common.launcher import warn_on_rank0
 
 
 def _may_cache() -> bool:
-    """Whether what is compiled is kept: what numba loads from its cache is run, so nobody else may have written it."""
+    """Return True where compiled code may be cached: numba runs what its cache holds, so nobody else may have written it."""
     try:
         folder = Path(FunctionCache(_may_cache).cache_path)
         folder.mkdir(parents=True, exist_ok=True)
         untrusted = why_untrusted(folder, Path(__file__).stat().st_uid)
-    except (OSError, RuntimeError) as error:  # numba finds no folder that can be written
+    except (OSError, RuntimeError) as error:  # numba finds no folder that it can write
         untrusted = str(error)
     if untrusted:
         warn_on_rank0(
@@ -50,16 +50,16 @@ Bytes = NDArray[np.uint8]
 
 
 class Addresses(NamedTuple):
-    """Two functions in C's calling convention, for DALI's operator that calls functions compiled by numba."""
+    """Addresses of two functions in C's calling convention, for DALI's operator that calls functions compiled by numba."""
 
     setup: int
-    """Gives the output its shape [S, S, 3]."""
+    """Function that gives the output its shape [S, S, 3]."""
     run: int
-    """Inputs: image [H, W, 3] uint8; top, left [2] float32; bottom, right [2] float32; anything of shape [S]."""
+    """Function with inputs: image [H, W, 3] uint8; top, left [2] float32; bottom, right [2] float32; anything of shape [S]."""
 
 
 def compiled() -> Addresses:
-    """Compile, or load what was compiled before. Raises whatever numba raises where it cannot."""
+    """Compile, or load from the cache. Raises whatever numba raises where it cannot."""
     return Addresses(_compile(_SETUP, _setup), _compile(_RUN, _run))
 
 
@@ -70,7 +70,7 @@ def _compile(signature: Any, function: Callable[..., None]) -> int:
 
 @njit(**_OPTIONS)
 def _triangle(start: float, stop: float, size: int, limit: int) -> tuple[Index, Floats]:
-    """Weights by which `size` outputs blend `limit` inputs when start...stop is stretched over them; start > stop mirrors.
+    """Compute weights by which `size` outputs blend `limit` inputs under start...stop; start > stop mirrors.
 
     Returns the first input [size] and the weights [size, taps] of it and those that follow.
     """
@@ -93,9 +93,9 @@ def _triangle(start: float, stop: float, size: int, limit: int) -> tuple[Index, 
 def _blend_pixels(
     typing: Any, out: Any, at: Any, row: Any, first: Any, weights: Any, output: Any, taps: Any
 ) -> tuple[Any, Any]:
-    """out[at : at + 4] = weights[output] @ row[first : first + 3 * taps] as pixels, of which the fourth lane is waste.
+    """Set out[at : at + 4] = weights[output] @ row[first : first + 3 * taps] as pixels; the fourth lane is waste.
 
-    Written out because numba leaves LLVM's vectoriser of straight-line code off: five times as fast as the loop.
+    Written as LLVM code because numba leaves LLVM's vectoriser of straight-line code off: five times as fast as the loop.
     """
     signature = types.void(out, types.int64, row, types.int64, weights, types.int64, types.int64)
     return signature, _emit_blend
@@ -138,15 +138,15 @@ def _blend_columns(out: Floats, row: Floats, first: Index, weights: Floats, taps
 def _resize(out: Bytes, image: Bytes, top: float, left: float, bottom: float, right: float) -> None:
     """Fill `out` [S, 3 * S] with a window of `image` [H, 3 * W]."""
     size, height, width = len(out), len(image), image.shape[1] // 3
-    # Weights of rows and columns, and the part of the image that they touch.
+    # Compute weights of rows and columns, and the part of the image that they touch.
     top_row, row_weights = _triangle(top, bottom, size, height)
     column, column_weights = _triangle(left, right, size, width)
     taps = column_weights.shape[1]
     leftmost = column.min()
     image = image[:, 3 * leftmost : 3 * (column.max() + taps)]
     column = 3 * (column - leftmost)
-    # Row by row: down, then across, then to the nearest level.
-    padded = np.zeros(image.shape[1] + 1, np.float32)  # as the pixels are read in vectors of four
+    # Fill row by row: down, then across, then to the nearest level.
+    padded = np.zeros(image.shape[1] + 1, np.float32)  # as pixels are read in vectors of four
     blended = np.empty(3 * size + 1, np.float32)
     for y in range(size):
         _blend_rows(padded[:-1], image[top_row[y] : top_row[y] + len(row_weights[y])], row_weights[y])

@@ -1,8 +1,8 @@
-"""The DALI graph: encoded bytes in, images of one size out. Only it and `augment` name DALI operators.
+"""Decode, cut, resize and augment in DALI: encoded bytes in, images of one size out. Only this and `augment` name DALI operators.
 
 One definition serves both devices. With a GPU the decoder is "mixed" (the bytes are parsed on the CPU, decoded on the
-GPU) and the rest follows on the GPU; without one everything runs in DALI's CPU thread pool. In between, a CPU may decode
-and resize for a GPU that does the rest.
+GPU) and the rest follows on the GPU. Without one everything runs in DALI's CPU thread pool. A third way: the CPU decodes
+and resizes for a GPU that does the rest.
 """
 
 import gc
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 PREFETCH = 2  # batches that DALI works on ahead of the one handed out
 
-# Larger buffers of the CPU's come from a pool: malloc gives theirs back to the system and fetches them anew, at ten page
+# A pool gives memory for larger CPU buffers: malloc would return it to the system and fetch it anew, at ten page
 # faults an image. DALI reads this when it first allocates.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "65536")
 
-# A process that is forked has none of DALI's threads, and crashes where it collects a pipeline as garbage.
+# A forked process has none of DALI's threads, and crashes where it collects a pipeline as garbage.
 os.register_at_fork(after_in_child=gc.freeze)
 
 _DEFAULTS = DataConfig()
 
 Inputs = tuple[Any, ...]
-"""A batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], for `rotate` angles [] float32, and the draws
-of each operator; each as a `TensorListCPU` or whatever else DALI takes for a batch."""
+"""A batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], angles [] float32 for `rotate`, and the draws
+of each operator; each as a `TensorListCPU` or in another form that DALI takes for a batch."""
 Source = Callable[[], Inputs]
 
 
 def inputs_of(encoded: list[bytes], *tables: NDArray[Any]) -> Inputs:
-    """Encoded images and arrays [B, ...] as DALI holds them, without a copy.
+    """Wrap encoded images and arrays [B, ...] for DALI, without a copy.
 
-    Given lists and arrays, DALI would make the same of them in the thread that runs the pipeline, for 7 us an image.
+    DALI would do the same with lists and arrays, in the thread that runs the pipeline, for 7 us an image.
     """
     streams = TensorListCPU([TensorCPU(stream) for stream in encoded], contiguous=False)  # type: ignore[call-overload]
     return (streams, *(TensorListCPU(np.ascontiguousarray(table)) for table in tables))
@@ -88,11 +88,11 @@ class ImagePipeline:
         )
 
     def feed(self, source: Iterator[Inputs]) -> None:
-        """Let the next images be those of `source`. What the source before gave must have come out, to its end."""
+        """Take the next images from `source`. All images of the source before must have been handed out."""
         self._feed.source = source
 
     def run(self) -> torch.Tensor:
-        """Images [B, S, S, 3] uint8 in 0..255 of the next batch, in DALI's memory on the device.
+        """Return images [B, S, S, 3] uint8 in 0..255 of the next batch, in DALI's memory on the device.
 
         Raises StopIteration behind the last batch, and `DamagedImage` in place of a batch that holds one.
         """
@@ -110,9 +110,9 @@ class ImagePipeline:
 
 
 class _Feed:
-    """The source of a pipeline, which a following epoch replaces by its own.
+    """Source of a pipeline, which a following epoch replaces by its own.
 
-    An object beside the pipeline, as a pipeline that is part of a circle of objects is freed late.
+    An object beside the pipeline, because a pipeline in a circle of objects is freed late.
     """
 
     source: Iterator[Inputs] = iter(())
@@ -132,9 +132,9 @@ def build_graph(
     threads: int,
     cfg: DataConfig = _DEFAULTS,
 ) -> Pipeline:
-    """A pipeline whose `run()` gives uint8 RGB images [batch, size_px, size_px, 3] in 0..255.
+    """Build a pipeline whose `run()` gives uint8 RGB images [batch, size_px, size_px, 3] in 0..255.
 
-    `gpu` is the device's index or None; `cfg` says where to decode. `source` raises StopIteration at its end.
+    `gpu` is the device's index or None; `cfg` chooses the decoder. `source` raises StopIteration at its end.
     Raises `UserError` for decoding on a GPU that is not there.
     """
     check_decode(cfg, on_gpu=gpu is not None)
@@ -158,9 +158,9 @@ def build_graph(
 
 
 def _remove_generated_files() -> None:
-    """DALI imports its rewritten operators from files in the temporary folder, and removes them when the process ends.
+    """Remove the files of DALI's rewritten operators, which it imports from the temporary folder.
 
-    One that is killed would leave them there, and nothing reads them any more.
+    DALI removes them when the process ends, but a killed process would leave them there. Once imported nothing reads them.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("__autograph_generated_file") and module.__file__:
@@ -174,7 +174,7 @@ def check_decode(cfg: DataConfig, *, on_gpu: bool) -> None:
 
 @cache
 def cpu_kernel() -> "Addresses | None":
-    """Our resize, faster than DALI's on a CPU; None, and one line that says why, where numba does not work."""
+    """Load our resize, faster than DALI's on a CPU; None, and one line with the reason, where numba does not work."""
     try:
         from data_pipeline.dali import cpu_resize as kernel
 
@@ -195,21 +195,24 @@ def images_of(
     cfg: DataConfig = _DEFAULTS,
     kernel: "Addresses | None" = None,
 ) -> DataNode:
-    """The operators, to be called within a pipeline.
+    """Connect the operators; to be called within a pipeline.
 
-    The window of each image (see `draws.Geometry`) is cut, mirrored and resized by one operator: triangular filter,
+    One operator cuts, mirrors and resizes the window of each image (see `sampling.Geometry`): triangular filter,
     antialiased, as PIL's BILINEAR. It is DALI's, or on a CPU `kernel`.
     """
     device = "gpu" if on_gpu else "cpu"
     decode_on_gpu = on_gpu and cfg.decode != "cpu"
     encoded, top_left, bottom_right, *angle_and_draws = fn.external_source(
-        source=source, num_outputs=3 + rotate + len(operators), no_copy=True
+        # In the order of `inputs_of`; a batch's bytes stay alive in the loader, so they are not copied.
+        source=source,
+        num_outputs=3 + rotate + len(operators),
+        no_copy=True,
     )
     angle, draws = angle_and_draws[:rotate], angle_and_draws[rotate:]
 
-    # Decode.
-    # Fancy upsampling is what PIL does; the orientation tag is ignored as torchvision ignores it.
-    # Whole images: on a CPU their windows alone took 1.1 to 1.2 times as long, and damage beside them would go unseen.
+    # Decode whole images.
+    # Fancy upsampling matches PIL; the orientation tag is ignored as in torchvision.
+    # To decode only the windows took 1.1 to 1.2 times as long on a CPU, and damage beside them would go unseen.
     images = fn.decoders.image(
         encoded,
         device="mixed" if decode_on_gpu else "cpu",
@@ -219,7 +222,7 @@ def images_of(
         **(_hardware_decoder(cfg) if decode_on_gpu else {}),
     )
 
-    # Cut, mirror and resize, where the pixels are; from then on all work is on the device that trains.
+    # Cut, mirror and resize on the device that decoded; from then on all work is on the device that trains.
     if kernel:
         images = _resize(images, top_left, bottom_right, size_px, kernel)
     else:
@@ -235,7 +238,7 @@ def images_of(
     if on_gpu and not decode_on_gpu:
         images = images.gpu()
 
-    # Change what has its final size.
+    # Augment images of their final size.
     if rotate:
         # Nearest neighbour, as torchvision's RandomRotation; linear costs nine times as much on a CPU.
         images = fn.rotate(
@@ -247,7 +250,7 @@ def images_of(
 
 
 def _hardware_decoder(cfg: DataConfig) -> dict[str, Any]:
-    """Arguments for a GPU that has a decoder for JPEG (A100, H100); no other minds."""
+    """Arguments for a GPU with a JPEG decoder (A100, H100); other GPUs ignore them."""
     return {
         "hw_decoder_load": cfg.hw_decoder_load,
         "preallocate_width_hint": cfg.preallocate_width_hint,
@@ -259,9 +262,9 @@ def _hardware_decoder(cfg: DataConfig) -> dict[str, Any]:
 def _resize(
     images: DataNode, top_left: DataNode, bottom_right: DataNode, size_px: int, kernel: "Addresses"
 ) -> DataNode:
-    """The window of each image by `kernel`.
+    """Resize the window of each image by `kernel`.
 
-    Called by its addresses: DALI's plugin for numba would compile some wrappers around it for each pipeline, for
+    The kernel is called by its addresses: DALI's plugin for numba would compile wrappers for each pipeline, which takes
     seconds.
     """
     operator = ops.python_op_factory("Resize", "NumbaFuncImpl", generated=False)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""A dataset as a few large files, its images no larger than training needs: python -m data_pipeline.pack SRC DST
+"""Pack a dataset into a few large files, its images no larger than training needs: python -m data_pipeline.pack SRC DST
 
-PACK.md describes what is written. Everything is made in DST.partial and renamed to DST once it is whole; a shard that is
-finished stays there, so the same command goes on where it was killed. The bytes depend on the images, the options and the
-version of Pillow alone: neither on the number of processes, nor on how often the work was interrupted.
+PACK.md describes the format. Everything is made in DST.partial and renamed to DST once it is whole; a finished shard
+stays there, so the same command goes on where it was killed. The bytes depend only on the images, the options and the
+version of Pillow, not on the number of processes or on interruptions.
 """
 
 import io
@@ -31,20 +31,20 @@ from data_pipeline.summary import print_summary
 
 _PIECE = 16  # images that a process works on at a time
 _JPEG_SIDE = 65500  # pixels: libjpeg's JPEG_MAX_DIMENSION
-_DRAFT = 2  # a JPEG may be decoded smaller, to no less than so many times the wanted size, without a visible difference
+_DRAFT = 2  # a JPEG may be decoded smaller, to at least this many times the wanted size, without a visible difference
 _UNITS = {"": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """How images are stored. These options decide every byte."""
+    """Options of how images are stored. They decide every byte."""
 
     short_side: int | None = None
-    """Images whose short side is longer are reduced to this many pixels; nothing is if not given."""
+    """Images with a longer short side are reduced to this many pixels; if not given, none are."""
     quality: int = 90
     """JPEG quality of the images that are encoded anew, 1 to 95."""
     shard_size: str = "256MB"
-    """Size of a shard at most, as 256MB or 1GiB; a bare number counts images instead."""
+    """Largest size of a shard, such as 256MB or 1GiB; a bare number counts images instead."""
 
     def __post_init__(self) -> None:
         require(
@@ -79,16 +79,16 @@ class PackConfig:
 
 
 class Stored(NamedTuple):
-    """An image as a pack holds it."""
+    """An image in the form that a pack holds."""
 
     jpeg: bytes
     size: Size
     encoded: bool
-    """Whether it was encoded anew."""
+    """True where it was encoded anew."""
 
 
 def store(data: bytes, cfg: PackConfig) -> Stored:
-    """`data` as it is, if it is a JPEG no larger than wanted, else a new JPEG. Raises `BadImage`.
+    """Return `data` unchanged if it is a JPEG no larger than wanted, else a new JPEG. Raises `BadImage`.
 
     New ones are RGB with 4:2:0 chroma, without any metadata; the orientation tag is ignored, as in training.
     """
@@ -102,7 +102,7 @@ def store(data: bytes, cfg: PackConfig) -> Stored:
     image = as_rgb(decode(data, draft=(_DRAFT * width, _DRAFT * height)))
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image.info = {}  # Pillow would save a comment that it holds
+    image.info = {}  # Pillow would save a comment of the image
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=cfg.quality, subsampling="4:2:0")
     return Stored(stream.getvalue(), wanted, encoded=True)
@@ -126,10 +126,11 @@ class _Piece(NamedTuple):
 def pack(
     cfg: DataConfig, dst: Path, options: PackConfig, workers: int | None = None
 ) -> tuple[dict[str, Any], list[Fault]]:
-    """Pack both splits of a dataset into the folder `dst`, or go on with that: its manifest, and the files left out.
+    """Pack both splits of a dataset into the folder `dst`, or go on with it. Returns manifest and files left out.
 
-    Where `dst` is this very pack already, nothing is done. Raises `UserError`.
+    Where `dst` is this same pack already, nothing is done. Raises `UserError`.
     """
+    # Refuse early: reading the images takes long.
     refuse_foreign(dst)
     try:
         catalogs = {split: open_catalog(cfg, split) for split in SPLITS}
@@ -141,6 +142,7 @@ def pack(
             f"DST: {dst} lies among the images of SRC; give a folder elsewhere",
         )
     print_summary(cfg, catalogs["train"], catalogs["val"])
+    # Errors while reading the images are handled there; an OSError here is of the destination.
     try:
         manifest = _pack(Workshop(dst, asdict(options), catalogs), options, workers)
     except OSError as error:
@@ -208,13 +210,13 @@ def _next_row(notes: list[Note]) -> int:
 
 
 def _attempt(catalog: Catalog, row: int, options: PackConfig) -> Stored | str:
-    """An image as it is to be stored, or why it cannot be."""
+    """Read and encode an image for the pack; a string says why that fails."""
     try:
         return store(catalog.read(row), options)
     except BadImage as error:
         return str(error)
     except OSError as error:
-        # It could be read a moment ago: the storage fails, not the file, and a pack without its images helps nobody.
+        # It could be read a moment ago, so the storage fails, not the file; a pack without its images would help nobody.
         raise UserError(
             f"SRC: cannot read {catalog.root / catalog.paths[row]} ({error.strerror}); mend that, and the same command goes on"
         ) from None

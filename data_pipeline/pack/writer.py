@@ -1,8 +1,8 @@
-"""DST.partial, where a pack grows until it is whole, and from where it goes on after it was cut short.
+"""DST.partial: a pack grows here until it is whole; a later call goes on from it.
 
-plan.json            what is packed, and how; the work goes on for the same plan only
+plan.json            source and options of the pack; work goes on only for the same plan
 train-000000.json    a note on each finished shard
-pack/                what will be DST
+pack/                becomes DST
 """
 
 import errno
@@ -43,7 +43,7 @@ _PLAN, _UNDER_WAY = "plan.json", "shard.tar"
 
 @dataclass
 class Note:
-    """What a finished shard holds: rows `first` to `next` of the catalog, but for the bad ones."""
+    """Contents of a finished shard: rows `first` to `next` of the catalog, except the bad ones."""
 
     first: int
     next: int = 0
@@ -52,17 +52,17 @@ class Note:
     encoded: int = 0
     """Images that were encoded anew."""
     row: list[int] = field(default_factory=list)
-    """Row in the catalog of each image; the lists below go with it."""
+    """Row in the catalog of each image; the lists below are in the same order."""
     offset: list[int] = field(default_factory=list)
     length: list[int] = field(default_factory=list)
     height: list[int] = field(default_factory=list)
     width: list[int] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
-    """Path of each image left out -> why."""
+    """Path of each image left out -> reason."""
 
 
 class Workshop:
-    """The folder beside `dst`. Raises OSError where it cannot be written."""
+    """Work folder beside `dst`. Raises OSError where it cannot be written."""
 
     def __init__(self, dst: Path, options: Mapping[str, Any], catalogs: Mapping[str, Catalog]) -> None:
         self.dst, self.catalogs = dst, catalogs
@@ -78,7 +78,7 @@ class Workshop:
         }
 
     def finished(self) -> bool:
-        """Whether `dst` is this very pack; what is left beside it is then removed. Raises `UserError` for another pack."""
+        """Return True where `dst` is this same pack, and remove leftovers beside it. Raises `UserError` for another pack."""
         if not is_pack(self.dst):
             return False
         self._compare(self.dst, Pack.open(self.dst).manifest)
@@ -87,11 +87,12 @@ class Workshop:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Take up the work, or begin it. Raises `UserError` where another process is at it, or had another plan."""
+        """Begin the work or go on with it. Raises `UserError` where another process works on it, or it had another plan."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
             _lock(lock.fileno(), self.folder)
             plan = self.folder / _PLAN
+            # A pack is only continued with the images and options that it was begun with.
             if plan.exists():
                 self._compare(self.folder, json.loads(plan.read_bytes()))
             else:
@@ -104,7 +105,7 @@ class Workshop:
                 (self.folder / _UNDER_WAY).unlink(missing_ok=True)
 
     def notes(self, split: str) -> list[Note]:
-        """On the shards that are finished, in order."""
+        """Read the notes of the finished shards, in order."""
         notes: list[Note] = []
         while True:
             shard = self.pack / split / shard_name(len(notes))
@@ -118,7 +119,7 @@ class Workshop:
             notes.append(note)
 
     def add(self, split: str, number: int, shard: "Shard", next_row: int) -> Note:
-        """Finish a shard and give it its place."""
+        """Finish a shard and move it to its place."""
         note = shard.note
         note.next = next_row
         note.bytes, note.sha256 = shard.writer.close()
@@ -128,7 +129,7 @@ class Workshop:
         return note
 
     def finish(self, notes: Mapping[str, list[Note]]) -> dict[str, Any]:
-        """Write indices and manifest, and let the pack appear as `dst`; its manifest."""
+        """Write indices and manifest, and rename the pack to `dst`. Returns its manifest."""
         manifest = {**self.plan, "splits": {split: self._complete(split, notes[split]) for split in notes}}
         replace_file(self.pack / MANIFEST, _json(manifest))
         for folder in (*(self.pack / split for split in notes), self.pack):
@@ -139,8 +140,9 @@ class Workshop:
         return manifest
 
     def _complete(self, split: str, notes: list[Note]) -> dict[str, Any]:
-        """Write a split's index; its part of the manifest."""
+        """Write a split's index. Returns the split's part of the manifest."""
         catalog, file = self.catalogs[split], self.pack / split / INDEX
+        # The notes of all shards, one behind the other, are the columns of the index.
         rows = np.concatenate([np.array(note.row, np.int64) for note in notes])
         index = Index(
             shard=np.repeat(np.arange(len(notes), dtype=np.int32), [len(note.row) for note in notes]),
@@ -157,6 +159,7 @@ class Workshop:
                 )
             },
         )
+        # The index is on disk before the manifest, which has its checksum.
         replace_file(file, index.to_bytes())
         bad = dict(catalog.bad)
         for note in notes:
@@ -191,7 +194,7 @@ class Workshop:
 
 
 class Shard:
-    """The shard under way, in a file that the next one overwrites if this one is cut short."""
+    """Shard being written, in a file that the next attempt overwrites."""
 
     def __init__(self, shop: Workshop, first_row: int, first_key: int) -> None:
         self.note = Note(first_row)
@@ -212,13 +215,13 @@ class Shard:
 
 
 def refuse_foreign(dst: Path) -> None:
-    """Raise `UserError` where `dst`, or the folder beside it, holds something else than a pack."""
+    """Raise `UserError` where `dst`, or the folder beside it, holds anything but a pack."""
     if os.path.lexists(dst) and not (is_pack(dst) or _empty(dst)):
         raise UserError(f"DST: {dst} exists and is no pack; give a folder that is not there yet")
     if os.path.ismount(dst):
         raise UserError(f"DST: {dst} is a mount point, which cannot appear at once; give a folder within it")
     folder = _beside(dst)
-    # The lock comes before the plan.
+    # The lock file is made before the plan.
     if folder.exists() and not (_ours(folder / _PLAN) or _empty(folder, "lock")):
         raise UserError(f"DST: {folder}, where it would grow, is in use for something else; give another DST")
 
@@ -243,13 +246,13 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the workers
     except OSError as error:
-        # A file system without locks goes without.
+        # Do without a lock on a file system that has none.
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(f"DST: another process is at work in {folder}; wait for it, or give another DST") from None
 
 
 def _digest(catalog: Catalog) -> str:
-    """Of all that a catalog says of its images."""
+    """Hash everything that a catalog says of its images."""
     digest = hashlib.sha256(json.dumps([list(catalog.paths), catalog.classes, catalog.bad]).encode())
     digest.update(catalog.labels.tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""What the model will see, as one picture: python -m data_pipeline.show [--data.OPTION VALUE ...] [--out sheet.png]
+"""Show the model's training images as one picture: python -m data_pipeline.show [--data.OPTION VALUE ...] [--out sheet.png]
 
-Each row is a training image: as it is, then each time that training comes to it, cropped, augmented and mixed, to the
-pixel as a run with these options and this seed gets it. Below each stands the epoch and the class, or the shares of two.
+Each row is a training image: the original, then each time that training reads it, cropped, augmented and mixed, pixel for
+pixel as in a run with these options and this seed. Below each stand the epoch and the class, or the shares of two classes.
 """
 
 import io
@@ -27,7 +27,7 @@ from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.summary import print_summary
 
-ROWS, COLUMNS = 6, 7  # images, and times that each is shown beside the original
+ROWS, COLUMNS = 6, 7  # images, and augmented versions of each beside the original
 _SMALLEST, _LINE, _GAP = 144, 15, 4  # pixels: side of a cell, height of a line of text, space between cells
 
 
@@ -36,11 +36,11 @@ class Cell(NamedTuple):
 
     image: Image.Image
     caption: list[str]
-    """Its lines."""
+    """Lines of text below the image."""
 
 
 def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) -> Image.Image:
-    """Rows of training images, from `epoch` on, of a run of `epochs` with `seed`.
+    """Draw rows of training images, from `epoch` on, of a run of `epochs` with `seed`.
 
     The originals come first, in the order of the epoch. Raises `UserError`.
     """
@@ -50,6 +50,7 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
     )
     catalog = open_catalog(cfg, "train")
     print_summary(cfg, catalog, open_catalog(cfg, "val", catalog.classes))
+    # The first images of the epoch, each with the next times that training reads it.
     ids = list(dict.fromkeys(order(seed, epoch, len(catalog), cfg.augment.repeats).tolist()))[:ROWS]
     rows = []
     for sample in ids:
@@ -61,16 +62,16 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
 
 
 def _times(catalog: Catalog, cfg: DataConfig, sample: int, epoch: int, seed: int) -> Iterator[tuple[int, int]]:
-    """Epoch and position of each time that training reads the sample, from `epoch` on."""
+    """Yield epoch and position of each time that training reads the sample, from `epoch` on."""
     for number in count(epoch):
         for position in np.flatnonzero(order(seed, number, len(catalog), cfg.augment.repeats) == sample):
             yield number, int(position)
 
 
 def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: int) -> Cell:
-    """The image at one position of an epoch.
+    """Load the image at one position of an epoch.
 
-    By a loader that is one of as many ranks as an update has images, or pairs: no pixel depends on their number.
+    One loader of as many ranks as an optimizer step has images, or pairs, reads it: no pixel depends on their number.
     """
     rows, images = 2 if cfg.augment.mixes else 1, cfg.batch_at(place.epoch, epochs)
     within = place.seen % images
@@ -95,7 +96,7 @@ def _caption(classes: list[str], label: int, targets: torch.Tensor | None) -> li
 
 
 def whole(catalog: Catalog, sample: int, caption: list[str], side: int = 0) -> Cell:
-    """The whole image as it lies on the disk, in a square of `side` pixels or a cell's least; black if it cannot be read."""
+    """Draw the whole image as stored, in a square of at least `side` pixels; black if it cannot be read."""
     side = max(side, _SMALLEST)
     try:
         image = Image.open(io.BytesIO(catalog.read(sample))).convert("RGB")
@@ -105,7 +106,7 @@ def whole(catalog: Catalog, sample: int, caption: list[str], side: int = 0) -> C
 
 
 def grid(rows: list[list[Cell]]) -> Image.Image:
-    """The cells on white, small images enlarged in whole pixels."""
+    """Draw the cells on white, small images enlarged by whole factors."""
     side = max(_SMALLEST, *(cell.image.width for row in rows for cell in row))
     lines = max(len(cell.caption) for row in rows for cell in row)
     across, down = side + _GAP, side + lines * _LINE + 2 * _GAP

@@ -24,7 +24,7 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
 
-VERSION = "builtin-v1"  # the folder's name in the cache: raise it whenever a rendered pixel changes
+VERSION = "builtin-v1"  # name of the folder in the cache: raise it whenever a rendered pixel changes
 PER_CLASS = {"train": 400, "val": 100}
 
 # float64 throughout: the last bit of a sine differs between processors and must not reach a rounded pixel.
@@ -37,7 +37,7 @@ Sample = tuple[str, str, int]  # split, class, index
 
 
 def builtin_dataset() -> Path:
-    """Folder with `train/<class>/*.jpg` (4,000 files) and `val/<class>/*.jpg` (1,000), rendered first if missing.
+    """Return the folder with `train/<class>/*.jpg` (4,000 files) and `val/<class>/*.jpg` (1,000), rendered first if missing.
 
     Several processes and machines may call it at once: one renders, the others wait for it.
 
@@ -48,7 +48,7 @@ def builtin_dataset() -> Path:
 
 
 def cache_root() -> Path:
-    """Sluice's cache folder, created if missing: `$SLUICE_CACHE`, else `$XDG_CACHE_HOME/sluice`, else `~/.cache/sluice`.
+    """Return Sluice's cache folder, created if missing: `$SLUICE_CACHE`, else `$XDG_CACHE_HOME/sluice`, else `~/.cache/sluice`.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -64,7 +64,7 @@ def cache_root() -> Path:
 
 
 def cache_path() -> Path:
-    """Where `cache_root` is, whether it exists or not. Raises `UserError` where no home folder is known."""
+    """Return the path of `cache_root`, even if it does not exist. Raises `UserError` where no home folder is known."""
     environ = os.environ
     try:
         if chosen := environ.get("SLUICE_CACHE"):
@@ -80,23 +80,24 @@ def _unwritable(root: Path, error: OSError) -> UserError:
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made first if missing: `make` fills an empty one beside it, which is renamed when that is done.
+    """Return `folder`, made first if missing: `make` fills an empty folder beside it, which is then renamed.
 
     Several processes and machines may call it at once: one makes it, the others wait for it and share its `UserError`.
 
     Raises:
         UserError: what `make` raises, or the folder cannot be written.
     """
-    if folder.is_dir():  # asked before the cache must be writable: a finished one may be read-only
+    if folder.is_dir():  # checked before the cache must be writable: a finished folder may be read-only
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "a+", errors="surrogateescape") as lock:
             waited = _lock(lock)
             lock.seek(0)
+            # Whoever held the lock has left the folder, or the reason for its failure.
             failure = lock.read() if waited else ""
             if not folder.is_dir():
-                if failure:  # it took another process a while to find out, and would take this one as long
+                if failure:  # another process needed time to find this out, and this one would need as long
                     raise UserError(failure)
                 lock.truncate(0)
                 try:
@@ -105,7 +106,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
                     lock.write(str(error))
                     raise
     except OSError as error:
-        # Some network file systems lock within one machine only: then each makes it, and the first to finish wins.
+        # Some network file systems lock only within one machine: then each machine makes it, and the first to finish wins.
         if not folder.is_dir():
             raise _unwritable(folder.parent, error) from error
     except UserError:
@@ -115,7 +116,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock the file. Returns whether another process held it."""
+    """Lock the file. Returns True where another process held it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -125,7 +126,7 @@ def _lock(file: IO[str]) -> bool:
 
 
 def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make it beside `folder`, then rename: it exists only when complete. The caller holds this machine's lock."""
+    """Make it beside `folder`, then rename, so that it exists only when complete. The caller holds this machine's lock."""
     partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -140,7 +141,7 @@ def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _render_once(root: Path, per_class: Mapping[str, int]) -> Path:
-    """Render into `root / VERSION`, unless that is there."""
+    """Render into `root / VERSION`, unless that exists."""
     folder = root / VERSION
 
     def render_all(into: Path) -> None:
@@ -154,7 +155,7 @@ def _render_once(root: Path, per_class: Mapping[str, int]) -> Path:
 
 
 def _with_progress(samples: list[Sample], folder: Path) -> Iterator[Sample]:
-    """The samples, with a line on stderr that says how many, and then how far they are."""
+    """Yield the samples, and print on stderr their number and then the progress."""
     print(f"Rendering the built-in dataset ({len(samples):,} images, once) into {folder}", file=sys.stderr, flush=True)
     with progress("rendering", len(samples)) as advance:
         for sample in samples:
@@ -168,23 +169,27 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, the luma of JPEG
 
 
 def render(split: str, name: str, index: int) -> NDArray[np.uint8]:
-    """Pixels of one sample before compression: [H, W, 3] RGB, or [H, W] gray for one in twelve; H and W in 72..160."""
+    """Draw one sample before compression: [H, W, 3] RGB, or [H, W] gray for one in twelve; H and W in 72..160."""
     rng = Generator(Philox(key=[list(PER_CLASS).index(split) * len(CLASSES) + CLASSES.index(name), index]))
     height, width = _size(rng)
     hue, luma = rng.random(), rng.uniform(0.25, 0.5)
     image = _background(rng, height, width, hue, luma)
+    # The background: clutter of about its own luma, so that edges alone do not tell the class.
     for _ in range(rng.integers(2, 6)):
         _paint(image, _clutter(rng, height, width), _colour(rng, rng.random(), luma + rng.uniform(-0.15, 0.15)), 0.6)
 
+    # The figures, often with a shadow, in a hue and luma apart from the background's.
     figures = _placed(rng, FIGURES[name], height, width)
     if rng.random() < 0.5:
         shadow = rng.uniform(0.03, 0.06) * min(height, width)
         _paint(image, [polygon + shadow for polygon in figures], np.zeros(3), 0.3)
     contrast = rng.uniform(0.25, 0.5) * (1 if rng.random() < 0.85 else -1)
     _paint(image, figures, _colour(rng, hue + rng.uniform(0.2, 0.8), luma + contrast), 1.0)
+    # Sometimes something lies in front.
     for _ in range(rng.integers(0, 2)):
         _paint(image, _clutter(rng, height, width), _colour(rng, rng.random(), rng.uniform(0.2, 0.8)), 0.8)
 
+    # Light and grain as of a camera; one image in twelve is gray, as in real sets.
     light = 1 + _noise(rng, height, width, 0.2)
     grain = rng.uniform(-0.03, 0.03, (height, width))
     if index % 12 == 11:
@@ -201,14 +206,14 @@ def _size(rng: Generator) -> tuple[int, int]:
 
 
 def _colour(rng: Generator, hue: float, luma: float) -> Array:
-    """RGB [3] in 0..1 of this hue and luma (kept within 0.05..0.95), of random saturation."""
+    """Pick a random saturation: RGB [3] in 0..1 of this hue and luma (kept within 0.05..0.95)."""
     pure = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.3, 0.9), 1.0))
     full, luma = float(pure @ LUMA), min(max(luma, 0.05), 0.95)
     return pure * (luma / full) if luma < full else pure + (1 - pure) * ((luma - full) / (1 - full))
 
 
 def _background(rng: Generator, height: int, width: int, hue: float, luma: float) -> Array:
-    """A slanted, uneven gradient [H, W, 3] between two related colours."""
+    """Draw a slanted, uneven gradient [H, W, 3] between two related colours."""
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.linspace(-0.5, 0.5, height)[:, None] * np.sin(angle) + np.linspace(-0.5, 0.5, width) * np.cos(angle)
     mix = (0.5 + slope + _noise(rng, height, width, 0.4)).clip(0, 1)[..., None]
@@ -217,19 +222,19 @@ def _background(rng: Generator, height: int, width: int, hue: float, luma: float
 
 
 def _noise(rng: Generator, height: int, width: int, amplitude: float) -> Array:
-    """Smooth noise [H, W] in ±amplitude: random values on a coarse grid, interpolated."""
+    """Draw smooth noise [H, W] in ±amplitude: random values on a coarse grid, interpolated."""
     rows, columns = rng.integers(2, 6, 2)
     return _hats(height, rows) @ rng.uniform(-amplitude, amplitude, (rows, columns)) @ _hats(width, columns).T
 
 
 def _hats(size: int, knots: int) -> Array:
-    """Weights [size, knots] that interpolate smoothly between evenly spaced knots."""
+    """Compute weights [size, knots] that interpolate smoothly between evenly spaced knots."""
     hat = (1 - abs(np.linspace(0, knots - 1, size)[:, None] - np.arange(knots))).clip(0, 1)
     return hat * hat * (3 - 2 * hat)
 
 
 def _clutter(rng: Generator, height: int, width: int) -> Polygons:
-    """A small ellipse or a thin bar, anywhere in the image."""
+    """Draw a small ellipse or a thin bar, anywhere in the image."""
     if rng.random() < 0.6:
         shape = _polygon(20) * rng.uniform(0.04, 0.14) * (1.0, rng.uniform(0.6, 1.0))
     else:
@@ -239,7 +244,7 @@ def _clutter(rng: Generator, height: int, width: int) -> Polygons:
 
 
 def _placed(rng: Generator, figure: Callable[[Generator], Polygons], height: int, width: int) -> Polygons:
-    """One to three variants of the figure, apart from each other, in the central square of the image."""
+    """Place one to three variants of the figure, apart from each other, in the central square of the image."""
     side, count = min(height, width), int(rng.choice([1, 1, 1, 1, 1, 1, 2, 3]))
     orbit, smallest, largest = {1: (0.0, 0.31, 0.46), 2: (0.25, 0.2, 0.25), 3: (0.27, 0.18, 0.22)}[count]
     first = rng.uniform(0, 2 * np.pi)
@@ -265,7 +270,7 @@ def _paint(image: Array, polygons: Polygons, colour: Array, opacity: float) -> N
 
 
 def _coverage(polygons: Polygons, height: int, width: int) -> Array:
-    """Share of each pixel that the polygons cover, [H, W] in 0..1: exact along x, from four lines a pixel along y.
+    """Compute the share of each pixel that the polygons cover, [H, W] in 0..1: exact along x, from four lines a pixel along y.
 
     Where a line crosses an edge, a span begins (or, on an edge that runs upwards, ends) that reaches to the right
     border. Summing along the rows what begins in each pixel gives the winding number, fractions of cut pixels included.

@@ -1,4 +1,4 @@
-"""From a dataset on disk to one table of samples: where each lies, and its label."""
+"""Make one table of samples from a dataset on disk: the place of each, and its label."""
 
 import errno
 import fcntl
@@ -30,10 +30,14 @@ from data_pipeline.sources.quarantine import quarantined
 from data_pipeline.sources.tables.text_table import TABLES, is_table
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
-_HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that tell what it is
+_HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 4  # of the cache: raise it when a scan would find something else
-_LASTING = (errno.ENOENT, errno.EISDIR, errno.ELOOP)  # of a link or a folder in an image's place, until that changes
+_VERSION = 4  # of the cache: raise it when a scan would give another result
+_LASTING = (
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ELOOP,
+)  # of a link or folder in an image's place: lasting errors
 _NO_SPANS = np.empty((0, 3), np.int64)
 
 
@@ -43,14 +47,14 @@ class Catalog:
 
     root: Path
     paths: list[str]
-    """Path of each sample below `root`; of one inside a shard, SHARD/MEMBER."""
+    """Path of each sample below `root`; SHARD/MEMBER for one inside a shard."""
     labels: NDArray[np.int64]
     """[N] row of the sample's class in `classes`."""
     classes: list[str]
     bad: dict[str, str]
-    """Files left out, path below `root` -> why."""
+    """Files left out, path below `root` -> reason."""
     shards: list[str] = field(default_factory=list)
-    """Paths of tar files below `root`; none where each sample is a file."""
+    """Paths of tar files below `root`; empty where each sample is a file."""
     spans: NDArray[np.int64] = field(default_factory=lambda: _NO_SPANS)
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
     taken: Taken = field(default_factory=Taken)
@@ -59,7 +63,7 @@ class Catalog:
         return len(self.paths)
 
     def read(self, sample: int) -> bytes:
-        """The encoded bytes of one sample. Raises OSError."""
+        """Read the encoded bytes of one sample. Raises OSError."""
         if not self.shards:
             return read_bytes(f"{self.root}/{self.paths[sample]}")
         shard, offset, length = self.spans[sample].tolist()
@@ -69,7 +73,7 @@ class Catalog:
         return data
 
     def part(self, rows: list[int]) -> "Catalog":
-        """The samples in these rows, in this order."""
+        """Take the samples in these rows, in this order."""
         return replace(
             self,
             paths=[self.paths[row] for row in rows],
@@ -78,22 +82,22 @@ class Catalog:
         )
 
     def spread(self, count: int) -> list[int]:
-        """At most `count` of its rows, evenly spread from the first to the last."""
+        """Pick at most `count` rows, evenly spread from the first to the last."""
         count = min(count, len(self))
         return [number * (len(self) - 1) // max(count - 1, 1) for number in range(count)]
 
     def fingerprint(self) -> str:
-        """Hash of names and labels: equal where an interrupted epoch can be continued."""
+        """Hash names and labels: equal where an interrupted epoch can be continued."""
         digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
 
 def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) -> Catalog:
-    """The samples of `split` ("train" or "val"), in any layout (see `layouts`) or from a pack.
+    """List the samples of `split` ("train" or "val"), in any layout (see `layouts`) or from a pack.
 
-    Labels follow `classes`, or the classes of the training split. What was scanned once is remembered, until a folder or
-    file of it changes; a scan that met an error of the storage is not. Raises `UserError`.
+    Labels follow `classes`, or the classes of the training split. A scan is cached until a folder or file in it changes; one
+    that met a storage error is not cached. Raises `UserError`.
     """
     root = dataset_root(cfg)
     try:
@@ -105,6 +109,7 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
             f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
             f"or a name ({', '.join(NAMED)})"
         )
+    # A pack has its own index; anything else is scanned, or taken from the cache under all options that decide the scan.
     if pack_format.is_pack(root):
         catalog = _from_pack(root, split, classes)
     else:
@@ -114,9 +119,9 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
 
 
 def open_images(cfg: DataConfig) -> Catalog:
-    """The images below the folder `data.path` by their paths, or those that a table there names in its order.
+    """List the images below the folder `data.path` by their paths, or those that a table there names, in its order.
 
-    No class is known, every label is UNLABELLED, and none is left out: a loader tells which cannot be read. Raises
+    No class is known and every label is UNLABELLED. No image is left out: a loader reports the unreadable ones. Raises
     `UserError`.
     """
     listing = list_images(dataset_root(cfg), cfg)
@@ -148,7 +153,8 @@ def _without(catalog: Catalog, left_out: set[str]) -> Catalog:
 
 
 def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
-    """The catalog that `list_now` leads to, from the cache where nothing of it has changed since."""
+    """Return the catalog that `list_now` leads to, from the cache where nothing in it has changed."""
+    # Cached files decide which images are opened, so nobody else may have written them; without a cache every start scans.
     name = hashlib.blake2b(json.dumps([_VERSION, *key]).encode(), digest_size=16).hexdigest()
     try:
         file = cache_root() / "scans" / f"{name}.npz"
@@ -161,17 +167,17 @@ def _remembered(key: list[object], list_now: Callable[[], Listing]) -> Catalog:
         _say_forgetful(str(key[0]), str(error))
         return _scan(list_now())
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process scans, the others of its machine wait and read
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process scans; the others of its machine wait and read
         known = _load(file)
         if known is None:
             listing = list_now()
-            watched = _changes(listing.watched)  # before the scan: what arrives during it is then noticed next time
+            watched = _changes(listing.watched)  # before the scan, so that a file added during it is noticed next time
             known = _scan(listing)
             if any(isinstance(why, _Unread) for why in known.bad.values()):
                 return known
             try:
                 replace_file(file, _dump(known, watched))
-            except OSError as error:  # as of a full disk: it costs a scan each time, no more
+            except OSError as error:  # as of a full disk: then each start scans, which costs only time
                 _say_forgetful(str(key[0]), f"cache: cannot write to {file.parent} ({error.strerror})")
         return known
 
@@ -183,18 +189,18 @@ def _say_forgetful(root: str, why: str) -> None:
 
 
 class _Unread(str):
-    """Why a file could not be read this time: the next time it may be otherwise, so this must not be remembered."""
+    """Reason that may pass, such as a storage error. A scan with one must not be cached."""
 
 
 def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
-    """An .npz of plain arrays; what is no array is in it as JSON."""
+    """Pack the catalog into an .npz of plain arrays; anything that is no array is in it as JSON."""
     text = {
         "root": str(catalog.root),
         "classes": catalog.classes,
         "bad": catalog.bad,
         "shards": catalog.shards,
         "taken": asdict(catalog.taken),
-        # Bad files are watched one by one, so that a mended one is taken up.
+        # Bad files are watched one by one, so that a repaired one is noticed.
         "watched": watched | _changes([catalog.root / name for name in catalog.bad]),
     }
     names, ends = pack_format.joined(catalog.paths)
@@ -205,7 +211,7 @@ def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
 
 
 def _load(file: Path) -> Catalog | None:
-    """What `_dump` wrote; None where there is nothing, or something that no longer holds."""
+    """Read what `_dump` wrote; None if there is nothing, or something has changed since."""
     try:
         with np.load(file) as arrays:
             about = json.loads(arrays["about"].tobytes())
@@ -226,7 +232,7 @@ def _load(file: Path) -> Catalog | None:
 
 
 def _changes(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """When each file, or the entries of each folder, changed, and when its permissions did, in ns; [] where nothing is."""
+    """Change times in ns of each file, or of each folder's entries, and of its permissions; [] where nothing exists."""
     return {str(path): _changed(path) for path in paths}
 
 
@@ -239,7 +245,7 @@ def _changed(path: Path) -> list[int]:
 
 
 def _scan(listing: Listing) -> Catalog:
-    """Look into the first and last bytes of every image, and leave out what must not be decoded."""
+    """Look into the first and last bytes of every image, and leave out those that must not be decoded."""
     pieces = [range(at, min(at + _CHUNK, len(listing.paths))) for at in range(0, len(listing.paths), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool, progress("scanning", len(listing.paths)) as advance:
         faults: list[str | None] = []
@@ -253,6 +259,7 @@ def _scan(listing: Listing) -> Catalog:
         raise UserError(
             f"data.path: none of the {len(bad)} images in {listing.root} can be read, as {path}: {why}; give intact ones"
         )
+    # Only readable samples get a row; the others are kept with their reasons, for a run to name.
     return Catalog(
         listing.root,
         [listing.paths[row] for row in good],
@@ -266,8 +273,9 @@ def _scan(listing: Listing) -> Catalog:
 
 
 def _fault(listing: Listing, row: int) -> str | None:
-    """Why an image must not be decoded, if so."""
+    """Say why an image must not be decoded; None if it may."""
     try:
+        # Locate the bytes: in a shard, or the whole file.
         if listing.shards:
             shard, start, length = listing.spans[row].tolist()
             path = listing.root / listing.shards[shard]
@@ -277,6 +285,7 @@ def _fault(listing: Listing, row: int) -> str | None:
             if stat.S_ISFIFO(entry.st_mode):
                 return "a named pipe"  # to open it could take for ever
             length = entry.st_size
+        # Read beginning and end, as most damage is a cut file; more only where these leave a doubt.
         if length > MOST_BYTES:
             return f"its {length:,} bytes are more than any image takes"
         data = read_bytes(path, start, min(length, _HEAD))

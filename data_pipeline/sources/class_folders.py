@@ -1,4 +1,4 @@
-"""Class folders: BASE/CLASS/**/IMAGE."""
+"""The layout of class folders: BASE/CLASS/**/IMAGE."""
 
 import re
 from pathlib import Path
@@ -24,8 +24,9 @@ _PART = re.compile(r"(image|img|photo|part|batch|fold|folder|chunk|shard)s?$")
 
 
 def class_folders(base: Path, classes: list[str]) -> Listing:
-    """The images of BASE's class folders. Raises `UserError` where one is no class of `classes`."""
+    """List the images of BASE's class folders. Raises `UserError` for a folder that is not in `classes`."""
     entries = look_into(base)
+    # A class unknown to training could not be scored; folders without images do no harm.
     for name in sorted(set(entries.folders) - set(classes)):
         require(
             not holds_below(base / name, is_image),
@@ -35,6 +36,7 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     found = walk(base, [base / name for name in there])
     numbers = {name: number for number, name in enumerate(classes)}
     rows = [(path, numbers[name]) for name, paths in zip(there, found.images, strict=True) for path in paths]
+    # Nothing is left out in silence.
     stray = [name for name in entries.files if is_image(name)]
     notes = found.notes()
     if stray:
@@ -52,8 +54,9 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
 
 
 def class_names(base: Path) -> list[str]:
-    """The class folders of BASE. Raises `UserError` where they are no classes."""
+    """List the class folders of BASE. Raises `UserError` where they are no classes."""
     entries = look_into(base)
+    # Refuse what is no dataset of class folders, with a hint of what it may be.
     require(
         len(entries.folders) > 0,
         f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/",
@@ -68,6 +71,7 @@ def class_names(base: Path) -> list[str]:
             link.exists() or not link.is_symlink(),
             f"data.path: {link} is a link that leads nowhere; mend it or remove it",
         )
+    # Classes may lie one folder deeper, as in SPECIES/BREED/: the user must choose a level.
     for folder in (base / name for name in entries.folders):
         parts = [] if holds(folder, is_image) else look_into(folder).folders
         parts = [part for part in parts if holds_below(folder / part, is_image)]
@@ -80,7 +84,7 @@ def class_names(base: Path) -> list[str]:
 
 
 def _are_parts(names: list[str]) -> bool:
-    """Whether names differ in a number alone, behind a word such as "images_part", or are those of images and their masks."""
+    """Return True where names differ only in a number behind a word, as "images_part", or are those of images and their masks."""
     if len(names) > 1 and {name.lower() for name in names} <= _OF_ONE_IMAGE:
         return True
     words = {re.sub(r"[\W_]*\d+[\W_]*$", "", name.lower()) for name in names}

@@ -1,4 +1,4 @@
-"""Looking into folders of images: each real folder once, other programs' files left alone, and no folder passed over."""
+"""Walk folders of images: each real folder once, without other programs' files, and none passed over in silence."""
 
 import errno
 import os
@@ -13,29 +13,29 @@ from data_pipeline.sources.listing import counted, is_foreign, is_image, is_unre
 
 
 class Entries(NamedTuple):
-    """What lies in a folder, sorted by name, but for what belongs to other programs."""
+    """Entries of a folder, sorted by name, without those of other programs."""
 
     folders: list[str]
     links: set[str]
-    """Those of `folders` that are links."""
+    """Entries of `folders` that are links."""
     files: list[str]
 
 
 @dataclass
 class Walk:
-    """What was found below some folders."""
+    """Images found below some folders."""
 
     images: list[list[str]]
-    """Of each folder, the sorted paths of its images."""
+    """Sorted paths of the images in each folder."""
     folders: list[Path] = field(default_factory=list)
-    """All that were looked into."""
+    """All folders that were read."""
     repeated: list[str] = field(default_factory=list)
-    """Links to folders that are read already, or that lie above."""
+    """Links to folders that were read already, or that lie above."""
     unread: Counter[str] = field(default_factory=Counter)
-    """Suffixes of images that are not read, and how many there are of each."""
+    """Suffix of images that are not read -> number of them."""
 
     def notes(self) -> list[str]:
-        """What was left aside, a line each."""
+        """Say in one line each what was left out."""
         notes = []
         if self.unread:
             kinds = " and ".join(counted(count, f"{suffix} file") for suffix, count in sorted(self.unread.items()))
@@ -49,7 +49,7 @@ class Walk:
 
 
 def look_into(folder: Path) -> Entries:
-    """The entries of a folder. Raises `UserError` where it cannot be listed."""
+    """List a folder. Raises `UserError` where that fails."""
     folders, links, files = [], set(), []
     for entry in _scanned(folder):
         if _is_folder(entry):
@@ -61,12 +61,12 @@ def look_into(folder: Path) -> Entries:
 
 
 def holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
-    """Whether a file of a wanted name lies directly in the folder. Raises `UserError` where it cannot be listed."""
+    """Return True where a file of a wanted name lies directly in the folder. Raises `UserError` where it cannot be listed."""
     return any(wanted(entry.name) and not _is_folder(entry) for entry in _scanned(folder))
 
 
 def holds_below(folder: Path, wanted: Callable[[str], bool]) -> bool:
-    """Whether a file of a wanted name lies anywhere below the folder. Links that lead above it are not followed."""
+    """Return True where a file of a wanted name lies anywhere below the folder. Links that lead above it are not followed."""
     seen, left = {_identity(above) for above in folder.resolve().parents}, [folder]
     while left:
         folder = left.pop()
@@ -81,10 +81,11 @@ def holds_below(folder: Path, wanted: Callable[[str], bool]) -> bool:
 
 
 def walk(base: Path, tops: list[Path]) -> Walk:
-    """The images below each of `tops`, as paths below `base`. Each real folder is read once, by its real path if it has one.
+    """List the images below each of `tops`, as paths below `base`. Each real folder is read once, by its real path if possible.
 
     Raises `UserError` where a folder cannot be listed.
     """
+    # Real folders before links, so that an image gets its real path; and none above `base`, so that no link leads in a circle.
     above = base.resolve()
     seen = {_identity(folder) for folder in (*above.parents, *([] if base in tops else [above]))}
     real = [(row, top) for row, top in reversed(list(enumerate(tops))) if not top.is_symlink() or top == base]
@@ -100,7 +101,7 @@ def walk(base: Path, tops: list[Path]) -> Walk:
         seen.add(identity)
         found.folders.append(folder)
         entries = look_into(folder)
-        # A folder named like an image is listed too, and so told to be bad: it was hardly meant.
+        # A folder named like an image is listed too, and so reported as bad: it is probably a mistake.
         names = [name for name in (*entries.files, *entries.folders) if is_image(name)]
         found.images[row] += names if path == "." else [f"{path}/{name}" for name in names]
         found.unread.update(os.path.splitext(name)[1].lower() for name in entries.files if is_unread(name))
@@ -132,7 +133,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """What is the same for all names of a folder."""
+    """Device and inode: the same under every name of a folder."""
     try:
         entry = os.stat(folder)
     except OSError as error:

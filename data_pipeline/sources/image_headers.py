@@ -1,17 +1,17 @@
-"""What a file claims to be, read from its structure: a few microseconds instead of a decode.
+"""Check a file's structure and read its size, in a few microseconds instead of a decode.
 
-DALI's parsers can end the process, now and then, on a stream that they cannot parse (garbage, GIF, an empty or header-only
-file, a cut PNG), so nothing reaches them that `inspect` refuses, and `inspect` refuses what they do. Damage inside the
-compressed data is not seen here; DALI reports that as an error of the batch.
+DALI's parsers sometimes end the process on a stream that they cannot parse (garbage, GIF, an empty or header-only file, a
+cut PNG). So they get nothing that `inspect` refuses, and `inspect` refuses what they refuse. Damage inside the
+compressed data is not seen here; DALI reports it as an error of the batch.
 """
 
 import struct
 from typing import NamedTuple
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"})
-MAX_PIXELS = 1 << 27  # 400 MB decoded: beyond it a damaged header is likelier than a photograph
+MAX_PIXELS = 1 << 27  # 400 MB decoded: a larger size is more likely a damaged header than a photograph
 
-_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what decoders support
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: the kinds that decoders support
 _SCAN = 0xDA
 _SEGMENTS = _FRAMES | {0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # with tables, applications' data, comments
 
@@ -21,7 +21,7 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 
 
 class BadImage(Exception):
-    """Why a stream must not be decoded, in a few words."""
+    """A stream that must not be decoded, with the reason in a few words."""
 
 
 class Size(NamedTuple):
@@ -30,10 +30,10 @@ class Size(NamedTuple):
 
 
 def inspect(data: bytes, length: int | None = None) -> Size:
-    """Size in pixels as stored (EXIF rotation not applied). Raises `BadImage`.
+    """Read the size in pixels as stored (EXIF rotation not applied). Raises `BadImage`.
 
-    `data` is the whole stream, or its beginning followed by its end when `length` gives the true number of bytes; the
-    chunks of a PNG or WebP are then not followed.
+    `data` is the whole stream; or its beginning followed by its end, and then `length` is the true number of bytes, and the
+    chunks of a PNG or WebP are not followed.
     """
     length = len(data) if length is None else length
     try:
@@ -108,7 +108,7 @@ def _webp(data: bytes, length: int) -> Size:
     if kind != b"VP8X":
         raise BadImage("unknown kind of WebP")
     if data[20] & 8 and len(data) == length:
-        # The flag promises EXIF data. DALI's parser looks for it chunk by chunk and forgets that odd ones are padded.
+        # The flag promises EXIF data. DALI's parser looks for it chunk by chunk, and forgets that odd chunks are padded.
         at = 12
         while kind != b"EXIF":
             kind, size = struct.unpack_from("<4sI", data, at)

@@ -1,11 +1,11 @@
-"""How datasets lie on disk. Each layout lists the samples of a split: their names, their labels, where their bytes are.
+"""Layouts of datasets on disk. Each one lists the samples of a split: their names, their labels, the place of their bytes.
 
-class_folders   CLASS/**/IMAGE in train/ and val/, or in one folder, of which a share is then held out
+class_folders   CLASS/**/IMAGE in train/ and val/, or in one folder: then a share of it is held out
 tables          a CSV or Parquet table of image names and labels, as Kaggle publishes them
 webdataset      *.tar in WebDataset layout, KEY.jpg beside KEY.cls, in train/ and val/ or in one folder
 
-The splits' folders may have any of their usual names (see `splits`), and all of it may lie deeper, where nothing is beside
-it. Images without labels are those anywhere below a folder, or those that a table names.
+The splits' folders may have any of their usual names (see `splits`). The dataset may lie deeper, in a folder that has
+nothing beside it. Unlabelled images are all those below a folder, or those that a table names.
 """
 
 import os
@@ -25,25 +25,25 @@ from data_pipeline.sources.tables.manifest import manifest, table_images
 from data_pipeline.sources.tables.text_table import TABLES
 from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
-_DEEPEST = 8  # folders that may lie around a dataset
+_DEEPEST = 8  # folders that may be wrapped around a dataset
 
 
 @dataclass(frozen=True)
 class _Halves:
-    """Where the splits of a dataset lie."""
+    """Folders of a dataset's splits."""
 
     train: Path
     """Folder of class folders or shards."""
     val: Path | None
     """None where a part of `train` is for validation."""
     watched: list[Path]
-    """Folders that were looked into to find this out."""
+    """Folders that were read to find this out."""
     notes: list[str]
-    """What was left aside."""
+    """Folders that were left out, a line each."""
 
 
 def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
-    """The samples of `split` ("train" or "val") in whichever layout `root` has. Raises `UserError`.
+    """List the samples of `split` ("train" or "val") in the layout that `root` has. Raises `UserError`.
 
     Labels follow `classes`, or the classes of the training split.
     """
@@ -66,7 +66,7 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
 
 
 def list_images(root: Path, cfg: DataConfig) -> Listing:
-    """All images below a folder in the order of their paths, or those that a table names in its order; UNLABELLED.
+    """List all images below a folder in the order of their paths, or those that a table names, in its order; UNLABELLED.
 
     Raises `UserError`.
     """
@@ -85,7 +85,7 @@ def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listi
 
 
 def _table_in(halves: _Halves) -> Path | None:
-    """The table of labels of a folder whose images do not lie in class folders. Raises `UserError` where it has several."""
+    """Find the table of labels of a folder whose images lie in no class folders. Raises `UserError` where it has several."""
     if shard_names(halves.train) or len(_full_folders(halves.train, 2)) > 1:
         return None
     tables = [
@@ -124,7 +124,7 @@ def _of_shards(halves: _Halves, base: Path, split: str, classes: list[str] | Non
 def _find_halves(root: Path, only_val: bool) -> _Halves:
     """Look for the splits in `root`, or in the only folder that it holds, and so on.
 
-    Where `only_val` is wanted, images for training need not be there.
+    With `only_val`, images for training need not exist.
     """
     watched: list[Path] = []
     for folder in _inwards(root):
@@ -136,6 +136,7 @@ def _find_halves(root: Path, only_val: bool) -> _Halves:
 
 
 def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) -> _Halves:
+    # Without images for training there is nothing to divide; validation alone may be asked for.
     others = [name for name in _full_folders(folder) if name not in splits]
     notes = [f"left alone beside the splits: {_few(others)}"] if others else []
     if splits.train is None:
@@ -149,9 +150,11 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
         bool(splits.val or splits.test) or not others,
         f"data.path: {folder} has {splits.train}/ and no val/ beside {_few(others)}; add it, or give {folder / splits.train}",
     )
+    # Splits may be wrapped in further folders.
     train = _unwrapped(folder / splits.train)
     val = _unwrapped(folder / splits.val) if splits.val else None
     watched = [*watched, *(folder / name for name in splits if name)]
+    # Test images validate where no others do, if they have labels of the same classes.
     if splits.test and val:
         notes.append(f"{splits.test}/ is left alone, as {splits.val}/ is there")
     elif splits.test:
@@ -166,14 +169,14 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
 
 
 def _shared(train: Path, val: Path) -> list[str]:
-    """A line where folders of both splits are the same ones by way of links."""
+    """Say in a line that folders of both splits are the same ones through links."""
     names = [name for name in look_into(val).folders if os.path.isdir(train / name)]
     same = [name for name in names if os.path.samefile(train / name, val / name)]
     return [f"it validates on images that it trains on: {_few(same)} of {val} are those of {train}"] if same else []
 
 
 def _is_class(folder: Path, splits: Splits) -> bool:
-    """Whether the folder "train" is one with pictures of trains: beside two other classes at least, and no other split."""
+    """Return True where "train" is a class with pictures of trains: at least two classes beside it, and no other split."""
     if splits.train is None or splits.val or splits.test or not holds(folder / splits.train, is_image):
         return False
     beside = (name for name in look_into(folder).folders if name != splits.train)
@@ -181,12 +184,12 @@ def _is_class(folder: Path, splits: Splits) -> bool:
 
 
 def _unwrapped(folder: Path) -> Path:
-    """The folder that holds everything in `folder`."""
+    """Return the folder that holds everything in `folder`."""
     return list(_inwards(folder))[-1]
 
 
 def _inwards(folder: Path) -> Iterator[Path]:
-    """The folder, then the only one in it that holds images or shards, and so on; a folder of images ends it."""
+    """Yield the folder, then the only one in it that holds images or shards, and so on, down to a folder of images."""
     for _ in range(_DEEPEST):
         yield folder
         full = _full_folders(folder, 2)
@@ -196,7 +199,7 @@ def _inwards(folder: Path) -> Iterator[Path]:
 
 
 def _full_folders(folder: Path, most: int | None = None) -> list[str]:
-    """The folders in `folder` with images or shards anywhere in them, the first `most` of them."""
+    """List the folders in `folder` with images or shards anywhere in them, at most the first `most`."""
     return list(islice((name for name in look_into(folder).folders if holds_below(folder / name, _is_data)), most))
 
 

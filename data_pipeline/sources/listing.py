@@ -1,4 +1,4 @@
-"""What every layout gives: the samples of one split, not yet looked into."""
+"""Result of every layout: the samples of one split, before any file is opened."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.sources.image_headers import SUFFIXES
 
 UNLABELLED = -1
-"""Label of images of no known class; loaders give them as `loader.IGNORE_LABEL`, which is the same."""
+"""Label of images of unknown class; the same number as `host_batch.IGNORE_LABEL`."""
 KINDS = ", ".join(sorted(SUFFIXES))
 _UNREAD = frozenset(
     {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".psd", ".dcm"}
@@ -22,38 +22,38 @@ _FOREIGN = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System 
 
 @dataclass(frozen=True)
 class Taken:
-    """How a dataset was understood, for a run to say at its start."""
+    """Description of how a dataset was understood, printed at the start of a run."""
 
     layout: str = ""
-    """The layout in a few words; of a table its columns too, as "table train.csv: images by id, classes by breed"."""
+    """Layout in a few words, for a table with its columns: "table train.csv: images by id, classes by breed"."""
     val_from: str = ""
-    """Where the validation images come from, as "Testing/" or "10 % of each class, by a hash of the names"."""
+    """Source of the validation images, as "Testing/" or "10 % of each class, by a hash of the names"."""
     divided_from: int = 0
     """Images of the whole set where `data.val_share` has divided it and the listing is one part; else 0."""
     notes: list[str] = field(default_factory=list)
-    """What was left aside or is odd, a line each, as "3 .gif files are not read"."""
+    """Oddities and files left out, a line each, as "3 .gif files are not read"."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The N samples of one split, not yet looked into."""
+    """N samples of one split, before any file is opened."""
 
     root: Path
     paths: list[str]
-    """Below `root`: of each image, or of each SHARD/MEMBER."""
+    """Path of each image below `root`, or SHARD/MEMBER."""
     labels: list[int]
     classes: list[str]
     watched: list[Path]
-    """Files and folders whose times of change tell whether the listing still holds."""
+    """Files and folders whose change times tell if the listing still holds."""
     shards: list[str] = field(default_factory=list)
-    """Paths of the tar files below `root`; none where each sample is a file."""
+    """Paths of the tar files below `root`; empty where each sample is a file."""
     spans: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
     taken: Taken = field(default_factory=Taken)
 
 
 def counted(count: int, noun: str) -> str:
-    """As "1 image" or "1,200 images"."""
+    """Write a count, as "1 image" or "1,200 images"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
@@ -62,21 +62,22 @@ def is_image(name: str) -> bool:
 
 
 def is_unread(name: str) -> bool:
-    """Whether a file is an image of a kind that is not read."""
+    """Return True for an image file of a kind that is not read."""
     return os.path.splitext(name)[1].lower() in _UNREAD
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a file or folder belongs to another program: hidden, a Mac's twin of a file, a server's thumbnails."""
+    """Return True for a file or folder of another program: hidden, a Mac's companion file, a server's thumbnails."""
     return name.startswith(".") or name in _FOREIGN
 
 
 def share(listing: Listing, val_share: float, split: str) -> Listing:
-    """The part of an undivided set that is `split`: of each class those whose names have the smallest hashes are held out.
+    """Divide a set: of each class, the names with the smallest hashes are for validation, the others for training.
 
-    That is `val_share` of its images, rounded, but at least one where it has two, and not all of them unless all are asked
-    for. A file that is added moves few others: it may take the place of the held-out one with the largest hash.
+    Held out are `val_share` of a class's images, rounded, but at least one where it has two, and not all of them unless that
+    is asked for. A new file moves few others: it may take the place of the held-out one with the largest hash.
     """
+    # Hold out by hash, class by class, so that every class is validated and the choice survives added files.
     classes: dict[int, list[int]] = {}
     for row, label in enumerate(listing.labels):
         classes.setdefault(label, []).append(row)

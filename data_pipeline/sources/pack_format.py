@@ -1,4 +1,4 @@
-"""The packed format, as PACK.md describes it: tar shards of images, an index of where each lies, a manifest."""
+"""The packed format, described in PACK.md: tar shards of images, an index of their places, a manifest."""
 
 import hashlib
 import io
@@ -36,16 +36,16 @@ def shard_name(number: int) -> str:
 
 
 def key(row: int) -> str:
-    """Name of an image's members in its shard, without the suffix."""
+    """Name an image's members in its shard, without the suffix."""
     return f"{row:08d}"
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the N images of a split lie, and what they are."""
+    """Places, labels and sizes of the N images of a split."""
 
     shard: NDArray[np.int32]
-    """[N] number of the shard."""
+    """[N] number of the image's shard."""
     offset: NDArray[np.int64]
     """[N] first byte of the JPEG in its shard."""
     length: NDArray[np.int64]
@@ -57,7 +57,7 @@ class Index:
     width: NDArray[np.int32]
     """[N] pixels, as stored."""
     paths: list[str]
-    """N paths that the images had in the dataset, relative to its split."""
+    """[N] paths of the images in the dataset, relative to its split."""
     classes: list[str]
 
     def __len__(self) -> int:
@@ -65,11 +65,11 @@ class Index:
 
     @property
     def shards(self) -> int:
-        """How many shards the images lie in."""
+        """Number of shards."""
         return int(self.shard.max(initial=-1)) + 1
 
     def to_bytes(self) -> bytes:
-        """An .npz of plain arrays."""
+        """Pack into an .npz of plain arrays."""
         arrays = {name: np.asarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
         arrays["paths"], arrays["path_ends"] = joined(self.paths)
         arrays["classes"], arrays["class_ends"] = joined(self.classes)
@@ -79,9 +79,9 @@ class Index:
 
     @classmethod
     def load(cls, file: Path) -> "Index":
-        """Raises OSError, or ValueError where the file is no index, or claims what cannot be."""
+        """Read an index. Raises OSError, or ValueError for a file that is no index, or that has impossible values."""
         with ZipFile(file) as members:
-            if any(member.compress_type for member in members.infolist()):  # a few bytes could become any number
+            if any(member.compress_type for member in members.infolist()):  # a few bytes could expand to any number
                 raise ValueError("it is compressed")
         with np.load(file) as arrays:
             try:
@@ -96,7 +96,7 @@ class Index:
         return index
 
     def _check(self) -> None:
-        """Raise ValueError for what no pack holds."""
+        """Raise ValueError for values that no pack has."""
         for name in _COLUMNS:
             column = getattr(self, name)
             most = {"label": len(self.classes), "shard": len(self), "length": MOST_BYTES}.get(name, 1 << 62)
@@ -113,7 +113,7 @@ class Pack:
 
     @classmethod
     def open(cls, root: Path) -> "Pack":
-        """Raises `UserError` where `root` holds no pack that this version reads."""
+        """Open the pack in `root`. Raises `UserError` where there is none that this version reads."""
         try:
             manifest = json.loads(read_bytes(root / MANIFEST))
             if manifest["format"] != FORMAT or manifest["version"] != VERSION:
@@ -133,7 +133,7 @@ class Pack:
         return cls(root, manifest)
 
     def index(self, split: str) -> Index:
-        """Raises `UserError` where it cannot be read."""
+        """Read a split's index. Raises `UserError` where that fails."""
         try:
             return Index.load(self.root / split / INDEX)
         except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
@@ -151,19 +151,19 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def size_with(self, length: int) -> int:
-        """Bytes of the finished shard at most, were a JPEG of `length` bytes to be added."""
+        """Most bytes of the finished shard if a JPEG of `length` bytes were added."""
         blocks = -(-length // tarfile.BLOCKSIZE)
         return self._tar.offset + (blocks + 3) * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 
     def add(self, row: int, jpeg: bytes, label: int) -> int:
-        """Append an image and its label; where in the shard its first byte lies. Raises OSError."""
+        """Append an image and its label. Returns the offset of its first byte in the shard. Raises OSError."""
         offset = self._tar.offset + tarfile.BLOCKSIZE
         self._member(f"{key(row)}.jpg", jpeg)
         self._member(f"{key(row)}.cls", str(label).encode())
         return offset
 
     def close(self) -> tuple[int, str]:
-        """End the shard and force it to disk; its bytes and their SHA-256. Raises OSError."""
+        """End the shard and force it to disk. Returns its bytes and their SHA-256. Raises OSError."""
         self._tar.close()
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -177,13 +177,13 @@ class ShardWriter:
 
 
 def sha256(file: Path) -> str:
-    """Raises OSError."""
+    """Hash a file. Raises OSError."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_pack(root: Path) -> bool:
-    return os.path.isfile(root / MANIFEST)  # where the folder cannot be looked into, others say so
+    return os.path.isfile(root / MANIFEST)  # an unreadable folder is reported elsewhere
 
 
 def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -193,7 +193,7 @@ def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def parted(blob: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
-    """What `joined` has joined. Raises ValueError where it has not."""
+    """Split what `joined` has joined. Raises ValueError for anything else."""
     bounds = np.concatenate([np.zeros(1, np.int64), ends])
     whole = blob.dtype == np.uint8 and bounds.dtype == np.int64 and blob.shape == (bounds[-1],)
     if not whole or (np.diff(bounds) < 0).any():

@@ -1,4 +1,4 @@
-"""A strict decode by Pillow: every pixel, or the reason why not."""
+"""Strict decoding by Pillow: every pixel, or the reason why not."""
 
 import io
 import re
@@ -8,16 +8,16 @@ from PIL import Image
 
 from data_pipeline.sources.image_headers import MAX_PIXELS, BadImage, inspect
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # `inspect` refuses more: Pillow need neither warn nor refuse by a limit of its own
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # `inspect` refuses more: Pillow needs no limit of its own
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 def decode(data: bytes, draft: tuple[int, int] | None = None) -> Image.Image:
-    """The whole image, orientation tag ignored, in the mode it is stored in. Raises `BadImage` with a short reason.
+    """Decode the whole image, orientation tag ignored, in the mode it is stored in. Raises `BadImage` with a short reason.
 
-    `draft` (width, height): a JPEG may come smaller by a factor of 2, 4 or 8, yet not smaller than this. What the
-    decoder can make sense of passes, here as in DALI: in a JPEG, most flipped bits are valid codes for other pixels.
+    `draft` (width, height): a JPEG may come smaller by a factor of 2, 4 or 8, but not smaller than this. Data that the
+    decoder can interpret passes, here as in DALI: in a JPEG, most flipped bits are valid codes for other pixels.
     """
     inspect(data)
     try:
@@ -33,8 +33,8 @@ def decode(data: bytes, draft: tuple[int, int] | None = None) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode, as DALI decodes it: alpha is dropped, 16 bits become 8 by scaling."""
-    if image.mode.startswith("I"):  # Pillow would clip what is above 255
+    """Convert an image of any mode to RGB as DALI does: alpha is dropped, 16 bits become 8 by scaling."""
+    if image.mode.startswith("I"):  # Pillow would clip values above 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 

@@ -1,8 +1,8 @@
-"""What is wrong with which file: the table of kinds, and the list of files that training leaves out (`data.quarantine`).
+"""Faults of files: the table of kinds, and the list of files that training leaves out (`data.quarantine`).
 
-The list is text: a line a file, its path relative to `data.path` with "/" between the parts, as "train/CLASS/x.jpg".
-Empty lines and lines that begin with "#" say nothing. A path with a line break, or that begins with "#" or a double quote,
-is written as a JSON string.
+The list is text: a line for each file, its path relative to `data.path` with "/" between the parts, as "train/CLASS/x.jpg".
+Empty lines and lines that begin with "#" are skipped. A path with a line break, or one that begins with "#" or a double
+quote, is written as a JSON string.
 """
 
 import json
@@ -21,34 +21,34 @@ from data_pipeline.sources.torchvision_sets import dataset_root
 
 class Fault(NamedTuple):
     path: str
-    """Of the file, relative to `data.path`."""
+    """Path of the file, relative to `data.path`."""
     why: str
 
     @property
     def kind(self) -> str:
-        """The reason without its numbers."""
+        """Reason without its numbers."""
         return re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "…", self.why)
 
 
 def relative_to_data(cfg: DataConfig, root: Path, path: str) -> str:
-    """How a quarantine list names the file `path` below a catalog's `root`."""
+    """Name the file `path` below a catalog's `root` in the way of a quarantine list."""
     return Path(os.path.relpath(root / path, _base(cfg))).as_posix()
 
 
 def quarantined(cfg: DataConfig, root: Path) -> set[str]:
-    """The files that `data.quarantine` leaves out, as paths below a catalog's `root`. Raises `UserError`."""
+    """Read the files that `data.quarantine` leaves out, as paths below a catalog's `root`. Raises `UserError`."""
     paths = read_quarantine(Path(cfg.quarantine)) if cfg.quarantine else set()
     return {os.path.relpath(_base(cfg) / path, root) for path in paths}
 
 
 def _base(cfg: DataConfig) -> Path:
-    """What the paths of a list are relative to: the data's folder, or that of the file which names the images."""
+    """Folder that the paths of a list are relative to: the data's, or that of the table which names the images."""
     base = dataset_root(cfg)
     return base.parent if base.is_file() else base
 
 
 def print_faults(faults: list[Fault]) -> None:
-    """A table on stdout: each kind, how many files it hits, and one of them; the most frequent first."""
+    """Print a table: each kind, its number of files, and one of them; the most frequent first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -82,7 +82,7 @@ def write_quarantine(file: Path, faults: Iterable[Fault]) -> None:
 
 
 def read_quarantine(file: Path) -> set[str]:
-    """The paths of a list, relative to `data.path`. Raises `UserError` where it cannot be read."""
+    """Read the paths of a list, relative to `data.path`. Raises `UserError` where that fails."""
     try:
         text = file.read_bytes().decode(errors="surrogateescape")
     except OSError as error:

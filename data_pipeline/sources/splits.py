@@ -1,4 +1,4 @@
-"""Which folders, or which shards, are a dataset's splits: by the names that people give them."""
+"""Find a dataset's splits, folders or shards, by the names that people give them."""
 
 import re
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ _ROLES: dict[str, Role] = {
 }
 _BESIDE = r"(?:seg|data|sets?|images?|imgs?|splits?|the|shards?)?"
 _WORD = re.compile(rf"{_BESIDE}({'|'.join(_ROLES)}){_BESIDE}")
-"""A word that names a split, written together with one that says no more, as in "trainset"."""
+"""Word that names a split, written together with one that adds nothing, as in "trainset"."""
 
 
 class Splits(NamedTuple):
-    """The name of the folder of each split that is there."""
+    """Name of each split's folder; None where there is none."""
 
     train: str | None = None
     val: str | None = None
@@ -27,7 +27,7 @@ class Splits(NamedTuple):
 
 
 def find_splits(names: Iterable[str], where: object) -> Splits:
-    """The splits among the folders `names` of a folder `where`. Raises `UserError` where two could be the same one.
+    """Find the splits among the folders `names` of a folder `where`. Raises `UserError` where two could be the same one.
 
     Beside their split, names may hold words that all of them share, as in `asl_alphabet_train` and `asl_alphabet_test`.
     """
@@ -46,12 +46,12 @@ def find_splits(names: Iterable[str], where: object) -> Splits:
 
 
 def _needed(found: dict[Role, list[str]]) -> dict[Role, list[str]]:
-    """Beside a validation split, one for tests plays no part, nor does it matter how many there are."""
+    """Drop the split for tests, however many there are, where there is one for validation."""
     return {role: same[:1] if role == "test" and "val" in found else same for role, same in found.items()}
 
 
 def _only(names: list[str], role: Role, where: object) -> str:
-    """The one folder of a role; the plain word goes before those that have another beside it."""
+    """Pick the one folder of a role; the plain word wins over one with other words beside it."""
     plain = [name for name in names if name.lower() in _ROLES] or names
     require(
         len(plain) == 1,
@@ -61,12 +61,12 @@ def _only(names: list[str], role: Role, where: object) -> str:
 
 
 def role_of(name: str) -> Role | None:
-    """The split that a file's name speaks of, whatever other words are in it; None where it is none, or several."""
+    """Find the split that a file's name mentions, among any other words; None where it mentions none, or several."""
     return _parsed(name)[0]
 
 
 def _parsed(name: str) -> tuple[Role | None, str]:
-    """The split that a name speaks of, and its other words."""
+    """Divide a name into the split that it mentions, and its other words."""
     words = re.findall(r"[a-z]+", name.lower())
     roles = [match[1] for word in words if (match := _WORD.fullmatch(word))]
     rest = [word for word in words if not _WORD.fullmatch(word) and not re.fullmatch(_BESIDE, word)]

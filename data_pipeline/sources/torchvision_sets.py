@@ -1,14 +1,14 @@
-"""Datasets by name: fetched once, through torchvision, which has their addresses and checksums.
+"""Datasets by name: downloaded once, through torchvision, which knows their addresses and checksums.
 
             train      val      torchvision's splits
 imagenette  train      val      at 320 px
 cifar10     train      test     as PNG files
 flowers102  train      val      ten images of each class in both; its test split is a third part of the table
-oxford_pets trainval   test
+flowers102  train      val      ten images of each class in both; its test split is the third part of the table
 food101     train      test
 
-Each becomes a folder of the cache with its files and a table of them, so it opens as any table does: classes have their
-readable names, and the order of these decides the labels' numbers. Archives are removed once they are unpacked.
+Each becomes a folder of the cache with its files and a table of them, and is opened like any table: classes have readable
+names, and the order of the names decides the labels' numbers. Archives are removed after unpacking.
 """
 
 import csv
@@ -33,16 +33,16 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.builtin import builtin_dataset, cache_path, make_once
 
 _TABLE = "labels.csv"
-_PATIENCE_S = 60.0  # that a server may say nothing
+_PATIENCE_S = 60.0  # longest silence of a server
 
 _Labelled = Iterable[tuple[Path, str]]
 """File and class of each image."""
 
 
 def dataset_root(cfg: DataConfig) -> Path:
-    """The folder or table that `data.path` means, whether that exists or not; a known name means the set in the cache.
+    """Return the folder or table that `data.path` means, even if it does not exist; a known name means the set in the cache.
 
-    That is rendered or fetched first if missing. A file or folder with one of the names in `NAMED` goes before the set.
+    The set is rendered or downloaded first if missing. A file or folder of the same name is preferred to the set.
 
     Raises:
         UserError: the set cannot be fetched, or the cache cannot be written.
@@ -58,13 +58,13 @@ class _Source(NamedTuple):
     dataset: str
     """Class of torchvision.datasets."""
     splits: dict[str, dict[str, object]]
-    """Split in our table -> the arguments that ask torchvision for it."""
+    """Split in our table -> arguments that ask torchvision for it."""
     samples: Callable[[Any, Path], _Labelled]
-    """Samples of such a dataset; may write them into the folder of that name."""
+    """Function that yields the samples of such a dataset; it may write them into the folder of that name."""
 
 
 def _files(data: Any, _: Path) -> _Labelled:
-    """Of a dataset whose loader is `Path`: it returns names of files in place of images."""
+    """Yield files of a dataset whose loader is `Path`: it returns names of files in place of images."""
     for file, label in (data[row] for row in range(len(data))):
         name = data.classes[label]
         yield file, name if isinstance(name, str) else name[0]  # Imagenette has a tuple of synonyms
@@ -112,15 +112,15 @@ def _fetch(name: str, folder: Path) -> None:
         with _waiting_for(name):
             _write_table(folder, _samples(NAMED[name], folder))
             _remove_archives(folder)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError is torchvision's for a wrong checksum
+    except (OSError, HTTPException, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong checksum
         raise UserError(
             f"data.path: {name} cannot be fetched ({_reason(error)}); mend that, or give a folder with its images"
         ) from error
 
 
 def _samples(source: _Source, folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """Download and unpack a dataset: file, class and split of each image."""
-    from torchvision import datasets  # type: ignore[import-untyped] # here, for it takes a second
+    """Download and unpack a dataset. Yields file, class and split of each image."""
+    from torchvision import datasets  # type: ignore[import-untyped] # imported here: it takes a second
 
     for split, options in source.splits.items():
         data = getattr(datasets, source.dataset)(folder, download=True, **options)
@@ -131,7 +131,7 @@ def _samples(source: _Source, folder: Path) -> Iterator[tuple[Path, str, str]]:
 def _remove_archives(folder: Path) -> None:
     for archive in folder.rglob("*gz"):
         archive.unlink()
-    shutil.rmtree(folder / "cifar-10-batches-py", ignore_errors=True)  # its arrays are PNG files by now
+    shutil.rmtree(folder / "cifar-10-batches-py", ignore_errors=True)  # its arrays are PNG files now
 
 
 def _write_table(folder: Path, rows: Iterable[tuple[Path, str, str]]) -> None:
@@ -143,7 +143,7 @@ def _write_table(folder: Path, rows: Iterable[tuple[Path, str, str]]) -> None:
 
 @contextmanager
 def _waiting_for(name: str) -> Iterator[None]:
-    """Neither for ever nor, where stderr is no terminal, with the bars that torchvision draws."""
+    """Limit the wait for a server; draw torchvision's progress bars only on a terminal."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_PATIENCE_S)
     try:

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout: KEY.jpg beside KEY.cls."""
+"""Read tar shards in WebDataset layout: KEY.jpg beside KEY.cls."""
 
 import io
 import os
@@ -17,26 +17,26 @@ from data_pipeline.sources.listing import Listing, Taken, counted, is_foreign, i
 from data_pipeline.sources.splits import role_of
 
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
-"""First bytes of a compressed file, and what undoes it."""
-_LONGEST = 1 << 20  # bytes of a header or a label: more is damage, or meant to fill the memory
+"""First bytes of a compressed file -> program that decompresses it."""
+_LONGEST = 1 << 20  # bytes of a header or a label: a longer one is damage, or meant to fill the memory
 
 
 class ShardNames(NamedTuple):
-    """The shards of a folder by their splits."""
+    """Shards of a folder by their splits."""
 
     train: list[str]
     val: list[str]
-    """Empty where no name speaks of a split that is for validation."""
+    """Empty where no name mentions a split for validation."""
     notes: list[str]
 
     @property
     def val_from(self) -> str:
-        """Where validation images come from, in words; empty likewise."""
+        """Source of the validation images in words; empty where there are none."""
         return f"{counted(len(self.val), 'tar shard')} by name, as {self.val[0]}" if self.val else ""
 
 
 class _Sample(NamedTuple):
-    """An image in a shard: its name, its place in bytes, its label if it has one."""
+    """Image in a shard: its name, its place in bytes, its label if it has one."""
 
     name: str
     offset: int
@@ -49,7 +49,7 @@ def is_shard(name: str) -> bool:
 
 
 def is_archive(name: str) -> bool:
-    """Whether the file is compressed by its name, with images in it perhaps."""
+    """Return True for a name of a compressed archive, which may hold images."""
     return name.lower().endswith((".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"))
 
 
@@ -58,9 +58,9 @@ def shard_names(base: Path) -> list[str]:
 
 
 def split_shards(base: Path) -> ShardNames:
-    """The shards of a folder, divided by the splits that their names speak of.
+    """Divide the shards of a folder by the splits that their names mention.
 
-    Raises `UserError` where only some speak of one.
+    Raises `UserError` where only some mention one.
     """
     names = shard_names(base)
     roles = {role: [name for name in names if role_of(name) == role] for role in ("train", "val", "test", None)}
@@ -76,7 +76,7 @@ def split_shards(base: Path) -> ShardNames:
 
 
 def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listing:
-    """The samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given."""
+    """List the samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given."""
     samples = [(number, sample) for number, name in enumerate(names) for sample in _samples(base / name)]
     labelled = [(number, sample, sample.label) for number, sample in samples if sample.label is not None]
     require(
@@ -84,6 +84,7 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
         f"data.path: no images in the shards of {base}; they need KEY.jpg beside KEY.cls members, and a tar of class folders "
         "must be unpacked",
     )
+    # Validation takes over the classes of training; a label that training lacks could not be scored.
     classes = classes or _in_order({label for _, _, label in labelled})
     rows = {name: row for row, name in enumerate(classes)}
     for number, _, label in labelled:
@@ -116,19 +117,19 @@ def refuse_archives(base: Path) -> None:
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Numbers in their order, or names."""
+    """Sort labels by number where all are numbers, else by name."""
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
 
 
 def _samples(shard: Path) -> Iterator[_Sample]:
-    """The images of a shard. The members of one sample stand together, in any order."""
+    """Yield the images of a shard. The members of one sample stand together, in any order."""
     try:
         _check_whole(shard)
         with _SmallReads(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for _, members in groupby(_members(tar, shard), lambda member: _key(member.name)):
                 sample = list(members)
                 images = [member for member in sample if is_image(member.name)]
-                # KEY.jpg goes before KEY.mask.png.
+                # KEY.jpg is preferred to KEY.mask.png.
                 images.sort(key=lambda member: PurePosixPath(member.name).name.count("."))
                 if images:
                     image = images[0]
@@ -151,7 +152,7 @@ def _check_whole(shard: Path) -> None:
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The members, but for those of other programs. Raises `UserError` for one that is no plain file within."""
+    """Yield the members, except those of other programs. Raises `UserError` for one that is no plain file in the shard."""
     for member in tar:
         require(
             stays_below(member.name) and (member.isreg() or member.isdir()) and not member.issparse(),
@@ -181,7 +182,7 @@ def _bound(size: int) -> None:
 
 
 class _SmallReads(io.FileIO):
-    """A file of which no more is read at once than a header or a label may be, whatever it claims."""
+    """File that reads at most the bytes of a header or a label at once, however many are asked for."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         _bound(-1 if size is None else size)

@@ -1,7 +1,7 @@
-"""Decode every image and say what is wrong: python -m data_pipeline.verify PATH [--quarantine FILE]
+"""Decode every image and report the faulty ones: python -m data_pipeline.verify PATH [--quarantine FILE]
 
-PATH is anything that data.path may be, or a pack; of a pack, checksums, index and tar members are held against each other
-as well. Ends with exit code 0 where nothing is wrong, 1 where something is, 2 for a mistake in the command.
+PATH is any value of data.path, or a pack; of a pack, checksums, index and tar members are compared as well. The exit code
+is 0 where all is well, 1 where anything is wrong, 2 for a mistake in the command.
 """
 
 import sys
@@ -32,10 +32,10 @@ _ROWS = 32  # images that a process decodes at a time
 
 
 class Outcome(NamedTuple):
-    """What the check of a dataset found."""
+    """Result of checking a dataset."""
 
     images: int
-    """Images that were looked at, the faulty ones included."""
+    """Images that were checked, the faulty ones included."""
     faults: list[Fault]
     """Images that cannot be decoded."""
     damage: list[Fault]
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A part of the check: so many images or shards, and what finds their faults."""
+    """Part of the check: a number of images or shards, and a function that finds their faults."""
 
     units: int
     check: Callable[[], list[Fault]]
@@ -77,12 +77,12 @@ def verify_images(cfg: DataConfig, workers: int | None = None) -> Outcome:
 
 
 def verify_pack(pack: Pack, workers: int | None = None) -> Outcome:
-    """Hold the files of a pack against its manifest and index, then decode every image."""
+    """Compare the files of a pack with its manifest and index, then decode every image."""
     damage, shards, images = [], [], []
     for split in SPLITS:
         part = pack.manifest["splits"][split]
         wrong = _check_file(pack.root, part["index"])
-        if wrong:  # where the images lie is then unknown
+        if wrong:  # without its index, the places of its images are unknown
             damage += wrong
             continue
         index = pack.index(split)
@@ -124,7 +124,7 @@ def _check_rows(folder: Path, index: Index, rows: range) -> list[Fault]:
 
 
 def _why_bad(read: Callable[[], bytes], size: Size | None = None) -> str | None:
-    """Why an image cannot be decoded, or is not of the size that it should be, if so."""
+    """Decode an image; return why it fails, or has another size than it should, else None."""
     try:
         image = decode(read())
     except BadImage as error:
@@ -137,7 +137,7 @@ def _why_bad(read: Callable[[], bytes], size: Size | None = None) -> str | None:
 
 
 def _check_file(root: Path, entry: dict[str, Any]) -> list[Fault]:
-    """Hold a file of a pack against its entry in the manifest."""
+    """Compare a file of a pack with its entry in the manifest."""
     try:
         differs = sha256(root / entry["file"]) != entry["sha256"]
     except OSError as error:
@@ -146,7 +146,7 @@ def _check_file(root: Path, entry: dict[str, Any]) -> list[Fault]:
 
 
 def _check_shard(root: Path, entry: dict[str, Any], index: Index, rows: NDArray[np.int64]) -> list[Fault]:
-    """Hold a shard against the manifest, and its members against the index."""
+    """Compare a shard with the manifest, and its members with the index."""
     faults = _check_file(root, entry)
     try:
         with tarfile.open(root / entry["file"], "r:") as tar:
@@ -162,13 +162,13 @@ def _check_shard(root: Path, entry: dict[str, Any], index: Index, rows: NDArray[
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    """What a .cls member says."""
+    """Read a .cls member."""
     file = tar.extractfile(member) if member.name.endswith(".cls") else None
     return file.read().decode(errors="replace") if file else ""
 
 
 def main() -> None:
-    data = tuple(name for name in CHOOSING if name != "quarantine")  # what is on such a list is to be looked at too
+    data = tuple(name for name in CHOOSING if name != "quarantine")  # files on such a list are checked too
     parser = command_line("python -m data_pipeline.verify", "Decode every image of a dataset or a pack.", data)
     parser.add_argument("path", help="What to check: a pack, or anything else that data.path may be.")
     parser.add_argument("--quarantine", help="A file to write, with the images that --data.quarantine shall leave out.")

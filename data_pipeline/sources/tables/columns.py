@@ -1,4 +1,4 @@
-"""Which column of a table is what: found by usual names and by what stands in it, or refused with the columns there are."""
+"""Find the columns of a table by usual names and by their cells, or refuse with a list of its columns."""
 
 import re
 from pathlib import Path
@@ -22,11 +22,11 @@ _SPLITS = re.compile("(data)?(sub)?(set|split)s?|partition")
 """Usual names of columns, in small letters and nothing else."""
 _MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
 _COLUMNS_SHOWN = 20
-_FEW_CLASSES = 10  # that may have an image each, as when something is tried out
+_FEW_CLASSES = 10  # classes that may have a single image, as in a first try with few images
 
 
 class Images(NamedTuple):
-    """The column with the images' names, and where these are."""
+    """Column with the images' names, and the places of these images."""
 
     column: str
     located: Located
@@ -34,26 +34,26 @@ class Images(NamedTuple):
 
 class Classes(NamedTuple):
     names: list[str]
-    """Of each row."""
+    """Class of each row."""
     source: str
-    """Where they stand, such as "breed"."""
+    """Column that they come from, such as "breed"."""
 
 
 class Split(NamedTuple):
-    """Which rows train and which validate."""
+    """Division of the rows into training and validation."""
 
     column: str
-    """Of the table; "" where none says so."""
+    """Column of the table; "" where none divides the rows."""
     roles: list[Role | None]
-    """Of each row; None where it says something else."""
+    """Role of each row; None for any other word."""
     val_role: Role
-    """Of the rows that validate: those for tests do where there are no others."""
+    """Role of the rows for validation: "test" where there is no "val"."""
     val_names: list[str]
-    """What the column says of these rows; nothing where all rows train."""
+    """Words in the column for these rows; empty where all rows train."""
 
 
 def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig) -> Images:
-    """The column of a usual name, or else the only one, all of whose cells name images below `root`. Raises `UserError`."""
+    """Find the column whose cells all name images below `root`: one of a usual name, or the only one. Raises `UserError`."""
     disk = NamedImages(root)
     if cfg.image_column is not None:
         _require_column(table, cfg.image_column, "data.image_column", file)
@@ -90,7 +90,8 @@ def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) 
 
 
 def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
-    """The column that says which rows train and which validate; where there is none, all train. Raises `UserError`."""
+    """Find the column that divides the rows into training and validation; without one, all train. Raises `UserError`."""
+    # The user's choice must divide the rows; a column found by its name may be about something else.
     if cfg.split_column is not None:
         _require_column(table, cfg.split_column, "data.split_column", file)
         split = _split(table, cfg.split_column)
@@ -123,7 +124,8 @@ def _split(table: TextTable, column: str) -> Split:
 
 
 def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
-    """The classes of the rows of a table, of which images and split have been taken away. Raises `UserError`."""
+    """Find the classes of the rows of a table without its images' and its split's column. Raises `UserError`."""
+    # In order of certainty: the given column, a usual name, one-hot columns, the only column left.
     if cfg.label_column is not None:
         _require_column(table, cfg.label_column, "data.label_column", file)
         return _checked(table, cfg.label_column, file)
@@ -151,7 +153,7 @@ def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
 
 
 def check_classes(classes: list[str], rows: int, source: str, file: Path, table: TextTable, *, insisted: bool) -> None:
-    """Raise `UserError` where what was taken for the classes of so many rows cannot be meant."""
+    """Raise `UserError` where a column of so many rows cannot be the classes."""
     require(
         len(classes) != 1,
         f"data.label_column: {source} of {file} has one class only, {few(classes)}, and nothing to tell it from; "
@@ -165,7 +167,7 @@ def check_classes(classes: list[str], rows: int, source: str, file: Path, table:
 
 
 def in_order(classes: set[str]) -> list[str]:
-    """Classes in the order of their labels: of numbers where all are, else of letters."""
+    """Sort classes for their labels: by number where all are numbers, else by letters."""
     numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name, re.ASCII) for name in classes)
     return sorted(classes, key=lambda name: (float(name) if numeric else 0.0, name))
 
@@ -177,7 +179,7 @@ def _checked(table: TextTable, column: str, file: Path) -> Classes:
 
 
 def _one_hot(table: TextTable) -> Classes | None:
-    """The classes of columns of 0 and 1, a class each, if in every row one of them is 1."""
+    """Read classes from columns of 0 and 1, one for each class, if every row has a single 1."""
     marks = {name: cells for name, cells in table.columns.items() if _MARKS.keys() >= {*cells}}
     by_row = zip(*marks.values(), strict=True)
     rows = [[name for name, cell in zip(marks, cells, strict=True) if _MARKS[cell]] for cells in by_row]
@@ -187,7 +189,7 @@ def _one_hot(table: TextTable) -> Classes | None:
 
 
 def _same_classes(table: TextTable, columns: list[str]) -> list[str]:
-    """Of columns that divide the rows alike, as a class's number and its name do, the one that has names."""
+    """Of columns that divide the rows alike, as a class's number and its name do, keep the one with names."""
     cells = [table.columns[name] for name in columns]
     if len({len({*its}) for its in (*cells, zip(*cells, strict=True))}) != 1:
         return columns

@@ -1,6 +1,6 @@
 """Tables of image names and classes, CSV or Parquet, as Kaggle publishes them.
 
-Which column is what, and where the images lie, is certain or refused, and said at the start of a run (`Taken`).
+Columns and images are found with certainty or refused, and a run prints them at its start (`Taken`).
 """
 
 from dataclasses import replace
@@ -22,7 +22,8 @@ from data_pipeline.sources.tables.text_table import TextTable, few, read_table, 
 
 
 def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
-    """The samples of `split` that a table lists; labels follow `classes`, or the classes of training. Raises `UserError`."""
+    """List the samples of `split` in a table; labels follow `classes`, or the classes of training. Raises `UserError`."""
+    # Choose the rows of the split first: images and classes are then checked for these alone.
     whole = _read(file)
     whole, parts = _used(whole, split_column(whole, file, cfg))
     role = parts.val_role if parts.val_names and split == "val" else "train"
@@ -35,6 +36,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     images = image_column(table, file, _root(file, cfg), cfg)
     rest = whole.without([images.column, parts.column])
     found = class_column(rest, file, cfg)
+    # Labels are numbered by the classes of the training rows, for both splits.
     if classes is None:
         own = [name for name, its in zip(found.names, parts.roles, strict=True) if its == "train"]
         classes = in_order({*own})
@@ -47,7 +49,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
 
 
 def table_images(file: Path, cfg: DataConfig) -> tuple[list[str], Listing]:
-    """The images that a table names: as it writes them, and where they are, in its order. Raises `UserError`."""
+    """List the images of a table in its order: their names as written, and their places. Raises `UserError`."""
     table = _read(file)
     images = image_column(table, file, _root(file, cfg), cfg)
     paths, taken = images.located.paths, Taken(_said(file, images), notes=_notes(table, images))
@@ -68,7 +70,7 @@ def _root(file: Path, cfg: DataConfig) -> Path:
 def _labelled(
     paths: list[str], names: list[str], classes: list[str], file: Path, cfg: DataConfig, taken: Taken
 ) -> Listing:
-    """Each image once, with the class of that name. Raises `UserError` where it has two, or one that is none of `classes`."""
+    """List each image once, with its class. Raises `UserError` where it has two classes, or one that is not in `classes`."""
     named: dict[str, str] = {}
     for path, name in zip(paths, names, strict=True):
         other = named.setdefault(path, name)
@@ -92,7 +94,7 @@ def _labelled(
 
 
 def _used(table: TextTable, parts: Split) -> tuple[TextTable, Split]:
-    """The rows that train or validate, with a note on the others."""
+    """Keep the rows that train or validate, with a note on the others."""
     used = [row for row, role in enumerate(parts.roles) if role in ("train", parts.val_role)]
     left = len(table) - len(used)
     notes = [f"{left} rows are left alone, as their {shown(parts.column)} is another"] if left else []

@@ -1,7 +1,7 @@
-"""From a name as tables write it to the image that is meant: with or without folders and suffix, in any case, with either slash.
+"""Find the image that a name in a table means: with or without folders and suffix, in any case, with either slash.
 
-A name is only taken for an image that it fits alone. Where it begins with the folders of another machine, at least one of
-these must be the image's own.
+A name must fit a single image. Where it begins with the folders of another machine, at least one of them must be among
+the image's own folders.
 """
 
 import os
@@ -19,16 +19,16 @@ from data_pipeline.sources.tables.text_table import few, shown
 
 @dataclass
 class Located:
-    """Where the images of N names are."""
+    """Images found for N names."""
 
     paths: list[str]
-    """Of each, below the images' folder; the name itself where there is no such image."""
+    """Path of each image below the images' folder; the name itself where there is no such image."""
     missing: list[str] = field(default_factory=list)
-    """Names of which there is no image."""
+    """Names without an image."""
     several: dict[str, list[str]] = field(default_factory=dict)
     """Names that fit several images."""
     folders: list[str] = field(default_factory=list)
-    """In which the images lie, where the names do not say so."""
+    """Folders in which the images lie, where the names do not say so."""
     foreign: list[str] = field(default_factory=list)
     """Names that begin with folders of another machine."""
 
@@ -37,7 +37,7 @@ class Located:
         return not self.missing and not self.several
 
     def check(self, names: int, file: Path, root: Path) -> None:
-        """Raise `UserError` where an image is missing, or is not the only one of its name."""
+        """Raise `UserError` where an image is missing, or a name fits several."""
         require(
             not self.missing,
             f"data.images: {len(self.missing)} of the {names} images that {file} names are not in {root}: "
@@ -53,7 +53,7 @@ class Located:
 
 
 class NamedImages:
-    """The images below a folder, to be found by name. Folders that are links are not entered."""
+    """Images below a folder, to be found by name. Folders that are links are not entered."""
 
     def __init__(self, root: Path) -> None:
         self._tops = {os.path.abspath(root) + "/", f"{root.resolve()}/"}
@@ -73,9 +73,9 @@ class NamedImages:
                 self._by_name[os.path.splitext(name)[0]].append(path)
 
     def locate(self, names: list[str]) -> Located:
-        """The images that all of `names` together mean.
+        """Find the images that all of `names` together mean.
 
-        A name that fits several takes the one in the only folder where all the others have one too.
+        If a name fits several images, the one in the only folder that has images for all other names is taken.
         """
         fitting = {name: self._fitting(name) for name in dict.fromkeys(names)}
         if any(len(images) > 1 for images in fitting.values()):
@@ -95,16 +95,16 @@ class NamedImages:
         return self._exact(below) or (self._ending_in(name) if below == name else [])
 
     def _below(self, name: str) -> str:
-        """A name that begins with the images' folder, without it."""
+        """Cut the images' folder from the front of a name."""
         return next((name.removeprefix(top) for top in self._tops if name.startswith(top)), name)
 
     def _exact(self, name: str) -> list[str]:
-        """The images where the name says, which may leave out the suffix."""
+        """Find images at exactly this place; the name may lack the suffix."""
         path = os.path.normpath(name)
         return [path] if path in self._paths else [path + end for end in sorted(SUFFIXES) if path + end in self._paths]
 
     def _ending_in(self, name: str) -> list[str]:
-        """The images whose paths, those of the folders above included, end in the name."""
+        """Find images whose paths, with the folders above included, end in the name."""
         parts = _parts(name)
         foreign, inside = _is_foreign(parts), [part for part in parts if part not in ("..", "/")]
         wanted, last = [_key(part) for part in inside[:-1]], (inside or [""])[-1]
@@ -112,7 +112,7 @@ class NamedImages:
         for path in self._by_name.get(_key(last), []):
             own = [_key(part) for part in path.split("/")[:-1]]
             depth = _common_end(wanted, [*self._above, *own])
-            # Of folders elsewhere those that the image has below ours must be the last ones, and one at least.
+            # Folders of another machine: the last ones must be the image's own, and at least one of them.
             if depth >= max(len(own), 1) if foreign else depth == len(wanted):
                 depths[path] = depth
         best = [path for path, depth in depths.items() if depth == max(depths.values())]
@@ -122,7 +122,7 @@ class NamedImages:
 
 
 def _parts(name: str) -> list[str]:
-    """Folders and file of a name; "/" in front stands for the root of any system, ".." for what leads out of the folder."""
+    """Split a name into folders and file; "/" in front stands for the root of any system, ".." for a way out of the folder."""
     parts: list[str] = ["/"] if re.match(r"[\\/]|[A-Za-z]:[\\/]", name) else []
     for part in re.split(r"[\\/]+", re.sub(r"^[A-Za-z]:(?=[\\/])", "", name)):
         if part == ".." and parts and parts[-1] not in ("..", "/"):
@@ -133,23 +133,23 @@ def _parts(name: str) -> list[str]:
 
 
 def _is_foreign(parts: list[str]) -> bool:
-    """Whether a name leads out of any folder that it is put in, as one from another machine may."""
+    """Return True for a name that leads out of any folder, as one from another machine may."""
     return parts[:1] in (["/"], [".."])
 
 
 def _key(text: str) -> str:
-    """What names in other case, or with accents written in another way, have in common."""
+    """Reduce names that differ only in case, or in how accents are written, to one."""
     return unicodedata.normalize("NFC", text).lower()
 
 
 def _common_end(one: list[str], other: list[str]) -> int:
-    """How many of the last folders are the same."""
+    """Count the folders at the end that are the same."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return next((depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _in_one_folder(fitting: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The images in the only folder that has one for each name; all of them if there are several such folders, or none."""
+    """Keep the images in the only folder that has one for each name; all of them if no folder has, or several."""
     folders = [{_folder(name, path) for path in images} for name, images in fitting.items() if images]
     common = set.intersection(*folders)
     if len(common) != 1:
@@ -158,7 +158,7 @@ def _in_one_folder(fitting: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _folder(name: str, path: str) -> str:
-    """What stands in a path before the folders that a name has itself."""
+    """Cut a name, with its own folders, from the end of a path."""
     folders = path.split("/")[:-1]
     own = _common_end([_key(part) for part in _parts(name)[:-1]], [_key(part) for part in folders])
     return "/".join(folders[: len(folders) - own])

@@ -1,4 +1,4 @@
-"""Tables as text: every cell of a CSV or Parquet file as it is written there, so that 001, NA and 1e3 stay what they are."""
+"""Read tables as text: every cell of a CSV or Parquet file as it is written there, so that 001, NA and 1e3 stay unchanged."""
 
 import codecs
 import csv
@@ -20,43 +20,43 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""Byte order mark -> encoding; the longer marks come first, for they begin as the shorter ones."""
-_SAMPLE = 1 << 16  # characters, or bytes, that tell how a file is written
+"""Byte order mark -> encoding; longer marks come first, as they begin with the shorter ones."""
+_SAMPLE = 1 << 16  # characters, or bytes, that are read to guess the format
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Columns of text, all of as many cells; a missing cell is ""."""
+    """Columns of text with the same number of cells; a missing cell is ""."""
 
     columns: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
-    """What had to be guessed of how it is written, a line each."""
+    """Guesses about the file's format, a line each."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
     def different(self, column: str) -> list[str]:
-        """The cells of a column, each once, sorted."""
+        """List the different cells of a column, sorted."""
         return sorted({*self.columns[column]})
 
     def only(self, rows: list[int]) -> "TextTable":
-        """The table of the rows with these numbers."""
+        """Keep the rows with these numbers."""
         return TextTable({name: [cells[row] for row in rows] for name, cells in self.columns.items()}, self.notes)
 
     def without(self, names: list[str]) -> "TextTable":
-        """The table without these columns."""
+        """Drop these columns."""
         return TextTable({name: cells for name, cells in self.columns.items() if name not in names}, self.notes)
 
 
 def is_table(file: Path) -> bool:
-    """Whether a file's name is that of a table."""
+    """Return True for a file name of a table."""
     return file.suffix.lower() in TABLES
 
 
 def read_table(file: Path, option: str, is_data: Callable[[str], bool] | None = None) -> TextTable:
-    """The table in a CSV, TSV or Parquet file. Raises `UserError` that begins with `option`.
+    """Read the table in a CSV, TSV or Parquet file. Raises a `UserError` that begins with `option`.
 
-    A first row with a cell that `is_data` is no header; the columns are then called 1, 2, 3.
+    A first row with a cell for which `is_data` is true is no header; the columns are then called 1, 2, 3.
     """
     try:
         if file.suffix.lower() == ".parquet":
@@ -70,7 +70,7 @@ def read_table(file: Path, option: str, is_data: Callable[[str], bool] | None = 
 
 
 def without_index(table: TextTable) -> TextTable:
-    """The table without the columns that only number its rows, as pandas and R write them in front."""
+    """Drop columns that only number the rows, as pandas and R write them in front."""
     first = next(iter(table.columns), "")
     index = [name for name, cells in table.columns.items() if _is_index(name, name == first, cells)]
     return table.without(index) if len(index) < len(table.columns) else table
@@ -84,13 +84,13 @@ def _is_index(name: str, first: bool, cells: list[str]) -> bool:
 
 
 def shown(text: str, most: int = 80) -> str:
-    """A cell or a column's name for a message: no longer than `most`, without characters that a terminal would obey."""
+    """Shorten a cell or a column's name to `most` characters for a message, and escape what a terminal would obey."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 
 
 def few(texts: list[str], most: int = 5) -> str:
-    """The first of some cells or columns for a message."""
+    """List the first cells or columns for a message."""
     return ", ".join(map(shown, texts[:most])) + ", …" * (len(texts) > most)
 
 
@@ -98,25 +98,29 @@ def few(texts: list[str], most: int = 5) -> str:
 
 
 def _read_csv(file: Path, option: str, is_data: Callable[[str], bool] | None) -> TextTable:
+    # Encoding and delimiter are found in the text itself.
     text, notes = _decoded(file.read_bytes())
     first, _, rest = text.partition("\n")
-    hint = re.fullmatch(r"sep=(.)\r?", first)  # a line of Excel's
+    hint = re.fullmatch(r"sep=(.)\r?", first)  # a line that Excel writes
     delimiter = hint[1] if hint else _delimiter(text, "\t" if file.suffix.lower() == ".tsv" else ",")
     rows = _rows(rest if hint else text, delimiter)
     if not rows:
         raise UserError(f"{option}: {file} is empty; give a table with a row for each image")
     head, body = rows[0][1], rows[1:]
+    # Find the header: a table may have none, or row numbers without a name.
     if is_data and any(map(is_data, head)):
         notes.append("its first row names an image and so is no header; the columns are called 1, 2, …")
         head, body = [""] * len(head), rows
     elif _numbered(head, [row for _, row in body]):
-        head = ["", *head]  # as R writes them: with no name above the rows' numbers
+        head = ["", *head]  # R writes no name above the rows' numbers
+    # A longer row usually has an unquoted delimiter in a cell; to cut it would shift the columns.
     for line, row in body:
         if any(row[len(head) :]):
             raise UserError(
                 f"{option}: line {line} of {file} has {len(row)} cells, divided by {_DELIMITERS.get(delimiter, delimiter)}, "
                 f"where its header has {len(head)}; put cells that hold {delimiter!r} into quotation marks"
             )
+    # Fill short rows, name nameless columns, drop the empty ones behind a last delimiter.
     columns = [[row[at] if at < len(row) else "" for _, row in body] for at in range(len(head))]
     names = [name or str(at + 1) for at, name in enumerate(head)]
     named = [at for at, name in enumerate(head) if name or any(columns[at])]  # lines may end with a delimiter
@@ -127,13 +131,13 @@ def _read_csv(file: Path, option: str, is_data: Callable[[str], bool] | None) ->
 
 
 def _numbered(head: list[str], body: list[list[str]]) -> bool:
-    """Whether each row has its number in front, and the header has nothing there."""
+    """Return True where each row begins with its number, and the header has nothing above it."""
     numbers = (str(number) for number in range(1, len(body) + 1))
     return all(row[0] == number and len(row) == len(head) + 1 for row, number in zip(body, numbers, strict=True))
 
 
 def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Number of its last line and cells of each row, but for empty ones."""
+    """Yield the number of the last line, and the cells, of each row that is not empty."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         return [(reader.line_num, cells) for row in reader if any(cells := [cell.strip() for cell in row])]
@@ -142,7 +146,7 @@ def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
 
 
 def _decoded(data: bytes) -> tuple[str, list[str]]:
-    """The text of a file, and a note where its encoding is a guess."""
+    """Decode a file's text, with a note where its encoding is a guess."""
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             return data.decode(encoding), []
@@ -162,7 +166,7 @@ def _decoded(data: bytes) -> tuple[str, list[str]]:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """What divides the cells: the first that gives rows of one width, of 2 at least; the `usual` one where none does."""
+    """Find the delimiter: the first that gives rows of one width, at least 2; without one, the `usual` delimiter."""
     sample = text if len(text) <= _SAMPLE else text[: text.rfind("\n", 0, _SAMPLE) + 1]
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
         try:
@@ -178,7 +182,7 @@ def _delimiter(text: str, usual: str) -> str:
 
 
 def _read_parquet(file: Path) -> TextTable:
-    import pyarrow  # type: ignore[import-untyped] # here, for only such tables need it
+    import pyarrow  # type: ignore[import-untyped] # imported here: only such tables need it
     from pyarrow import parquet
 
     try:
@@ -193,7 +197,7 @@ def _read_parquet(file: Path) -> TextTable:
 
 
 def _texts(values: list[object]) -> list[str]:
-    """Values as text: whole numbers without a point, for pandas makes floats of them where one is missing."""
+    """Write values as text: whole numbers without a point, as pandas makes them floats where one is missing."""
     whole = all(value.is_integer() for value in values if isinstance(value, float) and value == value)
     return ["" if value is None or value != value else _text(value, whole) for value in values]
 
