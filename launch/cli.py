@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from data_pipeline.common.entry_point import run_command
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 
 COMMANDS = {
     "local": ("launch.local", "main", "train on this machine, one process for each GPU"),
@@ -64,10 +64,27 @@ def _any_command() -> None:
     elif name in COMMANDS:
         main()
     elif name in ("", "-h", "--help"):
-        what = {command: what for command, (_, what) in MODULES.items()}
-        print(_index("sluice", what | {command: what for command, (_, _, what) in COMMANDS.items()}))
+        print(_index("sluice", _every_command()))
+    elif name == "completion":
+        print(_completion("".join(sys.argv[2:3])))
     else:
         raise UserError(f"{name}: no such command; give one of {', '.join((*MODULES, *COMMANDS))}")
+
+
+def _every_command() -> dict[str, str]:
+    what = {command: what for command, (_, what) in MODULES.items()}
+    what |= {command: what for command, (_, _, what) in COMMANDS.items()}
+    return what | {"completion": "a script for bash, zsh, fish or tcsh that completes commands and options"}
+
+
+def _completion(shell: str) -> str:
+    """The script for a shell. Raises `UserError`."""
+    from shtab import SUPPORTED_SHELLS
+
+    from launch.completion import completion_script
+
+    require(shell in SUPPORTED_SHELLS, f"completion: give a shell, one of {', '.join(SUPPORTED_SHELLS)}")
+    return completion_script(shell, _every_command())
 
 
 def _index(prog: str, commands: dict[str, str]) -> str:

@@ -349,6 +349,11 @@ def _no_such_option(name: str) -> str:
     return f"{name}: no such option; did you mean {' or '.join(dashes + option for option in meant)}?"
 
 
+def option_names() -> list[str]:
+    """Every dotted option of a run, in the order of the sections."""
+    return list(_flat(asdict(Config())))
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 

@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> None:
     args = parse_plain(parser, arguments)
     require(
         find_spec("wandb_workspaces") is not None,
-        "launch dashboard: wandb-workspaces is not installed; run pip install 'sluice[dashboards]'",
+        "launch dashboard: wandb-workspaces is not installed; run pip install 'sluice-train[dashboards]'",
     )
     if args.dry_run:
         print(json.dumps(specification(args.entity, args.project), indent=1, ensure_ascii=False))

@@ -126,5 +126,5 @@ def test_mistakes_are_told_in_one_line(backend: Backend, monkeypatch: pytest.Mon
         publish("me", "sluice")
     assert len(str(raised.value).splitlines()) == 1
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(UserError, match=r"not installed; run pip install 'sluice\[dashboards\]'"):
+    with pytest.raises(UserError, match=r"not installed; run pip install 'sluice-train\[dashboards\]'"):
         main(["--entity", "me", "--dry_run"])

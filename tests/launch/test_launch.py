@@ -391,3 +391,23 @@ def test_logs_are_followed_to_the_last_line(tmp_path: Path, monkeypatch: pytest.
     texts = list(tail((tmp_path / "absent.log", file), grow))
     assert "".join(texts).encode() == written
     assert len(texts) > 20 and all(text.endswith("\n") for text in texts[:-1])
+
+
+def test_a_shell_completes_commands_and_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sluice", "completion", "bash"])
+    with pytest.raises(SystemExit):
+        sluice()
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    for words, expected in (("sluice tr", "train"), ("sluice train --optim.lr", "--optim.lr")):
+        program = (
+            f"source completion; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; "
+            "$(complete -p sluice | sed 's/.*-F \\([^ ]*\\).*/\\1/'); echo ${COMPREPLY[@]}"
+        )
+        done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.split() == [expected], done.stderr
+    monkeypatch.setattr(sys, "argv", ["sluice", "completion", "nosh"])
+    with pytest.raises(SystemExit):
+        sluice()
+    assert capsys.readouterr().err.startswith("error: completion: give a shell, one of ")

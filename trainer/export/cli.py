@@ -149,7 +149,7 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
         require(not file.exists(), f"--out: {file} exists; give another file")
     require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
     missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if name == "onnx" and not find_spec(module)]
-    require(not missing, f"--format: onnx needs {', '.join(missing)}; run pip install 'sluice[export]'")
+    require(not missing, f"--format: onnx needs {', '.join(missing)}; run pip install 'sluice-train[export]'")
     foreign = unknown_to_torchvision(cfg.model)
     require(
         foreign is None or name not in ("torchvision", "safetensors"),

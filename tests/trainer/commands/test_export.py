@@ -172,7 +172,7 @@ def test_nothing_is_overwritten(there: str, run: Path, tmp_path: Path, monkeypat
 def test_packages_that_are_missing_are_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = r"^--format: onnx needs onnxscript, onnxruntime; run pip install 'sluice\[export\]'$"
+    line = r"^--format: onnx needs onnxscript, onnxruntime; run pip install 'sluice-train\[export\]'$"
     with pytest.raises(UserError, match=line):
         call(monkeypatch, run, "--format", "onnx", "--out", tmp_path / "model.onnx")
     call(monkeypatch, run, "--format", "torchvision", "--out", tmp_path / "model.pth")
