@@ -1,6 +1,6 @@
 """python -m trainer [--config RECIPE] [--OPTION VALUE ...]; under torchrun, one process a GPU.
 
-Exit codes: 0 at the end, 2 for what a user can mend, 75 where it hangs (see `watchdog`), and 128 + N on signal N.
+Exit codes: 0 at the end, 2 for a mistake that a user can correct, 75 for a hang (see `watchdog`), and 128 + N on signal N.
 """
 
 import sys
@@ -15,7 +15,7 @@ def main() -> None:
     cfg = load(sys.argv[1:])
     with ExitStack() as starting:
         starting.enter_context(progress("starting"))
-        # Only now what takes seconds to import: a mistake in the options is told at once.
+        # Import now what takes seconds: a mistake in the options is reported before.
         from trainer.distributed import open_dist_context
         from trainer.loop import fit
         from trainer.resilience.signals import StopFlag

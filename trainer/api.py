@@ -26,7 +26,7 @@ ImageLike = str | Path | NDArray[np.uint8]
 
 
 class Prediction(NamedTuple):
-    """What a network makes of N images."""
+    """Classes and probabilities that a network gives N images."""
 
     labels: list[str]
     """[N] name of the likeliest class."""
@@ -63,7 +63,7 @@ class TrainedRun:
 
 
 def load_run(folder: str | Path) -> TrainedRun:
-    """Open the run in `folder` with the weights it is judged by, on a GPU where there is one.
+    """Open the run in `folder` with its chosen weights, on a GPU where there is one.
 
     Raises:
         UserError: the folder holds no run, or no complete checkpoint.
@@ -78,10 +78,10 @@ def load_run(folder: str | Path) -> TrainedRun:
 def train(cfg: Config) -> Path:
     """Train, or resume, as `python -m trainer` does with the same options; returns the run folder.
 
-    Signals that ask to stop (SIGTERM, SIGINT, SIGUSR2) are heeded, so call it in the main thread.
+    Signals that ask to stop (SIGTERM, SIGINT, SIGUSR2) are obeyed, so call it in the main thread.
 
     Raises:
-        UserError: an option or a file that the caller can mend.
+            UserError: an option or a file that the caller can correct.
     """
     with StopFlag() as stop, open_dist_context() as ctx:
         fit(cfg, ctx, stop)
@@ -89,7 +89,7 @@ def train(cfg: Config) -> Path:
 
 
 def _file_of(image: ImageLike, beside: Path, row: int) -> str:
-    """The path of an image; pixels are written to `beside` first, without loss."""
+    """Return the path of an image; pixels are written to `beside` first, without loss."""
     if isinstance(image, str | Path):
         return str(Path(image).absolute())
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -1,4 +1,4 @@
-"""Scores over a whole split: every sample once, whatever the number of ranks and the batch.
+"""Score a run on a whole split: every sample once, with any number of ranks and any batch.
 
 python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]
 """
@@ -33,7 +33,7 @@ from trainer.tracking.meter import Scores
 
 
 class Trained(NamedTuple):
-    """A run's chosen weights, ready for use."""
+    """Chosen weights of a run, ready for use."""
 
     checkpoint: Path
     classes: list[str]
@@ -43,9 +43,9 @@ class Trained(NamedTuple):
 
 
 def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
-    """The network with the weights that the run in `folder` is judged by. Raises `UserError`.
+    """Open a run's network with its chosen weights. Raises `UserError`.
 
-    Where `engine.precision` is auto, a CPU computes in fp32, so that weights score the same on another one.
+    Where `engine.precision` is auto, a CPU computes in fp32, so that weights have the same score on another CPU.
     """
     checkpoint = Store(folder).chosen()
     if checkpoint is None:
@@ -63,9 +63,9 @@ def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
 
 
 def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
-    """The images that a run is scored on: validation images, or all of a set that is not its own and has no such part.
+    """Open the images to score a run on: validation images, or all images of another set without a validation part.
 
-    A set that was moved is the run's own too: it is known by its training images. Raises `UserError`.
+    The run's own set is recognised by its training images, even if it was moved. Raises `UserError`.
     """
     catalog = open_catalog(cfg, "val", trained.classes)
     if not catalog.taken.divided_from or _was_trained_on(cfg, trained):
@@ -87,7 +87,7 @@ def _was_trained_on(cfg: DataConfig, trained: Trained) -> bool:
 
 
 def scored_on(catalog: Catalog, images: int) -> str:
-    """On which of whose images a run is scored, such as "60 of 61 held out of 600 images in FOLDER"."""
+    """Describe the scored images, such as "60 of 61 held out of 600 images in FOLDER"."""
     listed = len(catalog) + len(catalog.bad)
     held_out = f" held out of {catalog.taken.divided_from}" if catalog.taken.divided_from > listed else ""
     return f"{images} of {listed}{held_out} images in {catalog.root}"
@@ -108,7 +108,7 @@ def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ct
 
 
 def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`predict` of each image and its mirror image: the logarithm of the mean of their probabilities."""
+    """Wrap `predict` to average each image and its mirror image: the logarithm of their mean probabilities."""
 
     def both(images: torch.Tensor) -> torch.Tensor:
         mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
@@ -138,7 +138,7 @@ def main() -> None:
         with progress("evaluating", len(catalog)) as advance:
 
             def predict_and_tell(images: torch.Tensor) -> torch.Tensor:
-                advance(ctx.world * len(images))  # the others are about as far
+                advance(ctx.world * len(images))  # the other ranks are about as far
                 return predict(images)
 
             scores = evaluate(predict_and_tell, loader, ctx)

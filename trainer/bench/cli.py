@@ -1,13 +1,13 @@
-"""What a recipe reaches on this machine, beside what the machine can do, and what holds it back.
+"""Measure a recipe on this machine, beside the machine's limits, and say what holds it back.
 
     torchrun --nproc_per_node=2 -m trainer.bench [--config RECIPE] [--OPTION VALUE ...] [--peers] [--out DIR]
     python -m trainer.bench --worlds 1,2 [...]
 
-The loader alone, the computation alone (synthetic images) without and with communication, all of it end to end, the
-machine's ceilings and other trainers are measured in turn, round after round, in the same processes: a machine that
-slows down slows them all. The first steps of a turn do not count, as they live on what was fetched before. Several
+Measured in turn are the loader alone, the computation alone (synthetic images) without and with communication, all of it
+end to end, the machine's ceilings and other trainers: round after round, in the same processes, so that a machine that
+slows down slows them all. The first steps of a turn do not count, as they use what was fetched before. Several
 numbers of processes take turns too: each is started a few times. It all takes no longer than --minutes: turns become
-shorter and rounds fewer, down to one round of one step. What was measured when it is broken off is reported and kept.
+shorter and rounds fewer, down to one round of one step. A benchmark that is broken off reports and keeps its results.
 """
 
 import argparse
@@ -48,27 +48,31 @@ from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.setup import build_engine, training_loader
 from trainer.tracking.profiler import Trace
 
-ROUNDS, STEPS, SKIPPED = 9, 8, 4  # turns of each part; updates a turn that count; updates before those
-FEW = 3  # rounds for which turns are made shorter where time is short; beyond that there are fewer rounds
-BRIEF = 8  # times as many calls a turn of what takes little time
+ROUNDS, STEPS, SKIPPED = (
+    9,
+    8,
+    4,
+)  # turns of each part; optimizer steps in a turn that count; steps before them that do not
+FEW = 3  # rounds for which turns are shortened where time is short; after that there are fewer rounds
+BRIEF = 8  # times as many calls in a turn of a part that takes little time
 REPEATS = 3  # times that each number of processes is started
 SAMPLE = 1024  # images that bare decoding and other trainers read
 LR = 1e-3
 
 
 class Timed(NamedTuple):
-    """What a turn of one part has come to."""
+    """Rate of one part in one turn."""
 
     rate: float
-    """What all ranks together did per second."""
+    """Units per second of all ranks together."""
     call_s: float
 
 
 class Turn(NamedTuple):
-    """How one part is measured."""
+    """Way to measure one part."""
 
     run: Callable[[int, int], Timed]
-    """Takes the number of calls that count, and of those before them that do not. Collective."""
+    """Function of the number of calls that count, and of calls before them that do not. Collective."""
     per_step: int = 1
     """Calls that count, for each step of a turn."""
     skipped: int = 1
@@ -79,12 +83,12 @@ class Turn(NamedTuple):
 
 @dataclass
 class Measured:
-    """What a measurement has come to so far, to be there also where it is broken off."""
+    """Results so far, which are kept even if the benchmark is broken off."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One a turn: world, repeat, round, part, rate per second."""
+    """One row for each turn: world, repeat, round, part, rate per second."""
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By the number of processes, what the rates belong to, as JSON can hold it."""
+    """Number of processes -> circumstances of the rates, as JSON can hold them."""
 
 
 def measure(
@@ -100,7 +104,7 @@ def measure(
 ) -> None:
     """Measure at the recipe's last resolution. Collective. Raises `UserError`.
 
-    `profile` is a folder for a trace of three updates after the measurement.
+    `profile` is a folder for a trace of three optimizer steps after the measurement.
     """
     deadline_s = time.monotonic() + 60 * minutes
     with ExitStack() as stack:
@@ -109,7 +113,7 @@ def measure(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="sluice-bench-")))
         left_out = _sample(cfg, folder, ctx)
         others: dict[str, Peer] = {}
-        if peers and not left_out:  # before any thread of DALI's is there, because they fork
+        if peers and not left_out:  # before DALI starts any thread, because they fork
             others, left_out = open_peers(Race(folder, cfg, len(catalog.classes), ctx))
         for peer in others.values():
             stack.callback(peer.close)
@@ -126,7 +130,7 @@ def measure(
         if ctx.world > 1:
             turns[REDUCE] = Turn(partial(_reduce, ctx, facts["gradient_bytes"]))
 
-        # A first round of one step, which does not count, tells how long the others may be.
+        # A first round of one step, which does not count, shows how long the others may be.
         call_s = {name: turn.of(1).call_s for name, turn in turns.items()}
         fitting = fit_into(deadline_s - time.monotonic(), turns, call_s, rounds, steps)
         few_rounds, few_steps = ctx.broadcast_from_rank0(lambda: fitting)
@@ -147,7 +151,7 @@ def measure(
 def fit_into(
     left_s: float, turns: dict[str, Turn], call_s: dict[str, float], rounds: int, steps: int
 ) -> tuple[int, int]:
-    """Rounds and steps of a turn that end in `left_s` seconds: turns grow shorter where three rounds would else not fit."""
+    """Choose rounds and steps of a turn that fit into `left_s` seconds: turns are shortened where three rounds would not fit."""
     before_s = sum(turn.skipped * call_s[name] for name, turn in turns.items())
     step_s = sum(turn.per_step * call_s[name] for name, turn in turns.items())
     few_steps = int((left_s / min(rounds, FEW) - before_s) / step_s)
@@ -174,7 +178,7 @@ class Ours:
         else:
             self.lone_engine = self.engine
         if cfg.engine.compression == "powersgd" and ctx.world > 1:
-            for _ in range(POWERSGD_START):  # as it sends whole gradients up to there
+            for _ in range(POWERSGD_START):  # it sends whole gradients until then
                 self._compute(self.engine)
 
     def turns(self) -> dict[str, Turn]:
@@ -187,7 +191,7 @@ class Ours:
         return turns | {BOTH: Turn(partial(timed, self.ctx, self.update), skipped=SKIPPED)}
 
     def update(self) -> float:
-        """One whole update; returns the number of this rank's images in it."""
+        """Make one optimizer step; returns the number of this rank's images in it."""
         batches = self._fetch()
         self.engine.step(batches, LR)
         return float(sum(batch.num_real for batch in batches))
@@ -205,7 +209,7 @@ class Ours:
 
 
 def timed(ctx: DistContext, act: Callable[[], float], calls: int, skipped: int) -> Timed:
-    """What all ranks together do in `calls` of `act`, which returns what it did; after `skipped` calls. Collective."""
+    """Measure all ranks together in `calls` of `act`, which returns its amount; after `skipped` calls. Collective."""
     for _ in range(skipped):
         act()
     ctx.barrier()
@@ -231,7 +235,7 @@ def _reduce(ctx: DistContext, size_bytes: int, calls: int, _: int) -> Timed:
 
 
 def _sample(cfg: Config, folder: Path, ctx: DistContext) -> list[str]:
-    """Copy some images into `folder`, the same on all ranks; why not, where there are no JPEGs. Collective."""
+    """Copy some images into `folder`, the same on all ranks; returns the reason where there are no JPEGs. Collective."""
     try:
         ctx.raise_together(lambda: copy_sample(cfg.data, folder, SAMPLE))
     except UserError as error:
@@ -246,7 +250,7 @@ def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
 
 
 def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str, Any]:
-    """What the rates belong to, as JSON can hold it."""
+    """Describe the circumstances of the rates, as JSON can hold them."""
     last, device = cfg.run.epochs - 1, ctx.device
     size_px = cfg.data.size_at(last, cfg.run.epochs)
     return {
@@ -263,9 +267,9 @@ def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str,
 
 
 def measure_worlds(worlds: list[int], options: list[str], minutes: float, into: Measured) -> None:
-    """`measure` by each number of processes in turn, REPEATS times or less, by this command under torchrun.
+    """Measure with each number of processes in turn, REPEATS times or less, by this command under torchrun.
 
-    Raises `UserError`, a process's own where it met one.
+    Raises `UserError`, that of a process where one raised it.
     """
     deadline_s = time.monotonic() + 60 * minutes
     starts = REPEATS * len(worlds)
@@ -285,7 +289,7 @@ def _measure_world(world: int, repeat: int, options: list[str], into: Measured) 
     with TemporaryDirectory(prefix="sluice-bench-") as folder:
         try:
             _torchrun(world, [*options, "--out", folder])
-        finally:  # what it measured until it was broken off is there as well
+        finally:  # its results until it was broken off count as well
             file = Path(folder) / "bench.json"
             if file.exists():
                 measured = json.loads(file.read_text())
@@ -300,7 +304,7 @@ def _torchrun(world: int, options: list[str]) -> None:
         try:
             _, said = process.communicate()
         except BaseException:
-            process.terminate()  # and it ends its own, which a kill would not
+            process.terminate()  # it ends its own processes, which a kill would not
             process.communicate()
             raise
     if process.returncode:
@@ -313,7 +317,7 @@ def _torchrun(world: int, options: list[str]) -> None:
 
 
 def worlds_of(text: str) -> list[int]:
-    """Numbers of processes from "1,2". Raises `UserError`."""
+    """Parse numbers of processes, such as "1,2". Raises `UserError`."""
     parts = text.split(",")
     require(
         all(part.isdecimal() and int(part) > 0 for part in parts) and len(set(parts)) == len(parts),
@@ -323,7 +327,7 @@ def worlds_of(text: str) -> list[int]:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the recipe. Raises `UserError`."""
+    """Parse the options of this command; the recipe's are returned beside them. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="trainer.bench",
         description="Say what a recipe reaches on this machine and what holds it back.",
@@ -349,7 +353,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _check(args: argparse.Namespace, cfg: Config) -> None:
-    """Find mistakes before the measuring begins. Raises `UserError`."""
+    """Check the options before the measurement begins. Raises `UserError`."""
     require(not args.out or args.out.is_dir() or not args.out.exists(), f"--out: {args.out} is a file; give a folder")
     require(args.rounds > 0, f"--rounds: {args.rounds} is not positive; give a number of turns such as {ROUNDS}")
     require(args.minutes > 0, f"--minutes: {args.minutes:g} is not positive; give a time such as {MINUTES}")
@@ -390,11 +394,11 @@ def main() -> None:
 
 
 def _report(measured: Measured, cfg: Config, args: argparse.Namespace, why: str) -> None:
-    """Write and print what was measured, and `why` it was broken off."""
+    """Write and print the results; `why` says why the benchmark was broken off."""
     if not measured.rows:
         return
     turns = pd.DataFrame(measured.rows)
-    if args.out:  # first, for nobody may be reading what is printed
+    if args.out:  # written first: perhaps nobody reads what is printed
         results.write(turns, measured.facts, cfg, args.out)
     print(report(turns, measured.facts, cfg))
     print(why, end="\n" * bool(why), flush=True)

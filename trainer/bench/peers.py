@@ -1,8 +1,8 @@
-"""Other trainers on the same images, batch and resolution: what `bench --peers` lets compete with ours.
+"""Other trainers on the same images, batch and resolution: the contestants of `bench --peers`.
 
-Each is what its project's own script does in its default setting: fp32, eager, NCHW, SGD, DDP over several ranks. They
-keep to one process group and one process a rank with ours, so that all take turns; the worker processes that load
-their images are idle but for their turns.
+Each follows its project's own script in its default setting: fp32, eager, NCHW, SGD, DDP over several ranks. They share
+one process group and one process a rank with ours, so that all take turns; the worker processes that load their images
+are idle outside their turns.
 """
 
 import importlib.util
@@ -33,18 +33,18 @@ from trainer.config import Config
 from trainer.distributed import DistContext
 
 PLAIN_STEP, PLAIN_LOOP = "torchvision, step alone", "torchvision, end to end"
-_PRINT_EVERY = 10  # updates
+_PRINT_EVERY = 10  # optimizer steps
 _PREFETCH = 2  # batches that each worker makes ahead, as a DataLoader's default is
-_GLANCE_S, _IDLE_S = 0.1, 0.005  # a worker that burns less than so much in such a time is idle
+_GLANCE_S, _IDLE_S = 0.1, 0.005  # a worker that uses less CPU time than _IDLE_S in _GLANCE_S is idle
 _LR = 1e-3
-_EPOCH = 1 << 18  # images: the sample is listed again and again, for no contestant to begin epochs all the time
+_EPOCH = 1 << 18  # images: the sample is listed repeatedly, so that no contestant begins epochs all the time
 
 
 class Race(NamedTuple):
-    """What every contestant is given."""
+    """Data and settings that every contestant gets."""
 
     folder: Path
-    """train/CLASS/NUMBER.jpg"""
+    """Folder with train/CLASS/NUMBER.jpg."""
     cfg: Config
     classes: int
     ctx: DistContext
@@ -55,19 +55,19 @@ class Race(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """Images of each rank in an update."""
+        """Images of each rank in an optimizer step."""
         return self.cfg.data.batch_at(self.cfg.run.epochs - 1, self.cfg.run.epochs) // self.ctx.world
 
 
 Training = Iterator[int]
-"""Without end: each `next` is one update, and gives the number of its images on this rank."""
+"""Endless iterator: each `next` makes one optimizer step, and gives the number of its images on this rank."""
 
 
 # ---- the contestants ------------------------------------------------------------------------------------------------
 
 
 def _torchvision_step(race: Race) -> Training:
-    """The plain eager step on synthetic images, without communication."""
+    """Make plain eager steps on synthetic images, without communication."""
     model, optimizer = _torchvision_model(race)
     images = torch.randn(race.batch, 3, race.size_px, race.size_px, device=race.ctx.device)
     labels = torch.randint(race.classes, (race.batch,), device=race.ctx.device)
@@ -76,7 +76,7 @@ def _torchvision_step(race: Race) -> Training:
 
 
 def _torchvision_loop(race: Race) -> Training:
-    """As references/classification in torchvision has it: PIL images from folders, augmented in worker processes."""
+    """Train as references/classification in torchvision does: PIL images from folders, augmented in worker processes."""
     model, optimizer = _torchvision_model(race)
     ddp_model, loader = _distributed(model, race.ctx), _folder_loader(race)
     while True:
@@ -117,7 +117,7 @@ def _folder_loader(race: Race) -> DataLoader[Any]:
 
 
 def _timm(race: Race) -> Training:
-    """The parts of timm's train.py: its model, its loader with prefetcher, its optimiser."""
+    """Train with the parts of timm's train.py: its model, its loader with prefetcher, its optimiser."""
     from timm import create_model
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
@@ -149,7 +149,7 @@ def _timm(race: Race) -> Training:
 
 
 def _lightning(race: Race) -> Training:
-    """Lightning's Trainer, which runs to its end once started: in a thread that waits for its turn after every batch."""
+    """Run Lightning's Trainer, which goes to its end once started: in a thread that waits for its turn after every batch."""
     import lightning
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -194,7 +194,7 @@ def _lightning(race: Race) -> Training:
 
 
 class _Baton:
-    """Makes a function that runs to its end in one go stop after each of its updates."""
+    """Makes a function that would run to its end stop after each of its optimizer steps."""
 
     def __init__(self) -> None:
         self.over = False
@@ -217,7 +217,7 @@ class _Baton:
             thread.join()
 
     def pass_back(self) -> None:
-        """End an update, and wait until the next one is wanted."""
+        """End an optimizer step, and wait until the next one is wanted."""
         self._done.release()
         self._go.acquire()
 
@@ -233,7 +233,7 @@ class _Baton:
 def _updates(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], ctx: DistContext
 ) -> Iterator[int]:
-    """One update a batch of images [B, 3, H, W] float32 and labels [B]: the loop that most scripts have."""
+    """Make one optimizer step for each batch of images [B, 3, H, W] float32 and labels [B], in the usual loop of scripts."""
     model.train()
     for number, (images, labels) in enumerate(batches):
         images, labels = images.to(ctx.device, non_blocking=True), labels.to(ctx.device, non_blocking=True)
@@ -259,7 +259,7 @@ def _distributed(model: nn.Module, ctx: DistContext) -> nn.Module:
 class Contestant(NamedTuple):
     train: Callable[[Race], Training]
     needs: str = ""
-    """A package that may be missing."""
+    """Package that may be missing."""
 
 
 CONTESTANTS = {
@@ -274,9 +274,9 @@ CONTESTANTS = {
 
 
 class Peer:
-    """A contestant, whose worker processes are idle in the turns of others. Made on all ranks at once: it may use DDP.
+    """A contestant whose worker processes are idle in the turns of others. Made on all ranks at once: it may use DDP.
 
-    Raises `UserError` with the reason if its first update fails.
+    Raises `UserError` with the reason if its first step fails.
     """
 
     def __init__(self, name: str, race: Race) -> None:
@@ -284,19 +284,19 @@ class Peer:
         try:
             self._training = CONTESTANTS[name].train(race)
             next(self._training)
-        except Exception as error:  # whatever another's library raises is no reason to stop the others
+        except Exception as error:  # an error in another library must not stop the other contestants
             raise UserError(" ".join(f"{name}: {type(error).__name__}: {error}".split())) from None
         self._workers = [worker.pid or 0 for worker in set(active_children()) - before]
         self._rest()
 
     @property
     def ahead(self) -> int:
-        """Updates that its workers may have made ready by the beginning of a turn."""
+        """Steps that its workers may have prepared by the beginning of a turn."""
         return _PREFETCH * len(self._workers)
 
     @contextmanager
     def turn(self) -> Iterator[Callable[[], int]]:
-        """The function that makes one update and gives the number of this rank's images in it."""
+        """Give a function that makes one optimizer step and returns the number of this rank's images in it."""
         try:
             yield lambda: next(self._training)
         finally:
@@ -307,9 +307,9 @@ class Peer:
         self._training.close()  # type: ignore[attr-defined] # a generator
 
     def _rest(self) -> None:
-        """Wait until its workers have filled their queues: then they work no more, until the next turn takes from them.
+        """Wait until its workers have filled their queues: then they do not work until the next turn takes from them.
 
-        They are not sent SIGSTOP, as whoever is stopped stays for good where this process is killed.
+        They get no SIGSTOP, because a stopped worker would stay for ever if this process were killed.
         """
         burnt_s = -1.0
         while (now_s := sum(_cpu_s(worker) for worker in self._workers)) > burnt_s + _IDLE_S:

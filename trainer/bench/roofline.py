@@ -1,4 +1,4 @@
-"""What a machine can do at best, each part measured bare, and what a run's distance from it says about the run."""
+"""Limits of a machine, each part measured bare, and the meaning of a run's distance from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from trainer.model.resnet import ModelConfig, build_resnet
 _SIDE, _SIDE_GPU = 2048, 16384  # of the square matrices: large enough that a larger one gains nothing
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTICED = 0.05
-"""Share of a step's time from which on waiting, for data or for other ranks, is what holds a run back."""
+"""Share of a step's time; from this share on, waiting for data or for other ranks counts as what holds a run back."""
 
 
 # ---- measured bare --------------------------------------------------------------------------------------------------
 
 
 def matmul(precision: Precision, ctx: DistContext) -> Callable[[], float]:
-    """A function that multiplies two large square matrices on this rank and returns the FLOPs of that.
+    """Make a function that multiplies two large square matrices on this rank and returns the number of FLOPs.
 
     `precision` is resolved: fp32 (TF32 on a GPU, as for a run), bf16 or fp16.
     """
@@ -38,16 +38,16 @@ def matmul(precision: Precision, ctx: DistContext) -> Callable[[], float]:
 
 
 def decode(folder: Path, size_px: int, ctx: DistContext) -> Callable[[], float]:
-    """A function that decodes a batch of `folder`'s train/CLASS/*.jpg by this rank's cores and returns how many."""
+    """Make a function that decodes a batch of `folder`'s train/CLASS/*.jpg on this rank's cores and returns their number."""
     delivery = CONTESTANTS[LIMIT].deliver(Task(folder, size_px, ctx.cores))
     return lambda: next(delivery)
 
 
 def flops_per_image(cfg: ModelConfig, classes: int, size_px: int) -> float:
-    """FLOPs of forward and backward pass for one image: two for each multiplication with its addition."""
+    """Count the FLOPs of forward and backward pass for one image: two for each multiplication with its addition."""
     with torch.device("meta"):
         model = build_resnet(cfg, classes)
-        images = torch.empty(2, 3, size_px, size_px)  # two, for batch norm wants more than one value
+        images = torch.empty(2, 3, size_px, size_px)  # two, as batch norm needs more than one value
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     return counter.get_total_flops() / 2
@@ -62,17 +62,17 @@ class Rates:
 
     loader: float
     compute: float
-    """Without communication, on synthetic images."""
+    """Speed without communication, on synthetic images."""
     joined: float
-    """With communication, on synthetic images; equal to `compute` for a single rank."""
+    """Speed with communication, on synthetic images; equal to `compute` for a single rank."""
     end_to_end: float
     decode: float | None = None
-    """Bare decoding; None where it was not measured."""
+    """Speed of bare decoding; None where it was not measured."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run was set to, as far as it decides which option to change."""
+    """Settings of a run that decide which option to change."""
 
     cores: int
     """Processor cores of each rank."""
@@ -80,18 +80,18 @@ class Setting:
     precision: Precision
     """Resolved."""
     best_precision: Precision
-    """What `auto` means on this machine."""
+    """Precision that `auto` means on this machine."""
     compile: str
     compression: str
     accumulate: int
     threads: int | None
     decode: str
     mfu: float
-    """Share of the measured matmul's FLOP/s that the run makes use of, end to end."""
+    """Share of the measured matmul's FLOP/s that the run uses, end to end."""
 
 
 def verdict(rates: Rates, setting: Setting) -> str:
-    """One sentence: what holds the run back, by how much, and which option to change."""
+    """Say in one sentence what holds the run back, by how much, and which option to change."""
     step = 1 / rates.end_to_end
     waiting = (step - 1 / rates.joined) / step
     exposed = (1 / rates.joined - 1 / rates.compute) / step
@@ -101,7 +101,7 @@ def verdict(rates: Rates, setting: Setting) -> str:
 
 
 def _data(rates: Rates, setting: Setting, waiting: float) -> str:
-    shared = rates.loader > 1.1 * rates.end_to_end  # alone it is fast enough
+    shared = rates.loader > 1.1 * rates.end_to_end  # alone the loader is fast enough
     if shared:
         held = (
             f"A share of the machine holds this run back: alone the loader delivers {rates.loader:.0f} images/s, but "

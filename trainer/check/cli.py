@@ -1,8 +1,8 @@
 """Accept a machine before trusting it: python -m trainer.check [--only ITEM ...] [--out DIR]
 
 Each item runs in a process of its own within a time limit, so that one crash hides no other. The table grows as they end;
-check.json and check.md keep it. What a machine lacks (a GPU, a second process, DALI) is skipped, with the reason. Exit code 1
-where an item failed.
+check.json and check.md keep it. An item for which the machine lacks something (a GPU, a second process, DALI) is skipped,
+with the reason. The exit code is 1 where an item failed.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from data_pipeline.common.errors import UserError
 
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "numpy")
-_RESULT = "check-result: "  # begins the line in which an item's process says what it found
+_RESULT = "check-result: "  # begins the line in which an item's process reports its result
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one item."""
+    """Result of one item."""
 
     item: str
     state: str
     """PASS, FAIL or SKIPPED."""
     told: str
-    """The figure that was measured, or the reason."""
+    """Measured figure, or the reason."""
     seconds: float
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ITEM", help="These items alone.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="A folder for check.json and check.md.")
     parser.add_argument("--limit_s", type=float, default=180.0, metavar="S", help="Seconds that an item may take.")
-    parser.add_argument("--item", help=argparse.SUPPRESS)  # what the processes of single items are started with
+    parser.add_argument("--item", help=argparse.SUPPRESS)  # for the processes of single items
     args = parse_plain(parser, sys.argv[1:])
     if args.item:
         _run_here(args.item)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def run_item(name: str, limit_s: float) -> Result:
-    """Run one item in a process group of its own, and end all of it when the time is up."""
+    """Run one item in a process group of its own, and end all of it when its time is up."""
     start = time.monotonic()
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
@@ -96,14 +96,14 @@ def run_item(name: str, limit_s: float) -> Result:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End whatever an item has left behind."""
+    """End all processes that an item has left behind."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _read(output: str, code: int) -> tuple[str, str]:
-    """State and message of an item, from what its process has printed."""
+    """Read an item's state and message from the output of its process."""
     lines = output.splitlines()
     said = next((line for line in reversed(lines) if line.startswith(_RESULT)), None)
     if said is not None:
@@ -121,7 +121,7 @@ def _run_here(name: str) -> None:
         state, told = PASS, ITEMS[name]()
     except Skip as why:
         state, told = SKIPPED, str(why)
-    except Exception as error:  # whatever goes wrong is the finding
+    except Exception as error:  # any error is a finding
         first = " ".join(str(error).split())[:300]
         state, told = FAIL, f"{type(error).__name__}: {first}"
     print(f"\n{_RESULT}{json.dumps([state, told])}", flush=True)
@@ -137,7 +137,7 @@ def _chosen(only: list[str] | None) -> list[str]:
 
 
 def describe_machine() -> dict[str, str]:
-    """Hardware, driver and versions, each in a few words."""
+    """Describe hardware, driver and versions, each in a few words."""
     about = {
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
     }

@@ -1,4 +1,4 @@
-"""Images that the check makes for itself, so that it needs neither a network nor a dataset."""
+"""Images that the check makes itself, so that it needs neither a network nor a dataset."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 
 def picture(seed: int, side_px: int = 256) -> Image.Image:
-    """A square RGB image of smooth waves, sharp edges and some noise."""
+    """Draw a square RGB image of smooth waves, sharp edges and some noise."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:side_px, :side_px]
     waves = [np.sin(x / draw.uniform(4, 40) + y / draw.uniform(4, 40) + phase) for phase in draw.uniform(0, 6, 3)]
@@ -34,7 +34,7 @@ def picture(seed: int, side_px: int = 256) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
-    """The image as a file of one of `KINDS`."""
+    """Encode the image as a file of one of `KINDS`."""
     form, options, mode = KINDS[kind]
     stream = io.BytesIO()
     image.convert(mode).save(stream, form, **options)
@@ -42,7 +42,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def write_dataset(folder: Path, count: int, side_px: int = 256) -> Path:
-    """`folder` with train/ and val/ of two classes, `count` JPEGs in train/ and a quarter of that in val/."""
+    """Write train/ and val/ of two classes into `folder`, `count` JPEGs in train/ and a quarter of that in val/."""
     for split, images in (("train", count), ("val", count // 4)):
         for number in range(images):
             path = folder / split / ("even", "odd")[number % 2] / f"{number:05}.jpg"

@@ -1,6 +1,6 @@
-"""The items of the check: each a function that returns what it measured, or raises what is wrong.
+"""Items of the check: each is a function that returns its measurement, or raises an error.
 
-They run on a CPU as on a GPU, at a size that suits it; `Skip` says what a machine lacks.
+They run on a CPU and on a GPU, at a size for each; `Skip` names what a machine lacks.
 """
 
 import os
@@ -40,7 +40,7 @@ FORMAT_TOLERANCE = 3.0  # mean difference from Pillow's pixels, of 255: decoders
 
 
 class Skip(Exception):
-    """What this machine lacks for an item."""
+    """Raised where this machine lacks something that an item needs; the message names it."""
 
 
 def item(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
@@ -258,7 +258,7 @@ def fit_memory() -> str:
         free_bytes, _ = torch.cuda.mem_get_info()
         rows = (
             int(free_bytes / (SIZE_PX * SIZE_PX * 3 * 4 * 8)) or 1
-        )  # far more than the activations of a network leave
+        )  # far more than the activations of a network leave free
         engine.fit_memory(rows, SIZE_PX)  # type: ignore[attr-defined]
         pieces = engine.chunks_per_micro_batch  # type: ignore[attr-defined]
     return f"{rows} images of {SIZE_PX} px in {pieces} pieces"
@@ -386,7 +386,7 @@ def small_dataset(count: int = 32, side_px: int = 96) -> Iterator[Path]:
 
 
 def pixels(cfg: DataConfig, ctx: DistContext, *, training: bool = True) -> torch.Tensor:
-    """[N, 3, H, W] all images of the first epoch that a rank gets, in their order."""
+    """Load [N, 3, H, W] all images of the first epoch for one rank, in their order."""
     loader = Loader(cfg, open_catalog(cfg, "train"), ctx, training=training)
     return torch.cat([batch.images.clone() for batch in loader])
 
@@ -398,7 +398,7 @@ def small_engine(ctx: DistContext, *options: str) -> Engine:
 
 
 def synthetic(ctx: DistContext, seed: int = 0, *, mixed: bool = False) -> Batch:
-    """A batch of noise on the device; `mixed` has soft targets, as mixup gives."""
+    """Make a batch of noise on the device; `mixed` has soft targets, as mixup gives."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (BATCH, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=draw)
     labels = torch.randint(CLASSES, (BATCH,), generator=draw)
@@ -417,7 +417,7 @@ def synchronize(ctx: DistContext) -> None:
 
 
 def importable() -> dict[str, str]:
-    """The environment in which another process finds these packages as this one did."""
+    """Make an environment in which another process finds the same packages as this one."""
     ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return ours | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), ours.get("PYTHONPATH")]))

@@ -1,4 +1,4 @@
-"""The items of the check and what each is about. Nothing heavy is imported here."""
+"""Names of the check's items, and a line on each. Nothing heavy is imported here."""
 
 NAMES = {
     "decode kinds": "every kind of file decodes to Pillow's pixels, on the device that decodes here",

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, and the room that they take on disk."""
+"""Write checkpoints beside the training, and check their room on disk."""
 
 import shutil
 import time
@@ -19,7 +19,7 @@ from trainer.distributed import DistContext
 T = TypeVar("T")
 
 LAST_S = 30.0
-"""How long a run that fails waits for the checkpoint under way: about as long as launchers wait before they kill."""
+"""Longest wait of a failing run for the checkpoint being written: about as long as launchers wait before they kill."""
 
 
 class _Outcome(NamedTuple):
@@ -31,8 +31,8 @@ class Saver:
     """Writes checkpoints in a thread of each rank, one at a time. To be opened on every rank: collective.
 
     The threads agree among themselves, over connections of their own, that all files are on disk before the checkpoint is
-    completed, and on the outcome, which is the same on all ranks. As a context manager it ends with the training, and
-    where that fails waits a while for the save under way.
+    completed, and on the outcome, which is the same on all ranks. As a context manager it ends with the training; if the
+    training fails it waits a while for the save being written.
     """
 
     def __init__(self, store: Store, ctx: DistContext, saved: Progress, tell: Callable[[str], None]) -> None:
@@ -40,7 +40,7 @@ class Saver:
         self.saved = saved
         """Progress of the last checkpoint that is complete, after `wait`."""
         self.failed = 0
-        """Saves that were given up."""
+        """Number of saves that were given up."""
         self._group: Any = dist.new_group(backend="gloo") if ctx.world > 1 else None
         self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: Thread | None = None
@@ -49,7 +49,7 @@ class Saver:
         self._untold: dict[str, float] = {}
 
     def start(self, progress: Progress, write: StateWriter, *, best: bool) -> None:
-        """Begin to save what `write` writes on this rank. `wait` comes before the next. Collective."""
+        """Begin to save this rank's files by `write`. Call `wait` before the next save. Collective."""
         assert self._save is None or self._save.done()
         self._untold = self.take_scalars()  # no row may have been written since it ended
         save: Future[_Outcome] = Future()
@@ -62,21 +62,21 @@ class Saver:
                 save.set_exception(error)
 
         if self._thread is None:
-            # A daemon: who leaves at once, by a second Ctrl-C, does not wait for a disk that hangs. One for all saves, as
-            # each thread may be given a pool of memory of its own: 16 pools of 42 MiB on two processors (ResNet-18).
+            # A daemon thread: a second Ctrl-C must not wait for a disk that hangs. One thread for all saves, as each thread may
+            # get a pool of memory of its own: 16 pools of 42 MiB on two processors (ResNet-18).
             self._thread = Thread(target=self._work, name="saver", daemon=True)
             self._thread.start()
         self._saves.put(run)
 
     def wait(self) -> UserError | None:
-        """Wait until the save under way has ended; what the last one failed of, if it did. Collective.
+        """Wait until the current save has ended. Returns the reason where the last one failed. Collective.
 
-        A failure is no exception, as training goes on without. Anything but an error of the disk is raised.
+        A failure is returned, not raised, as training goes on without it. Anything but a disk error is raised.
         """
         return self._save.result().failure if self._save else None
 
     def take_scalars(self) -> dict[str, float]:
-        """Figures of the last save that has ended since the last call, if one has."""
+        """Take the figures of the last save, if one has ended since the last call."""
         if self._save and self._save is not self._told and self._save.done():
             self._told = self._save
             self._untold = {"perf/ckpt_write_s": self._save.result().seconds, "perf/ckpt_failed": float(self.failed)}
@@ -123,7 +123,7 @@ def check_room(store: Store, each: int, epochs: int) -> None:
     there = next(folder for folder in (store.folder, *store.folder.absolute().parents) if folder.exists())
     disk = shutil.disk_usage(there)
     needed = store.most(epochs) * each - store.taken()
-    if disk.total and needed > disk.free:  # some file systems do not tell
+    if disk.total and needed > disk.free:  # some file systems do not report it
         raise UserError(
             f"run.dir: {store.most(epochs)} checkpoints of {_gb(each)} GB need {_gb(needed)} GB beside what is there, and "
             f"{_gb(disk.free)} GB are free in {there}; make room, lower run.keep, or give another --run.dir"

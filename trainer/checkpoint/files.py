@@ -1,4 +1,4 @@
-"""Files of a checkpoint: their names, and what reads them."""
+"""Files of a checkpoint: their names, and functions that read them."""
 
 import json
 import warnings
@@ -19,26 +19,26 @@ METADATA = "sluice"
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights strictly. Raises `UserError` where they are not those of such a module."""
+    """Load a checkpoint's weights strictly. Raises `UserError` where they belong to another module."""
     with _reading(folder / WEIGHTS):
         module.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def load_state(file: Path, device: torch.device) -> dict[str, Any]:
-    """What `packed_state` made of training state. Raises `UserError` for a file of anything but tensors and plain values."""
+    """Read the training state that `packed_state` packed. Raises `UserError` unless it has only tensors and plain values."""
     with _reading(file):
         state: dict[str, Any] = unpickled(file, device)
         return state
 
 
 def unpickled(file: Path, device: torch.device, *known: Any) -> Any:
-    """What torch.save wrote: tensors, containers, plain values and what is `known`; else torch's error, without its warning."""
+    """Read a torch.save file of tensors, containers, plain values and `known` classes. Raises torch's error."""
     with torch.serialization.safe_globals([*known]), warnings.catch_warnings(action="ignore"):
         return torch.load(file, map_location=device, weights_only=True)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What a checkpoint's weights say of themselves: the model's name, and the names of its classes as JSON.
+    """Read the metadata of a checkpoint's weights: the model's name, and the names of its classes as JSON.
 
     Raises `UserError` where they cannot be read.
     """
@@ -50,7 +50,7 @@ def read_metadata(folder: Path) -> dict[str, str]:
 
 
 def read_classes(folder: Path) -> list[str] | None:
-    """Names of the classes that a checkpoint's weights tell apart; None where they do not say. Raises `UserError`."""
+    """Read the names of a checkpoint's classes; None where it has none. Raises `UserError`."""
     names = read_metadata(folder).get("classes")
     with _reading(folder / WEIGHTS):
         classes = None if names is None else json.loads(names)
@@ -63,7 +63,7 @@ def read_classes(folder: Path) -> list[str] | None:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a file that is none of ours may look like any
+    except Exception as error:  # a foreign file can raise anything
         why = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0].rstrip(".: ")
         raise UserError(
             f"{file}: it cannot be loaded ({why}); restore it, or begin anew in another --run.dir"

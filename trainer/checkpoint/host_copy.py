@@ -1,4 +1,4 @@
-"""What a checkpoint holds, copied in a moment so that training goes on while it is written."""
+"""Copy the state of a checkpoint to host memory in a moment, so that training goes on while it is written."""
 
 import io
 import json
@@ -19,22 +19,22 @@ Content = bytes | memoryview
 
 
 class HostCopy:
-    """Copies of tensors in memory of the host that is used anew each time: the pages are there, and pinned for a GPU."""
+    """Copies of tensors in host memory that is reused each time: its pages exist already, and are pinned for a GPU."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
     def of(self, tree: Any, place: str = "") -> Any:
-        """`tree`, of dicts, lists and tuples, with a copy of every tensor in it; `place` tells trees apart.
+        """Copy every tensor in `tree`, of dicts, lists and tuples; `place` tells trees apart.
 
-        The copies are there after `wait`, and until the same place is copied again.
+        The copies are valid after `wait`, until the same place is copied again.
         """
         match tree:
             case Tensor():
                 return self._tensor(tree, place)
             case Mapping():
-                # A pickle tells equal keys that are one object from others; equal states shall make equal files.
+                # A pickle treats equal keys that are one object in another way; equal states must make equal files.
                 return {
                     sys.intern(key) if isinstance(key, str) else key: self.of(value, f"{place}/{key}")
                     for key, value in tree.items()
@@ -44,7 +44,7 @@ class HostCopy:
         return tree
 
     def wait(self) -> None:
-        """Until the GPU has copied what it was asked to; on a CPU it is done. For any thread."""
+        """Wait until the GPU has finished the copies; on a CPU they are finished. For any thread."""
         if self._copied:
             self._copied.synchronize()
 
@@ -59,32 +59,32 @@ class HostCopy:
             memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._memory[place] = memory
         if tensor.is_cpu:
-            # torch shares a copy out among threads, which on busy processors took four times as long (ResNet-50: 46 ms).
+            # torch divides a copy among threads, which on busy processors took four times as long (ResNet-50: 46 ms).
             np.copyto(memory.numpy(), tensor.numpy())
         else:
             memory.copy_(tensor, non_blocking=True)
-            # Updates come later on the same stream, so they wait for the copies, and nothing here does.
+            # Optimizer steps come later on the same stream, so they wait for the copies, and nothing waits here.
             self._copied = self._copied or torch.cuda.Event()
             self._copied.record()
         return memory
 
 
 def packed_weights(weights: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A file of every tensor under its name, readable by `files.load_weights` and `files.read_metadata`."""
+    """Pack every tensor under its name into a file for `files.load_weights` and `files.read_metadata`."""
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # A single entry, since safetensors writes several in random order: equal weights make equal files.
+    # A single entry, as safetensors writes several in random order: equal weights must make equal files.
     return save(whole, {METADATA: json.dumps(metadata)})
 
 
 def packed_state(state: dict[str, Any]) -> memoryview:
-    """A file of tensors and plain values. It is written by Python and not by torch, whose error names no full disk."""
+    """Pack tensors and plain values into a file. Python writes it, not torch, whose error does not say that a disk is full."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
 
 
 def writer(files: Mapping[str, Callable[[], Content]], ready: Callable[[], None] = lambda: None) -> StateWriter:
-    """What writes `files`, by name, into a folder, each packed when it is its turn, and none before `ready()`."""
+    """Make a function that writes `files`, by name, into a folder. Each is packed in its turn, and none before `ready()`."""
 
     def write(folder: Path) -> dict[str, Stamp]:
         ready()

@@ -1,4 +1,4 @@
-"""The run folder: its configuration, and checkpoints that are either complete or not there.
+"""The run folder: its configuration, and checkpoints that are either complete or absent.
 
 DIR/config.yaml
 DIR/metrics.jsonl
@@ -30,30 +30,30 @@ LOCK = ".lock"
 LINKS = ("last", "best")
 JOB = "slurm_job.txt"
 PARTIAL = ".partial"
-"""How the name begins of what is being written, in its folder; left behind by a crash, it is of no worth."""
+"""Prefix of a name that is being written, in its folder; after a crash such a file is worthless."""
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 _MOST_BYTES = 16 << 20  # of a manifest or a progress.json: a run of 1,000 ranks has less than a hundredth of it
 
 
 class Stamp(NamedTuple):
-    """What a file must hold to be whole."""
+    """Length and hash of a whole file."""
 
     bytes: int
     sha256: str
-    """In hexadecimal."""
+    """Hash in hexadecimal."""
 
 
 StateWriter = Callable[[Path], dict[str, Stamp]]
-"""Adds files to a folder, each forced to disk, and returns their stamps by name. Raises OSError."""
+"""Function that adds files to a folder, each forced to disk, and returns their stamps by name. Raises OSError."""
 
 
 def write_stamped(path: Path, content: bytes | memoryview) -> Stamp:
-    """Write a file and force it to disk. Its stamp is that of `content`, whatever becomes of the file. Raises OSError.
+    """Write a file and force it to disk. Its stamp is that of `content`, even if the file is damaged later. Raises OSError.
 
-    Where there is no room it writes nothing, for what is left on the disk is needed by metrics and logs.
+    Where there is no room it writes nothing, as metrics and logs need the rest of the disk.
     """
     disk = os.statvfs(path.parent)
-    if disk.f_blocks and disk.f_bavail * disk.f_frsize < len(content):  # some file systems do not tell
+    if disk.f_blocks and disk.f_bavail * disk.f_frsize < len(content):  # some file systems do not report it
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with path.open("wb") as file:
         file.write(content)
@@ -63,9 +63,9 @@ def write_stamped(path: Path, content: bytes | memoryview) -> Stamp:
 
 
 def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
-    """The first file of a checkpoint that is not whole, and why; None where all are.
+    """Find the first file of a checkpoint that is not whole, and the reason; None where all are whole.
 
-    Not thorough, it reads only progress.json, and of the others looks at their lengths.
+    With `thorough` False it reads only progress.json, and compares the lengths of the others.
     """
     if not checkpoint.is_dir():
         return "it is no folder"
@@ -95,7 +95,7 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
 
 
 def _read_json(file: Path) -> Any:
-    """What a small file of a checkpoint says. Raises OSError, and ValueError for anything but JSON that we may have written."""
+    """Read a small file of a checkpoint. Raises OSError, and ValueError for anything but JSON that we may have written."""
     if file.exists() and (not file.is_file() or file.stat().st_size > _MOST_BYTES):
         raise ValueError(f"{file} is none of ours")
     try:
@@ -111,16 +111,16 @@ def _sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What decides, beside a run's options, how sums round: where it is the same, the same steps give the same bits."""
+    """How sums round, besides a run's options: where it is the same, the same steps give the same bits."""
 
     precision: str
-    """Of forward and backward: fp32, bf16 or fp16."""
+    """Precision of forward and backward pass: fp32, bf16 or fp16."""
     threads: list[int]
-    """That compute on each rank's CPU; 0 where a GPU does, and they decide nothing."""
+    """Threads that compute on each rank's CPU; 0 where a GPU computes, as they then decide nothing."""
     processor: str
 
     def differences(self, other: "Arithmetic") -> str:
-        """What is not the same, as "precision was fp32, now bf16"; empty where all is."""
+        """List the differences, as "precision was fp32, now bf16"; empty where there are none."""
         if len(self.threads) != len(other.threads):
             return f"it had {len(self.threads)} processes, now {len(other.threads)}"
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("precision", "processor", "threads"))
@@ -133,25 +133,25 @@ def _short(value: str | list[int]) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, and all that it must know beside weights and optimiser to continue exactly."""
+    """Position of a run, and all that it needs beside weights and optimiser to continue exactly."""
 
     step: int = 0
-    """Weight updates so far."""
+    """Optimizer steps so far."""
     cursor: Cursor = field(default_factory=Cursor)
     sums: list[float] = field(default_factory=list)
     """What the epoch has added up so far, over all ranks (see `engine.base.StepSums`)."""
     train_s: float = 0.0
-    """What training has taken so far, without evaluation, checkpoints and what an interruption lost."""
+    """Seconds of training so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0
     finished: bool = False
     skipped: list[int] = field(default_factory=list)
-    """Updates, counted from 1, whose images are passed over and leave the weights alone (see `run.on_nonfinite`)."""
+    """Steps, counted from 1, whose images are passed over without changing the weights (see `run.on_nonfinite`)."""
     arithmetic: Arithmetic | None = None
-    """Of the last steps; None in runs from before it was kept."""
+    """Arithmetic of the last steps; None in runs from before it was recorded."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """What a whole checkpoint says of its run."""
+    """Read the progress of a whole checkpoint."""
     state = _read_json(checkpoint / PROGRESS)
     kept = state.get("arithmetic")
     return Progress(
@@ -160,20 +160,20 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 class Store:
-    """The checkpoints of one run. Rank 0 completes and removes them, all ranks add files to them and may read.
+    """Checkpoints of one run. Rank 0 completes and removes them; all ranks add files to them and may read.
 
-    The best is kept, the last `keep`, and those at the end of every `keep_every`-th epoch.
+    Kept are the best, the last `keep`, and those at the end of every `keep_every`-th epoch.
     """
 
     def __init__(self, run: Path, keep: int = 2, keep_every: int | None = None) -> None:
         self.folder, self.keep, self.keep_every = run / "checkpoints", keep, keep_every
         self.passed_over: dict[Path, str] = {}
-        """Checkpoints that `newest` found damaged, and what is wrong with each."""
+        """Checkpoints that `newest` found damaged -> reason."""
 
     def newest(self) -> Path | None:
-        """Folder of the last whole checkpoint, each of its bytes read; None where none was ever completed.
+        """Return the folder of the last whole checkpoint, after reading all its bytes; None where none was ever completed.
 
-        Raises `UserError` where there are checkpoints and none is whole.
+        Raises `UserError` where there are checkpoints but none is whole.
         """
         self.passed_over = {path: "it is no folder" for path in self._named() if not path.is_dir()}
         for checkpoint in self._checkpoints():
@@ -190,7 +190,7 @@ class Store:
         return None
 
     def chosen(self) -> Path | None:
-        """Folder of the best checkpoint, or else of the last. Raises `UserError` where it is damaged."""
+        """Return the folder of the best checkpoint, or else of the last. Raises `UserError` where it is damaged."""
         best = self.folder / (self._target("best") or "best")
         if not best.is_dir():
             return self.newest()
@@ -200,13 +200,13 @@ class Store:
         return best
 
     def progress(self) -> Progress:
-        """Progress of the last checkpoint that looks whole, or that of a run which has not begun. Takes no time."""
+        """Read the progress of the last checkpoint that looks whole, or a fresh one. Takes no time."""
         looking_whole = (folder for folder in self._checkpoints() if fault(folder, thorough=False) is None)
         newest = next(looking_whole, None)
         return read_progress(newest) if newest else Progress()
 
     def prepare(self) -> None:
-        """Make sure that checkpoints can be written here, and clear away what a crash has left. Raises `UserError`."""
+        """Check that checkpoints can be written here, and remove leftovers of a crash. Raises `UserError`."""
         self.begin(0)
         self.abandon()
 
@@ -217,15 +217,15 @@ class Store:
             self._partial(step).mkdir(parents=True)
 
     def put(self, step: int, write: StateWriter) -> dict[str, Stamp]:
-        """Let `write` add files to what was begun; returns their stamps. For any rank. Raises `UserError`."""
+        """Let `write` add files to the checkpoint begun; returns their stamps. For any rank. Raises `UserError`."""
         with self._writing(step):
-            self._partial(step).mkdir(exist_ok=True)  # NFS may tell another machine late that it is there
+            self._partial(step).mkdir(exist_ok=True)  # NFS may show the folder late to another machine
             return write(self._partial(step))
 
     def complete(self, progress: Progress, manifest: Mapping[str, Stamp], *, best: bool) -> None:
-        """Let `last` (and `best`) point to what all ranks have put, once all of it is on disk. For one rank.
+        """Point `last` (and `best`) to the files of all ranks, once all of them are on disk. For one rank.
 
-        Raises `UserError` where the disk does not take it; the checkpoints before it stay.
+        Raises `UserError` where the disk does not take them; the earlier checkpoints stay.
         """
         with self._writing(progress.step):
             partial = self._partial(progress.step)
@@ -241,16 +241,16 @@ class Store:
         self._prune()
 
     def abandon(self) -> None:
-        """Remove what was begun and not completed, as far as it can be. For one rank."""
+        """Remove a checkpoint that was begun and not completed, as far as possible. For one rank."""
         for partial in self.folder.glob(f"{PARTIAL}*"):
             _remove(partial)
 
     def most(self, epochs: int) -> int:
-        """The most checkpoints that a run of so many epochs has on disk, the one being written included."""
+        """Count the most checkpoints that a run of so many epochs has on disk, including the one being written."""
         return self.keep + 2 + (epochs // self.keep_every if self.keep_every else 0)
 
     def taken(self) -> int:
-        """Bytes of the checkpoints that are there."""
+        """Count the bytes of the existing checkpoints."""
         total = 0
         for folder in self._folders():
             with suppress(OSError):
@@ -268,7 +268,7 @@ class Store:
             ) from None
 
     def _checkpoints(self) -> list[Path]:
-        """Folders of checkpoints, the newest first. None is newer than the one that `last` names."""
+        """List the folders of checkpoints, the newest first. None is newer than the one that `last` names."""
         last = self._target("last")
         folders = [folder for folder in self._folders() if last is None or _age(folder.name) <= _age(last)]
         copies = [self.folder / link for link in LINKS if self._is_copy(link) and self._target(link) is None]
@@ -278,7 +278,7 @@ class Store:
         return [path for path in self._named() if path.is_dir()]
 
     def _named(self) -> list[Path]:
-        """Whatever has the name of a checkpoint. Raises `UserError` where nobody can tell."""
+        """List everything that has the name of a checkpoint. Raises `UserError` where the folder cannot be read."""
         try:
             return [self.folder / name for name in sorted(os.listdir(self.folder)) if _NAME.fullmatch(name)]
         except FileNotFoundError:
@@ -289,7 +289,7 @@ class Store:
             ) from None
 
     def _target(self, link: str) -> str | None:
-        """Name of the checkpoint that a link leads to, also where a copy of the run has a folder or a text in its place."""
+        """Read the checkpoint's name from a link; a copy of the run may have a folder or a text file in its place."""
         path = self.folder / link
         try:
             if path.is_symlink():
@@ -304,12 +304,12 @@ class Store:
         return name if _NAME.fullmatch(name) else None
 
     def _is_copy(self, link: str) -> bool:
-        """Whether there is a folder in place of a link, as `cp -rL`, scp and object stores leave it."""
+        """Return True for a folder in place of a link, as `cp -rL`, scp and object stores leave it."""
         path = self.folder / link
         return path.is_dir() and not path.is_symlink()
 
     def _partial(self, step: int) -> Path:
-        # Named after the step, for on NFS another machine may take a name for the folder that was renamed before.
+        # Named after the step, because on NFS another machine may confuse the folder with one that was renamed before.
         return self.folder / f"{PARTIAL}-{step:08d}"
 
     def _fresh_name(self, step: int) -> Path:
@@ -333,7 +333,7 @@ class Store:
         for folder in self._folders():
             if folder not in kept and not folder.is_symlink():
                 doomed = self.folder / f"{PARTIAL}-{folder.name}"
-                with suppress(OSError):  # what is half removed must not look like a checkpoint
+                with suppress(OSError):  # a half removed folder must not look like a checkpoint
                     shutil.rmtree(folder.rename(doomed))
 
     def _is_milestone(self, folder: Path) -> bool:
@@ -351,7 +351,7 @@ def _holds(file: Path, content: bytes) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as it can be."""
+    """Remove a file, a link or a folder, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -360,17 +360,17 @@ def _remove(path: Path) -> None:
 
 
 def _age(name: str) -> tuple[int, int]:
-    """Orders the names of checkpoints as they were written: step-00000120, then step-00000120.1."""
+    """Sort key for the names of checkpoints in the order of writing: step-00000120, then step-00000120.1."""
     match = _NAME.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 @contextmanager
 def claim_run(run: Path) -> Iterator[None]:
-    """Keep every other process from training in `run`, which is made if it is not there.
+    """Keep every other process from training in `run`, which is made if it does not exist.
 
-    Whoever starts claims the folder, then checks it, then records its configuration in it: what another start has written
-    is then never replaced. A start that is refused leaves no file and no folder behind. Raises `UserError`.
+    A start claims the folder, then checks it, then records its configuration in it, so that it never replaces what another
+    start has written. A refused start leaves no file and no folder behind. Raises `UserError`.
     """
     made = [folder for folder in (run, *run.absolute().parents) if not folder.exists()]
     lock = None
@@ -387,13 +387,13 @@ def claim_run(run: Path) -> Iterator[None]:
 
 
 def _locked(run: Path) -> IO[str]:
-    """The lock file of a run, locked for as long as it is open. Raises `UserError` where another process has it."""
+    """Lock a run's lock file for as long as it is open. Raises `UserError` where another process has it."""
     try:
         while True:
             run.mkdir(parents=True, exist_ok=True)
             try:
                 lock = (run / LOCK).open("a")
-            except FileNotFoundError:  # whoever had the folder has just removed it
+            except FileNotFoundError:  # the process that had the folder has just removed it
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -404,7 +404,7 @@ def _locked(run: Path) -> IO[str]:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), (run / LOCK).stat()):
                     return lock
-            lock.close()  # of a file that is gone: it keeps nobody out
+            lock.close()  # the file is gone, so this lock keeps nobody out
     except BlockingIOError:
         raise UserError(
             f"run.dir: another process trains in {run} right now; wait for it, or give another --run.dir"
@@ -414,9 +414,9 @@ def _locked(run: Path) -> IO[str]:
 
 
 def check_run(run: Path, differences: Callable[[str], tuple[str, str] | None]) -> None:
-    """Make sure that `run` is new, or holds a run that was started with the same options. Writes nothing.
+    """Check that `run` is new, or holds a run that was started with the same options. Writes nothing.
 
-    `differences(saved)` says in which option the saved configuration is another run, and the remedy. Raises `UserError`.
+    `differences(saved)` names an option in which the saved configuration differs, and the remedy. Raises `UserError`.
     """
     saved = run / "config.yaml"
     try:
@@ -432,7 +432,7 @@ def check_run(run: Path, differences: Callable[[str], tuple[str, str] | None]) -
 
 
 def record_job(run: Path) -> None:
-    """Note the number of the SLURM job that this process is part of, if it is, for `python -m launch status`."""
+    """Record the number of this process's SLURM job, if it has one, for `python -m launch status`."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
     with suppress(OSError):
@@ -441,7 +441,7 @@ def record_job(run: Path) -> None:
 
 
 def read_job(run: Path) -> str:
-    """The number of the SLURM job that has trained in `run` last; "" where none has."""
+    """Read the number of the last SLURM job that trained in `run`; "" where there was none."""
     try:
         return (run / JOB).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -449,7 +449,7 @@ def read_job(run: Path) -> str:
 
 
 def record_run(run: Path, config: str) -> None:
-    """Make the run folder, if it is not there, and record its configuration. Raises `UserError`."""
+    """Make the run folder, if it does not exist, and record its configuration. Raises `UserError`."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         partial = run / PARTIAL

@@ -1,13 +1,13 @@
-"""Runs side by side: python -m trainer.compare RUN RUN... [--out comparison] [--targets 75,84.2,90] [--force]
+"""Compare runs side by side: python -m trainer.compare RUN RUN... [--out comparison] [--targets 75,84.2,90] [--force]
 
-Runs that differ in their seed alone are one setting, shown as mean and spread. --out is a folder, which then holds
+Runs that differ only in their seed are one setting, shown as mean and spread. --out is a folder, which then holds
 
 report.html           everything below on one page that needs nothing else
-runs.csv              a run a row: epochs, best top-1, last losses and training accuracy, images/s, minutes
-settings.csv          a setting a row: the same as mean and standard deviation over its runs
+runs.csv              a row for each run: epochs, best top-1, last losses and training accuracy, images/s, minutes
+settings.csv          a row for each setting: mean and standard deviation of the same figures over its runs
 targets.csv           epochs and minutes until validation top-1 first reaches each target
 options.csv           the options in which the settings differ
-epochs.csv            what the curves show, an epoch of a run a row
+epochs.csv            the data of the curves, a row for each epoch of a run
 classes.csv           the first setting against each other one, class by class, where both have predictions
 curves-epochs.png, curves-minutes.png, classes.png
 """
@@ -40,7 +40,7 @@ FIGURES = ("epochs", "best_top1_pct", "val_loss", "train_loss", "train_top1_pct"
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     name: str
     runs: list[Run]
@@ -48,7 +48,7 @@ class Setting:
 
 
 def settings_of(runs: list[Run]) -> list[Setting]:
-    """The runs by setting, both in the order given; a setting is named after what its runs' names begin with."""
+    """Group the runs by setting, both in the order given; a setting's name is the common beginning of its runs' names."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [printable(str(run.folder)) for run in runs]
@@ -57,7 +57,7 @@ def settings_of(runs: list[Run]) -> list[Setting]:
         key = repr(sorted((option, value) for option, value in run.options.items() if option not in SAME))
         groups.setdefault(key, []).append(number)
     shared = [_shared([names[number] for number in members]) for members in groups.values()]
-    if len(set(shared)) < len(shared):  # as of runs that are called after their seeds
+    if len(set(shared)) < len(shared):  # as where runs are named only by their seeds
         shared = [names[members[0]] for members in groups.values()]
     return [
         Setting(name, [runs[number] for number in members])
@@ -74,7 +74,7 @@ def _shared(names: list[str]) -> str:
 
 
 def run_table(settings: list[Setting]) -> pd.DataFrame:
-    """A row for each run: `setting`, `run`, `seed` and FIGURES.
+    """Make a row for each run: `setting`, `run`, `seed` and FIGURES.
 
     Losses in nats and accuracies in % are those of the last epoch; `images_per_s` is the median over its epochs, and
     `minutes` are of training alone, without evaluation, checkpoints and interruptions.
@@ -104,9 +104,9 @@ def _last(epochs: pd.DataFrame, metric: str) -> float:
 
 
 def epoch_table(run: Run) -> pd.DataFrame:
-    """A row for each evaluation of a run: `epoch`, `minutes`, and METRICS, NaN where a row has none.
+    """Make a row for each evaluation of a run: `epoch`, `minutes`, and METRICS, NaN where a row has none.
 
-    The learning rate is that of the last update reported before it, as rows of whole epochs have none.
+    The learning rate is that of the last optimizer step reported before it, as rows of whole epochs have none.
     """
     table = pd.DataFrame(run.rows, columns=["epoch", "time", *METRICS], dtype=float)
     table.insert(1, "minutes", run.minutes)
@@ -116,14 +116,14 @@ def epoch_table(run: Run) -> pd.DataFrame:
 
 
 def rate_table(run: Run) -> pd.DataFrame:
-    """A row for each row of metrics that has the learning rate: `epoch`, `minutes`, `train/lr`."""
+    """Make a row for each row of metrics that has the learning rate: `epoch`, `minutes`, `train/lr`."""
     table = pd.DataFrame(run.rows, columns=["epoch", "train/lr"], dtype=float)
     table.insert(1, "minutes", run.minutes)
     return table.dropna()
 
 
 def _stacked(settings: list[Setting], table: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all runs, one below the other, with the columns `setting`, `run` and `folder`."""
+    """Stack the tables of all runs, with the columns `setting`, `run` and `folder`."""
     parts = [
         table(run).assign(setting=setting.name, run=run.name, folder=printable(str(run.folder)))
         for setting in settings
@@ -133,7 +133,7 @@ def _stacked(settings: list[Setting], table: Callable[[Run], pd.DataFrame]) -> p
 
 
 def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each setting: `runs` (their number), then mean and standard deviation (of a sample) of each of FIGURES."""
+    """Make a row for each setting: `runs` (their number), then mean and standard deviation (of a sample) of each of FIGURES."""
     grouped = runs.groupby("setting", sort=False)
     table = pd.DataFrame({"runs": grouped.size()})
     for figure in FIGURES:
@@ -142,7 +142,7 @@ def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def target_table(settings: list[Setting], targets_pct: list[float]) -> pd.DataFrame:
-    """A row for each run and target: epoch and minutes of the first evaluation that reaches it, NaN where none does."""
+    """Make a row for each run and target: epoch and minutes of the first evaluation that reaches it, NaN where none does."""
     rows = []
     for setting in settings:
         for run in setting.runs:
@@ -155,7 +155,7 @@ def target_table(settings: list[Setting], targets_pct: list[float]) -> pd.DataFr
 
 
 def usual_targets(runs: pd.DataFrame) -> list[float]:
-    """The lowest of the runs' bests, which all reach, and the highest round accuracies that any does."""
+    """Choose targets: the lowest of the runs' bests, which all reach, and the highest round accuracies that any reaches."""
     bests = runs.best_top1_pct.dropna()
     if bests.empty:
         return []
@@ -164,7 +164,7 @@ def usual_targets(runs: pd.DataFrame) -> list[float]:
 
 
 def option_table(settings: list[Setting]) -> pd.DataFrame:
-    """A row for each option in which the settings differ: `option`, then its value in each setting, "" where it has none."""
+    """Make a row for each option in which the settings differ: `option`, then its value in each setting, "" where it has none."""
     columns = {setting.name: setting.runs[0].options for setting in settings}
     options = [key for key in dict.fromkeys(key for own in columns.values() for key in own) if key not in SAME]
     rows = [(key, *(_shown(own[key]) if key in own else "" for own in columns.values())) for key in options]
@@ -172,12 +172,12 @@ def option_table(settings: list[Setting]) -> pd.DataFrame:
 
 
 def _shown(value: object) -> str:
-    """As one writes it in YAML."""
+    """Write a value as in YAML."""
     return printable(json.dumps(value, ensure_ascii=False, default=str).strip('"'))
 
 
 def class_table(settings: list[Setting]) -> tuple[pd.DataFrame, list[str]]:
-    """`per_class` of the first setting and each other one, with columns `first` and `second`; and what is missing for more.
+    """Run `per_class` on the first setting and each other one, with columns `first` and `second`; and say what is missing.
 
     Each setting is represented by its first run that has predictions: pooled over seeds, pairs would not be independent.
     """
@@ -207,7 +207,7 @@ def class_table(settings: list[Setting]) -> tuple[pd.DataFrame, list[str]]:
 
 
 def parse(arguments: list[str]) -> tuple[list[Run], Path, list[float], bool]:
-    """The runs, the folder to write to, the targets in % and whether to replace what is there. Raises `UserError`."""
+    """Parse the runs, the output folder, the targets in % and if files may be replaced. Raises `UserError`."""
     parser = ArgumentParser(
         prog="python -m trainer.compare",
         description="Put runs side by side: tables, curves, a report.",

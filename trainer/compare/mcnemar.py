@@ -1,7 +1,7 @@
-"""Do two models differ on the same images? McNemar's test, over all images and for each class.
+"""McNemar's test of two models on the same images, over all images and for each class.
 
-Of each pair of predictions only those count of which one is right and the other wrong: were the models equally good,
-either would be the right one as often as a coin shows heads (McNemar 1947, Psychometrika 12:153-157).
+Only those pairs of predictions count in which one is right and the other wrong. If the models were equally good, either
+would be the right one as often as a coin shows heads (McNemar 1947, Psychometrika 12:153-157).
 """
 
 from pathlib import Path
@@ -12,12 +12,12 @@ import pandas as pd
 from data_pipeline.common.errors import UserError, require
 
 PREDICTIONS = "report/predictions.csv"
-"""Where `python -m trainer.report RUN` leaves them, within the run folder."""
+"""Place in the run folder where `python -m trainer.report RUN` writes predictions."""
 ALL = "all classes"
 
 
 def read_predictions(run: Path) -> pd.DataFrame | None:
-    """The predictions of a run on its validation images, columns `image`, `label`, `predicted` as text.
+    """Read a run's predictions on its validation images, columns `image`, `label`, `predicted` as text.
 
     None where there are none. Raises `UserError` for a file of another kind.
     """
@@ -34,7 +34,7 @@ def read_predictions(run: Path) -> pd.DataFrame | None:
 
 
 def per_class(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """A row for all images that both have under the same label, then one for each class, by p.
+    """Make a row for all images that both have under the same label, then one for each class, by p.
 
     Columns: `class`, `images`, `first_pct` and `second_pct` right, `difference` (second less first, points), `only_first`
     and `only_second` right (images), `p` of McNemar's exact test, two-sided, and `p_holm`, adjusted over the classes; the row
@@ -73,7 +73,7 @@ def _counted(groups: "pd.api.typing.DataFrameGroupBy") -> pd.DataFrame:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p of the exact test: the smaller count or less, doubled, among fair coins."""
+    """Compute the two-sided p of the exact test: the smaller count or less, doubled, among fair coins."""
     coins = only_first + only_second
     ways = below = 1  # of no heads, and of up to as many heads; whole numbers, so nothing is rounded
     for heads in range(min(only_first, only_second)):
@@ -83,7 +83,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """p [N] of N tests, adjusted so that the chance of any false one stays what it was (Holm 1979, Scand. J. Stat. 6:65-70)."""
+    """Adjust p [N] of N tests so that the chance of any false one stays the same (Holm 1979, Scand. J. Stat. 6:65-70)."""
     order = np.argsort(p, kind="stable")
     adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted[np.argsort(order, kind="stable")]

@@ -1,4 +1,4 @@
-"""What a comparison of runs looks like: tables as text, CSV and HTML, curves and bars as PNG, for screen and print."""
+"""Output of a comparison of runs: tables as text, CSV and HTML, curves and bars as PNG, for screen and print."""
 
 import io
 import math
@@ -46,7 +46,7 @@ PANELS = (charts.VAL_TOP1, charts.TRAIN_TOP1, charts.VAL_LOSS, charts.TRAIN_LOSS
 BAR = charts.COLOURS[0][0]
 SIGNIFICANT = 0.05
 SHOWN_CLASSES = 30
-"""Of a pair of settings; classes.csv has all."""
+"""Most classes shown for a pair of settings; classes.csv has all."""
 
 _BODY = """
 <p>Accuracy and losses are those on validation images unless training is named. Spreads are standard deviations over runs \
@@ -91,7 +91,7 @@ _CSS = """
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tables of a comparison, as `compare` and `paired` make them, and what was missing for more."""
+    """Tables of a comparison, as `compare` and `mcnemar` make them, and a note of what is missing."""
 
     runs: pd.DataFrame
     settings: pd.DataFrame
@@ -99,12 +99,12 @@ class Comparison:
     options: pd.DataFrame
     epochs: pd.DataFrame
     updates: pd.DataFrame
-    """What `epochs` cannot show, as it moves within an epoch: the learning rate, not as a file."""
+    """Learning rates, which change within an epoch, so `epochs` cannot show them; not written to a file."""
     classes: pd.DataFrame
     notes: list[str]
 
     def files(self) -> dict[str, bytes]:
-        """Name and content of every file, the page last; none for what there is nothing to show of."""
+        """Name and content of every file, the page last; none for empty tables."""
         tables = {name: getattr(self, name) for name in TABLES}
         files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items() if len(table)}
         if len(self.epochs):
@@ -115,7 +115,7 @@ class Comparison:
         return {**files, PAGE: self._page().encode()}
 
     def printed(self) -> str:
-        """What a terminal shows."""
+        """Text for a terminal."""
         parts = [shown(self.runs), *([shown(self.spread)] if self.repeated else []), shown(self.reached)]
         return "\n\n".join(printable_lines(part.to_string(index=False)) for part in parts if len(part)) + "".join(
             f"\n{printable(note)}" for note in ["", *self.notes]
@@ -123,12 +123,12 @@ class Comparison:
 
     @property
     def repeated(self) -> bool:
-        """Whether any setting has several runs."""
+        """True where a setting has several runs."""
         return bool((self.settings.runs > 1).any())
 
     @property
     def spread(self) -> pd.DataFrame:
-        """The settings for people: "mean ± standard deviation"."""
+        """Settings for people: "mean ± standard deviation"."""
         table = self.settings[["setting", "runs"]].copy()
         for figure in HEADS:
             if f"{figure}_mean" in self.settings:
@@ -138,7 +138,7 @@ class Comparison:
 
     @property
     def reached(self) -> pd.DataFrame:
-        """The targets for people: "epoch / minutes" means over the runs of a setting, and how many of them got there."""
+        """Targets for people: mean "epoch / minutes" over the runs of a setting, and how many of them reached it."""
         rows: dict[str, dict[str, str]] = {}
         for (setting, target), group in self.targets.groupby(["setting", "target_pct"], sort=False):
             there = group.dropna()
@@ -189,7 +189,7 @@ def _mean(mean: float, std: float, digits: int) -> str:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for people: columns by their titles, figures rounded, "–" where there is none."""
+    """Format the table for people: columns by their titles, figures rounded, "–" where there is none."""
     rounded = table.astype(object)
     for column, (_, digits) in HEADS.items():
         if column in table and pd.api.types.is_numeric_dtype(table[column]):
@@ -200,7 +200,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_of(table: pd.DataFrame) -> tuple[list[tuple[str, bool]], list[list[object]]]:
-    """Heads and rows as `html_page` takes them."""
+    """Return heads and rows in the form of `html_page`."""
     readable = shown(table)
     heads = [(str(head), column in HEADS) for head, column in zip(readable.columns, table.columns, strict=True)]
     return heads, readable.to_numpy().tolist()
@@ -211,7 +211,7 @@ def _settings(epochs: pd.DataFrame) -> list[str]:
 
 
 def lines(panel: Panel, epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> list[Curve]:
-    """A line for each setting over "epoch" or "minutes": the mean of its runs as far as all have come, over the runs."""
+    """Draw a line for each setting over "epoch" or "minutes": the mean of its runs as far as all have come, over the runs."""
     source = updates if panel.metric in updates else epochs
     found = []
     for number, (setting, rows) in enumerate(source.groupby("setting", sort=False)):
@@ -233,7 +233,7 @@ def _points(rows: pd.DataFrame, over: str, metric: str) -> list[tuple[float, flo
 
 
 def curves_png(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
-    """All PANELS over "epoch" or "minutes", each setting by its colour and its dashes, so that print tells them apart too."""
+    """Plot all PANELS over "epoch" or "minutes", each setting by colour and dashes, so that a print tells them apart too."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -253,7 +253,7 @@ def curves_png(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
 
 
 def classes_png(classes: pd.DataFrame) -> bytes:
-    """The differences by class for each pair of settings: filled where they are significant after Holm, else hatched."""
+    """Plot the differences by class for each pair of settings: filled where they are significant after Holm, else hatched."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -288,7 +288,7 @@ def _height(table: pd.DataFrame) -> float:
 
 
 def _bars(axes: "Axes", table: pd.DataFrame) -> None:
-    """One bar a class, the largest gain on top."""
+    """Draw one bar for each class, the largest gain on top."""
     table = table[table["class"] != ALL].head(SHOWN_CLASSES).sort_values("difference")
     places = range(len(table))
     for sure in (True, False):

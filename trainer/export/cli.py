@@ -1,4 +1,4 @@
-"""A run's best weights for other programs, checked against ours before they are written.
+"""Export a run's best weights for other programs, checked against ours before they are written.
 
 python -m trainer.export RUN --format torchvision|safetensors|onnx|torch_export --out PATH [--data.path FOLDER]
 
@@ -7,8 +7,8 @@ safetensors    the same without pickle: load_state_dict(safetensors.torch.load_f
 onnx           a graph and its weights in one file, for onnxruntime and others
 torch_export   the same for torch.export.load
 
-All take normalised images and give logits, in batches of any size. PATH.json says how an image becomes such an input, and
-what the classes are called.
+All take normalised images and give logits, in batches of any size. PATH.json describes the preprocessing of an image and
+names the classes.
 """
 
 import argparse
@@ -41,31 +41,31 @@ from trainer.model.normalize import Normalise
 from trainer.model.resnet import unknown_to_torchvision
 
 HERE = DistContext(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
-"""A GPU is not needed, and its sums differ from those of a CPU."""
+"""A GPU is not needed, and its sums differ from a CPU's."""
 IMAGES = 32
 """Images of the check."""
 TOLERANCE = 1e-4
-"""Difference that a logit may have, as a share of the largest one where that is above 1."""
+"""Largest allowed difference of a logit, as a share of the largest logit where that is above 1."""
 
 Network = Callable[[Tensor], Tensor]
-"""Normalised images [B, 3, H, W] float32 to logits [B, classes] float32, on the CPU."""
+"""Function of normalised images [B, 3, H, W] float32 to logits [B, classes] float32, on the CPU."""
 
 
 class Source(NamedTuple):
-    """What is exported."""
+    """Network to export."""
 
     checkpoint: Path
     name: str
-    """Of the model, as torchvision has it."""
+    """Name of the model in torchvision."""
     network: nn.Module
     classes: list[str]
 
 
 class Format(NamedTuple):
-    """How a network becomes a file, and how the file's content runs in a program that knows nothing of ours."""
+    """Format of a file: packing a network, and running the content in a program that knows nothing of ours."""
 
     pack: Callable[[Source, Tensor], bytes]
-    """The file of a network, given some images for it."""
+    """Packs a network into a file, given some images for it."""
     run: Callable[[bytes, Source], Network]
 
 
@@ -84,7 +84,7 @@ def _pack_safetensors(source: Source, _: Tensor) -> bytes:
 
 
 def _traced(source: Source, images: Tensor) -> torch.export.ExportedProgram:
-    # Two images, for torch would take a batch of one for a constant.
+    # Two images, as torch would take a batch of one for a constant.
     return torch.export.export(source.network, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
@@ -125,7 +125,7 @@ def _run_torch_export(content: bytes, _: Source) -> Network:
 
 
 def _run_onnx(content: bytes, _: Source) -> Network:
-    import onnxruntime  # here, for not everybody has it
+    import onnxruntime  # imported here: it may be missing
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -140,7 +140,7 @@ FORMATS = {
 
 
 def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
-    """Write the run in `folder` as `out` in the format `name`, and beside it out.json; print how well they agree.
+    """Write the run in `folder` as `out` in the format `name`, and out.json beside it; print how well they agree.
 
     Raises `UserError`; nothing is then written.
     """
@@ -174,7 +174,7 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
 
 
 def open_source(folder: Path, cfg: Config) -> Source:
-    """The network with the weights that the run in `folder` is judged by, on the CPU. Raises `UserError`."""
+    """Open a run's network with its chosen weights, on the CPU. Raises `UserError`."""
     plain = replace(cfg, engine=replace(cfg.engine, compile="off", precision="fp32"))
     trained = open_trained(folder, plain, HERE)
     network = trained.predict.network.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
@@ -182,7 +182,7 @@ def open_source(folder: Path, cfg: Config) -> Source:
 
 
 def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
-    """A few validation images of all kinds: the run's, or where these are not at hand, built-in ones."""
+    """Pick a few validation images of all kinds: the run's, or built-in ones where these are missing."""
     try:
         catalog = open_catalog(cfg, "val", classes)
     except UserError as error:
@@ -192,16 +192,16 @@ def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
 
 
 def _inputs(cfg: DataConfig, catalog: Catalog) -> Tensor:
-    """[N, 3, H, W] float32: all images of `catalog`, cut and normalised as in validation, on the CPU."""
+    """Load [N, 3, H, W] float32: all images of `catalog`, cut and normalised as in validation, on the CPU."""
     loader = Loader(replace(cfg, batch=len(catalog), decode="cpu"), catalog, HERE, training=False)
     (batch,) = loader
     return Normalise(cfg.mean, cfg.std, HERE.device)(batch.images).contiguous()
 
 
 def largest_difference(source: Source, exported: Network, images: Tensor) -> float:
-    """Between the logits of ours and of the exported network, on `images` together and on the first alone.
+    """Compare the logits of our and the exported network, on `images` together and on the first alone.
 
-    Raises `UserError` where it is above TOLERANCE.
+    Returns the largest difference. Raises `UserError` where it is above TOLERANCE.
     """
     with torch.inference_mode():
         ours = source.network(images)
@@ -216,7 +216,7 @@ def largest_difference(source: Source, exported: Network, images: Tensor) -> flo
 
 
 def preprocessing(cfg: DataConfig, source: Source) -> dict[str, object]:
-    """How an image becomes an input, and what the outputs mean."""
+    """Describe the preprocessing of an image, and the meaning of the outputs."""
     side = cfg.validation_px
     return {
         "model": source.name,
@@ -232,7 +232,7 @@ def preprocessing(cfg: DataConfig, source: Source) -> dict[str, object]:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run. Raises `UserError`."""
+    """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.export",
         description="Write a run's best weights for other programs.",

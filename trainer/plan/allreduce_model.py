@@ -1,4 +1,4 @@
-"""What joins the processes of a run: how long an all-reduce takes over a link, and which link a measurement shows."""
+"""Model of the links between a run's processes: the time of an all-reduce, and the link that a measurement shows."""
 
 import math
 import time
@@ -12,17 +12,17 @@ from trainer.distributed import DistContext
 
 _FLOAT = 4  # bytes
 _SIZES = [4 << 10, 32 << 10, 256 << 10, 2 << 20, 16 << 20]  # bytes: of a bias to of a bucket of gradients
-_ENOUGH_S = 0.2  # one all-reduce that takes longer tells enough of a slow link
+_ENOUGH_S = 0.2  # an all-reduce that takes longer measures a slow link well enough
 _ROUNDS, _LEAST_ROUNDS, _BUDGET_S = 15, 3, 2.0
 
 
 class Link(NamedTuple):
-    """The way from one process to the next."""
+    """Link from one process to the next."""
 
     latency_s: float
     """Seconds until the first byte of a message arrives."""
     bytes_per_s: float
-    """Bytes a second in one direction, while as many flow in the other."""
+    """Bytes a second in one direction, with full load in the other."""
 
 
 def ring_seconds(link: Link, ranks: int, size_bytes: float) -> float:
@@ -45,9 +45,9 @@ def tree_seconds(bytes_per_s: float, depth_s: float, size_bytes: float) -> float
 
 
 def measure_link(ctx: DistContext) -> Link:
-    """The link that explains how long all-reduces between the ranks take, of a few sizes and as rings. Collective.
+    """Find the link that explains the time of all-reduces between the ranks, of a few sizes and as rings. Collective.
 
-    Takes about a second, up to about ten on a link of 1 Mbit/s. There must be two ranks at least.
+    Takes about a second, up to about ten on a link of 1 Mbit/s. Needs at least two ranks.
     """
     sizes, once_s = [], []
     for size in _SIZES:
@@ -61,22 +61,22 @@ def measure_link(ctx: DistContext) -> Link:
 
 
 def all_reduce_seconds(ctx: DistContext, size_bytes: int, rounds: int) -> list[float]:
-    """Seconds of each of `rounds` all-reduces of `size_bytes` as float32, the same on all ranks. Collective."""
+    """Measure each of `rounds` all-reduces of `size_bytes` as float32, in seconds, the same on all ranks. Collective."""
     values = torch.zeros(max(1, size_bytes // _FLOAT), device=ctx.device)
     taken_s = []
     for _ in range(rounds):
         ctx.barrier()
         start = time.perf_counter()
-        ctx.sum(values)[0].item()  # which waits for a GPU
+        ctx.sum(values)[0].item()  # waits for a GPU
         taken_s.append(time.perf_counter() - start)
-    # The ranks leave the barrier one after another: the last has waited for nobody.
+    # The ranks leave the barrier one after another: the last one waits for nobody.
     by_rank = ctx.gather(torch.tensor(taken_s, dtype=torch.float64, device=ctx.device))
     seconds: list[float] = by_rank.amin(dim=0).tolist()
     return seconds
 
 
 def host_seconds_per_byte(ctx: DistContext) -> float:
-    """Seconds that all threads of this process compute for each byte of an all-reduce: 0 on a GPU. Collective."""
+    """Measure the seconds that all threads of this process compute for each byte of an all-reduce: 0 on a GPU. Collective."""
     if ctx.device.type == "cuda":
         return 0.0
     start = time.process_time()
@@ -85,9 +85,9 @@ def host_seconds_per_byte(ctx: DistContext) -> float:
 
 
 def fit_ring(sizes_bytes: list[int], seconds: list[float], ranks: int) -> Link:
-    """The link on which `ring_seconds` comes closest to `seconds`, by least squares, and equal for the first size.
+    """Fit a link so that `ring_seconds` comes closest to `seconds`, by least squares, and equal for the first size.
 
-    The sizes rise. The first shows the latency, to which an error of the longest times would be a multiple of it.
+    The sizes rise. The first shows the latency; an error of the longest times would be a multiple of it.
     """
     size, taken_s = np.array(sizes_bytes, float), np.array(seconds)
     more, longer_s = size[1:] - size[0], taken_s[1:] - taken_s[0]

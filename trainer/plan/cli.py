@@ -1,10 +1,10 @@
-"""What a recipe would do on more GPUs: python -m trainer.plan [--config RECIPE] [--OPTION VALUE ...] [--nodes 1,2,4,8]
+"""Predict a recipe's speed on more GPUs: python -m trainer.plan [--config RECIPE] [--OPTION VALUE ...] [--nodes 1,2,4,8]
 
-What one process does is measured here, or read from a file that an earlier call wrote where the GPUs are; what many do
-together is a model of it. In the table a ~ stands before what is extrapolated. Started by torchrun, it also measures the
+One process is measured here, or read from a file that an earlier call wrote on the machine with the GPUs; many processes
+are computed by a model. In the table a ~ stands before extrapolated figures. Under torchrun, it also measures the
 link between the processes.
 
-An update takes the computation and that part of the all-reduce that the backward pass does not hide. DDP reduces the
+A step takes the computation and that part of the all-reduce that the backward pass does not hide. DDP reduces the
 gradients in buckets, one after another, each as soon as the backward pass has it (Li et al. 2020, arXiv 2006.15704, sec.
 3.2). The loader works ahead on cores of its own; without GPUs it shares them with the computation and with what sends
 the gradients, whose work is measured under torchrun only, and their times add up. Stragglers,
@@ -35,7 +35,7 @@ from trainer.plan.measurements import Parts, Step, measure, recipe_of
 AllReduce = Literal["ring", "tree", "best"]
 
 NODES = (1, 2, 4, 8)
-"""Numbers of nodes that are planned where none are named, as far as their GPUs can share the batch evenly."""
+"""Numbers of nodes that are planned by default, as far as their GPUs can share the batch evenly."""
 
 ASSUMED = {
     ("inside", False): Link(10e-6, 200e9),  # NVLink
@@ -43,30 +43,30 @@ ASSUMED = {
     ("inside", True): Link(50e-6, 2e9),  # gloo between processes of one machine
     ("between", True): Link(100e-6, 1.25e9),  # Ethernet of 10 Gbit/s
 }
-"""Links to reckon with where none is measured or given, on GPUs and, True, on cores that loader and computation share."""
+"""Links to assume where none is measured or given, on GPUs and, True, on cores that loader and computation share."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines, and how the work is laid out on them."""
+    """Machines, and the division of the work among them."""
 
     nodes: int
     gpus_per_node: int
     gpu_images: int
-    """Images per GPU and update."""
+    """Images per GPU and optimizer step."""
     inside: Link | None
-    """From a GPU to another in its node; may be None where a node has one."""
+    """Link from a GPU to another in its node; may be None where a node has one."""
     between: Link | None
-    """From a node to another, its bandwidth that of all adapters of a node; may be None for one node."""
+    """Link from a node to another, its bandwidth that of all adapters of a node; may be None for one node."""
     all_reduce: AllReduce = "best"
-    """ring; tree: a chain in each node and two trees over the nodes; best: what is faster for a bucket, as NCCL chooses."""
+    """ring; tree: a chain in each node and two trees over the nodes; best: the faster one for a bucket, as NCCL chooses."""
 
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
 
     def all_reduce_s(self, size_bytes: float) -> float:
-        """Seconds of an all-reduce over all GPUs."""
+        """Compute the seconds of an all-reduce over all GPUs."""
         links = [*self._within, *self._across]
         if not links:
             return 0.0
@@ -87,36 +87,36 @@ class Cluster:
 
 
 class Prediction(NamedTuple):
-    """What the GPUs of a cluster do together; all but `compute_s` of a measured size and `loader_s` is extrapolated."""
+    """Speed of a cluster; all but `compute_s` of a measured size and `loader_s` is extrapolated."""
 
     step_s: float
-    """Seconds of an update."""
+    """Seconds of an optimizer step."""
     compute_s: float
-    """Of it, a GPU computes; measured here where `measured`."""
+    """Seconds of it in which a GPU computes; measured here where `measured`."""
     measured: bool
     loader_s: float
-    """Seconds that the loader needs for an update's images of one GPU."""
+    """Seconds that the loader needs for one GPU's images of a step."""
     network_s: float
-    """Seconds that the all-reduces of an update take."""
+    """Seconds of all all-reduces of a step."""
     exposed_s: float
-    """Of them, those that the backward pass does not hide."""
+    """Seconds of these that the backward pass does not hide."""
     images_per_s: float
     efficiency: float
     """images_per_s over that of as many GPUs which only compute, with the best of the measured batches."""
     epoch_s: float
     limit: Literal["compute", "loader", "network"]
-    """What is busy longest in an update, so that to speed up the others would bring least."""
+    """Part that is busy longest in a step, so that speeding up the others would gain least."""
 
 
 def predict(parts: Parts, cluster: Cluster) -> Prediction:
-    """Speed of training on `cluster`; its epochs are whole updates."""
+    """Predict the speed of training on `cluster`; its epochs are whole steps."""
     step, measured = _step_of(parts.steps, cluster.gpu_images)
     times_s = [cluster.all_reduce_s(bucket.sent_bytes) for bucket in parts.buckets]
     exposed_s = _exposed_s(step.backward_s, [bucket.ready for bucket in parts.buckets], times_s)
     loader_s, network_s = cluster.gpu_images * parts.loader_s, sum(times_s)
     if parts.shared_cores:
         host_s = parts.host_s_per_byte * sum(bucket.sent_bytes for bucket in parts.buckets) if cluster.gpus > 1 else 0.0
-        # While the network is waited for the cores are free: the loader works ahead, and what is sent gets ready.
+        # While the network is waited for the cores are free: the loader works ahead, and the sums are prepared.
         step_s = step.compute_s + max(loader_s + host_s, exposed_s)
         # The network is the limit where it takes longer than both that share the cores.
         alone_s = network_s - min(step.compute_s, loader_s)
@@ -149,9 +149,9 @@ def _exposed_s(backward_s: float, ready: list[float], times_s: list[float]) -> f
 
 
 def _step_of(steps: tuple[Step, ...], images: int) -> tuple[Step, bool]:
-    """An update of `images`, and whether such a one was measured: between two that were it is on the line through them.
+    """Estimate a step of `images`, and say if this size was measured; between two measured sizes it is interpolated.
 
-    Beyond the smallest and the largest, times are taken to be in proportion to the images.
+    Beyond the smallest and the largest, times are assumed to be in proportion to the images.
     """
     sizes = [step.images for step in steps]
     inner = min(max(images, sizes[0]), sizes[-1])
@@ -163,7 +163,7 @@ def _step_of(steps: tuple[Step, ...], images: int) -> tuple[Step, bool]:
 
 
 def plan(parts: Parts, clusters: list[Cluster], price_per_gpu_hour: float | None) -> pd.DataFrame:
-    """One row a cluster: nodes, gpus, gpu_images, batch, the fields of `Prediction`, and the cost of an epoch if priced."""
+    """Make one row for each cluster: nodes, gpus, gpu_images, batch, the fields of `Prediction`, cost of an epoch if priced."""
     rows = []
     for cluster in clusters:
         row = {"nodes": cluster.nodes, "gpus": cluster.gpus, "gpu_images": cluster.gpu_images}
@@ -176,7 +176,7 @@ def plan(parts: Parts, clusters: list[Cluster], price_per_gpu_hour: float | None
 
 
 def table(planned: pd.DataFrame) -> str:
-    """The plan for people, with a ~ before what is extrapolated."""
+    """Format the plan for people, with a ~ before extrapolated figures."""
     known = np.where(planned.measured, "", "~")
     shown = {
         "nodes": planned.nodes,
@@ -196,7 +196,7 @@ def table(planned: pd.DataFrame) -> str:
 
 
 def origins(parts: Parts, cluster: Cluster) -> str:
-    """Where the numbers come from, a line each."""
+    """Say in one line each where the figures come from."""
     sizes = ", ".join(str(step.images) for step in parts.steps)
     lines = [f"compute, loader: measured on {parts.measured_on}: {parts.recipe}, {sizes} images per GPU and update"]
     for name, link, measured in (
@@ -217,7 +217,7 @@ def origins(parts: Parts, cluster: Cluster) -> str:
 
 
 def gpu_images_of(cfg: Config, gpus: list[int], gpu_images: int | None) -> list[int]:
-    """Images per GPU and update on each number of `gpus`. Raises `UserError` where the batch cannot be shared."""
+    """Images per GPU and step on each number of `gpus`. Raises `UserError` where the batch cannot be shared."""
     batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
     if gpu_images is not None:
         require(
@@ -235,7 +235,7 @@ def gpu_images_of(cfg: Config, gpus: list[int], gpu_images: int | None) -> list[
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The planner's own options, and the rest of the command line. Raises `UserError`."""
+    """Parse the planner's own options; the rest of the command line is returned beside them. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.plan",
         description="Predict speed, time and cost of a recipe on more GPUs. Options of python -m trainer are known too.",
@@ -286,7 +286,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _default_nodes(cfg: Config, gpus_per_node: int, gpu_images: int | None) -> list[int]:
-    """The numbers of nodes to plan where none are named: at least one."""
+    """Choose the numbers of nodes to plan where none are given: at least one."""
     batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
     fits = [nodes for nodes in NODES if gpu_images or batch % (nodes * gpus_per_node * micro_batches) == 0]
     return fits or [1]
@@ -302,7 +302,7 @@ def _node_counts(text: str) -> list[int]:
 
 
 def _link(args: argparse.Namespace, name: str, measured: Link | None, assumed: Link | None) -> Link | None:
-    """The link that is given, else the measured one, else the assumed. Raises `UserError` for one that is none."""
+    """Choose the link: the given one, else the measured, else the assumed. Raises `UserError` for an invalid one."""
     latency_us, gb_per_s = getattr(args, f"{name}_us"), getattr(args, f"{name}_gb_per_s")
     if latency_us is None and gb_per_s is None:
         return measured or assumed
@@ -363,7 +363,7 @@ def main() -> None:
 
 
 def _write(planned: pd.DataFrame, parts: Parts, clusters: list[Cluster], out: Path) -> None:
-    """plan.csv, one line a cluster; plan.json, the same with the parts and the clusters it follows from."""
+    """Write plan.csv, one line for each cluster, and plan.json, the same with its measurements and clusters."""
     tree: dict[str, Any] = {
         "origins": origins(parts, clusters[-1]).splitlines(),
         "measured": ["loader_s", "compute_s where `measured`"],

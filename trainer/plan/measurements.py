@@ -1,4 +1,4 @@
-"""What one process of a run does on its own: the figures that `plan` extrapolates from, measured here or read from a file."""
+"""Measurements of one process of a run, from which `plan` extrapolates; measured here or read from a file."""
 
 import json
 import platform
@@ -29,18 +29,18 @@ from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_li
 from trainer.setup import build_engine
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
-ROUNDS, STEPS = 7, 4  # turns, and updates or batches in each
+ROUNDS, STEPS = 7, 4  # turns, and optimizer steps or batches in each
 
 
 class Step(NamedTuple):
-    """One update of one process that waits for nobody."""
+    """One optimizer step of one process that waits for nobody."""
 
     images: int
     forward_s: float
-    """From its start to the start of its last backward pass: with micro-batches, all before that is in here."""
+    """From its start to the start of its last backward pass; with micro-batches, all before that is included."""
     backward_s: float
     update_s: float
-    """From the end of the last backward pass to its end."""
+    """From the end of the last backward pass to the end of the step."""
 
     @property
     def compute_s(self) -> float:
@@ -52,31 +52,31 @@ class Bucket(NamedTuple):
 
     size_bytes: int
     sent_bytes: float
-    """What is reduced in their place where they are compressed."""
+    """Bytes that are reduced in their place where they are compressed."""
     ready: float
     """Share of the last backward pass after which all of them are there."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a process does on its own."""
+    """Measurements of one process."""
 
     measured_on: str
     """Host, processor and precision."""
     recipe: str
-    """`recipe_of` the configuration."""
+    """Recipe as `recipe_of` describes it."""
     epoch_images: int
     """Training images."""
     steps: tuple[Step, ...]
-    """Updates of different sizes, by size."""
+    """Steps of different sizes, by size."""
     buckets: tuple[Bucket, ...]
-    """In the order in which they are ready."""
+    """Buckets in the order in which they are ready."""
     loader_s: float
     """Seconds that an image takes in the loader, running alone."""
     shared_cores: bool
-    """Whether loader, computation and what sends the gradients run on the same cores."""
+    """True where loader, computation and sending of the gradients run on the same cores."""
     host_s_per_byte: float = 0.0
-    """Seconds of these cores that reducing a byte takes; 0 where it was not measured."""
+    """Seconds of these cores for reducing a byte; 0 where it was not measured."""
     inside: Link | None = None
     """The link within a node, where it was measured."""
     between: Link | None = None
@@ -84,10 +84,10 @@ class Parts:
 
 
 def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node: int) -> Parts:
-    """The parts, at each of `gpu_images` and the recipe's last resolution: those of the slowest rank. Collective.
+    """Measure at each of `gpu_images` and the recipe's last resolution: the slowest rank counts. Collective.
 
-    The ranks measure at once, so that they take from each other what they share, but wait for nobody in between. If there
-    are several, they also measure the link that joins them.
+    The ranks measure at once, so that they compete for what they share, but wait for nobody in between. Several ranks
+    also measure the link that joins them.
     """
     catalog = ctx.raise_together(lambda: open_catalog(cfg.data, "train"))
     hosts = len(ctx.gather(torch.tensor(zlib.crc32(socket.gethostname().encode()))).unique())
@@ -117,7 +117,7 @@ def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node:
 
 
 def recipe_of(cfg: Config) -> str:
-    """What of a configuration the parts are good for, beside the data: model, last resolution and compression."""
+    """Describe the parts of a configuration that decide its speed, beside the data: model, last resolution and compression."""
     compressed = "" if cfg.engine.compression == "none" else f", gradients sent as {cfg.engine.compression}"
     return f"{cfg.model.name} at {_size_px(cfg)} px{compressed}"
 
@@ -125,12 +125,12 @@ def recipe_of(cfg: Config) -> str:
 def measure_step(
     cfg: Config, classes: int, alone: DistContext, images: int, advance: Callable[[int], None] = lambda rounds: None
 ) -> tuple[Step, tuple[Bucket, ...]]:
-    """An update of `images` synthetic images by a single process, and the buckets that DDP would make of its gradients.
+    """Measure a step of `images` synthetic images by a single process, and the buckets that DDP would make of its gradients.
 
-    Where it is split, and when a gradient is ready, is seen in updates that are not compiled, as DDP cuts a compiled
-    backward pass at its buckets; how long it takes, in updates as the recipe wants them.
+    The phases, and the times when gradients are ready, are measured in steps that are not compiled, as DDP cuts a compiled
+    backward pass at its buckets; the duration, in steps as the recipe wants them.
     """
-    torch.compiler.reset()  # or it would compile for any size, as it has met two
+    torch.compiler.reset()  # otherwise it would compile for any size after two sizes
     wanted = build_engine(cfg, classes, alone)
     plain = build_engine(replace(cfg, engine=replace(cfg.engine, compile="off")), classes, alone)
     clock, batches = _Clock(alone.device), synthetic(cfg, classes, alone, images)
@@ -181,7 +181,7 @@ def _sent_bytes(parameter: nn.Parameter, compression: Compression) -> float:
 
 
 class _Clock:
-    """The device's clock: on a GPU, that of the work handed to it."""
+    """Clock of the device: on a GPU, of the work handed to it."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -202,7 +202,7 @@ class _Clock:
 
 
 class _Watch:
-    """Notes when the last backward pass of an update begins, and when it has each gradient."""
+    """Records when the last backward pass of a step begins, and when each gradient is ready."""
 
     def __init__(self, module: nn.Module, clock: _Clock) -> None:
         self.clock, self.begin = clock, clock.now()
@@ -227,7 +227,7 @@ class _Watch:
         return list(self._ready)
 
     def gradients(self) -> list[float]:
-        """The share of the last backward pass after which each gradient is ready, in that order."""
+        """Shares of the last backward pass after which the gradients are ready, in that order."""
         whole_s = self.clock.seconds(self.begin, self.end)
         return [self.clock.seconds(self.begin, mark) / whole_s for mark in self._ready.values()]
 
@@ -243,7 +243,7 @@ def synthetic(cfg: Config, classes: int, alone: DistContext, images: int) -> lis
 def _measure_loader(
     cfg: Config, catalog: Catalog, alone: DistContext, images: int, advance: Callable[[int], None]
 ) -> float:
-    """Seconds an image, as one process reads for itself."""
+    """Measure the seconds that an image takes where one process reads for itself."""
     loader = Loader(
         replace(cfg.data, batch=images),
         catalog,
@@ -272,7 +272,7 @@ def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
 
 
 def _slowest(ctx: DistContext, seconds: list[float]) -> list[float]:
-    """The largest of each of `seconds` over the ranks. Collective."""
+    """Take the largest of each of `seconds` over the ranks. Collective."""
     largest: list[float] = ctx.gather(torch.tensor(seconds)).amax(dim=0).tolist()
     return largest
 
@@ -299,7 +299,7 @@ def save(parts: Parts, file: Path) -> None:
 
 
 def read(file: Path) -> Parts:
-    """What `save` has written. Raises `UserError`."""
+    """Read what `save` wrote. Raises `UserError`."""
     try:
         tree: dict[str, Any] = json.loads(file.read_text())
         rows = {"steps": Step, "buckets": Bucket}

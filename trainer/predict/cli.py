@@ -1,9 +1,9 @@
-"""What a run says of images: one row an image, each exactly once and in order, whatever the number of ranks.
+"""Predict the classes of images: one row for each image, in order, with any number of ranks.
 
 python -m trainer.predict RUN IMAGES --out FILE.csv [--sample sample_submission.csv] [--data.images FOLDER]
 
 IMAGES is a folder with images anywhere below it, or a table that names them. The rows are in the order of the files'
-paths, of that table, or of the sample, whose columns and ids they then have as well.
+paths, of that table, or of the sample; with a sample they have its columns and ids.
 """
 
 import argparse
@@ -34,27 +34,27 @@ from trainer.evaluate import Trained, open_trained
 from trainer.predict import kaggle_submission as sample
 
 BATCH = 64
-"""Images that a rank predicts at once. Which ones, and in which places, is the same at any number of ranks, since the last
-digits of a logit follow from both. On a CPU they may follow from the number of its threads as well, by 1e-6 in ResNet-50."""
+"""Images that a rank predicts at once. Their grouping is the same at any number of ranks, because the last digits of a
+logit depend on it. On a CPU they may depend on the number of its threads as well, by 1e-6 in ResNet-50."""
 
 
 class Predictions(NamedTuple):
-    """What a network makes of the N images of a catalog."""
+    """Predictions for the N images of a catalog."""
 
     probabilities: NDArray[np.float32]
-    """[N, C]; 1 / C where the image could not be read."""
+    """[N, C] probabilities; 1 / C where the image could not be read."""
     readable: NDArray[np.bool_]
-    """[N]"""
+    """[N] True where the image could be read."""
 
 
 def predict_all(
     predict: Callable[[Tensor], Tensor], classes: int, catalog: Catalog, cfg: DataConfig, ctx: DistContext, view: "View"
 ) -> Predictions:
-    """Probabilities of each of `catalog`'s images, the same on all ranks and at any number of them. Collective.
+    """Compute probabilities of each of `catalog`'s images, the same on all ranks and at any number of them. Collective.
 
     `predict` takes images [B, 3, H, W] uint8 to logits [B, classes]. Images that cannot be read are named on stderr.
     """
-    torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, and so now one, then another
+    torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, so not always the same
     count, batch = len(catalog), min(BATCH, len(catalog))
     batches = [list(range(first, min(first + batch, count))) for first in range(0, count, batch)]
     own = batches[ctx.rank :: ctx.world]
@@ -62,7 +62,7 @@ def predict_all(
     read, unreadable = torch.zeros(2, count, device=ctx.device)
     if own:
         rows = [row for rows in own for row in rows]
-        # A loader of its own for each rank: ranks that shared a batch would change the places of its images.
+        # A loader for each rank alone: ranks that shared a batch would change the grouping of its images.
         alone = replace(ctx, rank=0, world=1)
         loader = Loader(replace(view.source(cfg), batch=batch), catalog.part(rows), alone, training=False)
         with progress("predicting", count) as advance:
@@ -71,7 +71,7 @@ def predict_all(
                 mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
                 probabilities[places] = mean[: loaded.num_real]
                 read[places] += 1
-                advance(ctx.world * len(places))  # the others are about as far
+                advance(ctx.world * len(places))  # the other ranks are about as far
         unreadable[_name_unreadable(loader, catalog)] = 1
     for sums in (probabilities, read, unreadable):
         ctx.sum(sums)
@@ -83,7 +83,7 @@ def predict_all(
 
 
 def _name_unreadable(loader: Loader, catalog: Catalog) -> list[int]:
-    """Say which images the loader could not read; returns their rows."""
+    """Print which images the loader could not read; returns their rows."""
     faults = dict(loader.take_bad())
     rows = [row for row, path in enumerate(catalog.paths) if path in faults]
     for row in rows:
@@ -93,21 +93,21 @@ def _name_unreadable(loader: Loader, catalog: Catalog) -> list[int]:
 
 
 class View(NamedTuple):
-    """As what an image is shown to the network: the mean of the probabilities counts."""
+    """Crops of an image that the network sees; the mean of their probabilities counts."""
 
     crops: int = 1
     """1, the centre as in validation, or 5, the corners of the centred square too (Krizhevsky et al. 2012, sec. 4.1)."""
     flip: bool = False
-    """Whether each crop is also shown mirrored."""
+    """True where each crop is also shown mirrored."""
 
     def source(self, cfg: DataConfig) -> DataConfig:
-        """What lets a loader give the images that the crops are taken from."""
+        """Options for a loader that gives the images to crop."""
         if self.crops == 1:
             return cfg
         return replace(cfg, eval_size_px=round(cfg.validation_px / cfg.eval_crop), eval_crop=1.0)
 
     def of(self, images: Tensor, side_px: int) -> list[Tensor]:
-        """The crops [B, 3, side_px, side_px] of images [B, 3, S, S], in channels-last memory."""
+        """Cut the crops [B, 3, side_px, side_px] of images [B, 3, S, S], in channels-last memory."""
         crops = [images]
         if self.crops == 5:
             last = images.shape[-1] - side_px
@@ -119,7 +119,7 @@ class View(NamedTuple):
 
 
 def plain_table(names: list[str], ranked: NDArray[np.int64], found: Predictions, classes: list[str]) -> pd.DataFrame:
-    """Each image with its likeliest classes and their probabilities. `ranked` [N, K] has these classes' rows."""
+    """List each image with its likeliest classes and their probabilities. `ranked` [N, K] has these classes' rows."""
     columns: dict[str, object] = {"image": names}
     for place in range(ranked.shape[1]):
         suffix = f"_{place + 1}" if ranked.shape[1] > 1 else ""
@@ -129,7 +129,7 @@ def plain_table(names: list[str], ranked: NDArray[np.int64], found: Predictions,
 
 
 def rank(found: Predictions, fallback: int | None) -> NDArray[np.int64]:
-    """[N, C] the classes of each image, the likeliest first; `fallback` is first where it could not be read."""
+    """Rank [N, C] the classes of each image, the likeliest first; `fallback` is first where it could not be read."""
     weights = found.probabilities.copy()
     if fallback is not None:
         weights[~found.readable, fallback] = 2
@@ -146,7 +146,7 @@ def _refuse_unreadable(found: Predictions, catalog: Catalog) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the run. Raises `UserError`."""
+    """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.predict",
         description="Predict the classes of images without labels.",
@@ -204,7 +204,7 @@ def _view(args: argparse.Namespace, cfg: DataConfig) -> View:
 
 
 def _names(catalog: Catalog, cfg: DataConfig) -> list[str]:
-    """What the rows are called. Raises `UserError` where two have one name."""
+    """Name the rows. Raises `UserError` where two have the same name."""
     images = Path(cfg.path)
     names = table_images(images, cfg)[0] if images.is_file() else catalog.paths
     twice = sorted({path for path, seen in zip(*np.unique(catalog.paths, return_counts=True), strict=True) if seen > 1})
@@ -231,7 +231,7 @@ def _table(
 
 def main() -> None:
     args, overrides = _parse(sys.argv[1:])
-    # The images are others than the run's own, and so is where a table of them has their names.
+    # The images are not the run's own; so the name column of a table of them may be another.
     theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
     cfg = load_run(Path(args.run), [*theirs, *overrides])
     view = _view(args, cfg.data)
@@ -267,6 +267,6 @@ def _write(table: pd.DataFrame, out: Path) -> None:
 
 
 def csv(table: pd.DataFrame) -> bytes:
-    """A table as a CSV file's content; file names that are no UTF-8 keep their bytes."""
-    # Seven digits are what float32 has.
+    """Write a table as CSV; file names that are not UTF-8 keep their bytes."""
+    # Seven digits are the precision of float32.
     return table.to_csv(index=False, float_format="%.7g", lineterminator="\n").encode(errors="surrogateescape")

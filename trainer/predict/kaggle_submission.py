@@ -1,4 +1,4 @@
-"""A sample submission, as Kaggle hands it out, and the same file with predictions in it."""
+"""Read Kaggle's sample submission, and fill it with predictions."""
 
 import os
 import re
@@ -20,16 +20,16 @@ _WAYS: tuple[Callable[[str], str], ...] = (
     os.path.basename,
     lambda path: os.path.splitext(os.path.basename(path))[0],
 )
-"""How an id may be made of an image's path: whole or the file's name alone, each with or without its suffix."""
+"""Ways to make an id of an image's path: whole or the file's name alone, each with or without its suffix."""
 
 
 class Form(NamedTuple):
     """A sample submission of N rows for a catalog's N images."""
 
     table: pd.DataFrame
-    """All of it, as text; the ids are in its first column."""
+    """Whole table as text; the ids are in its first column."""
     rows: NDArray[np.int64]
-    """[N] the image of each row of the table."""
+    """[N] image of each row of the table."""
     shows: Literal["probabilities", "probability", "names", "numbers"]
     """A column for each class; or one with the probability of `certain`, with classes' names, or with their places among
     the sorted classes, from 0."""
@@ -50,7 +50,7 @@ class Form(NamedTuple):
     def fill(self, probabilities: NDArray[np.float32], ranked: NDArray[np.int64]) -> pd.DataFrame:
         """The table with predictions: `probabilities` [N, C], and the likeliest classes `ranked` [N, K], of each image.
 
-        Several classes in one column stand with spaces between them.
+        Several classes in one column are separated by spaces.
         """
         filled = self.table.copy()
         columns = [str(name) for name in filled][1:]

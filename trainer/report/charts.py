@@ -1,7 +1,7 @@
-"""Charts of curves by matplotlib: in files as PNG, in pages as inline SVG that follows the page's colours, by day and by night.
+"""Charts of curves by matplotlib: PNG files, and inline SVG in the colours of its page, by day and by night.
 
-For a page, matplotlib draws with the colours of the day, in whose place then stand the variables of the page's style sheet,
-and each curve says its name where it is pointed at.
+For a page, matplotlib draws with the colours of the day; variables of the page's style sheet then replace them, and a
+curve shows its name under the pointer.
 """
 
 import io
@@ -32,19 +32,19 @@ COLOURS = (
     ("#0e7490", "#4fd3e8"),
     ("#57534e", "#c9c4bd"),
 )
-"""Of the first, second, ... series: on white and on black."""
+"""Colours of the first, second, ... series: on white and on black."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "5 1 1 1")
 """Lengths of dashes and gaps, in points; "" for none."""
 _POINTS = 200
-"""Most points of a curve: beyond that each stands for the mean of its stretch."""
+"""Most points of a curve: of a longer one each stands for the mean of its stretch."""
 _FEW = 12
 """Points up to which each is a dot on its line."""
 _OUTLIER, _DECADES = 5.0, 100.0
-"""A loss so many times the median would flatten the rest: the axis is then logarithmic; so many times, and it is cut."""
+"""With a loss so many times the median the axis is logarithmic, as it would flatten the rest; so many times, and it is cut."""
 
 
 class Panel(NamedTuple):
-    """What one chart shows."""
+    """Contents of one chart."""
 
     title: str
     unit: str
@@ -71,7 +71,7 @@ class Curve(NamedTuple):
     colour: int
     dashes: int = 0
     thin: bool = False
-    """One of several that another line is the mean of."""
+    """True for one of several lines whose mean is another line."""
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -109,18 +109,18 @@ def draw(axes: "Axes", panel: Panel, curves: list[Curve], over: str) -> None:
 
 
 def colour(number: int) -> str:
-    """Of a series, by day."""
+    """Colour of a series, by day."""
     return COLOURS[number % len(COLOURS)][0]
 
 
 def linestyle(number: int) -> Any:
-    """DASHES as matplotlib takes them."""
+    """DASHES in matplotlib's form."""
     lengths = [float(length) for length in DASHES[number % len(DASHES)].split()]
     return (0, lengths) if lengths else "-"
 
 
 def limits(values: NDArray[np.float64], kind: str) -> tuple[float, float, bool, str]:
-    """Least and greatest value to draw, whether the axis is logarithmic, and what the title adds. `values` [N] are finite."""
+    """Compute the range to draw, if the axis is logarithmic, and an addition to the title. `values` [N] are finite."""
     if kind == "loss" and (values > 0).any():
         middle = float(np.median(values[values > 0]))
         if values.max() > _OUTLIER * middle:
@@ -135,7 +135,7 @@ def limits(values: NDArray[np.float64], kind: str) -> tuple[float, float, bool, 
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same curve in at most 200 points: means of stretches of equal width in x, NaN where one holds a NaN."""
+    """Thin a curve to at most 200 points: means of stretches of equal width in x, NaN where one holds a NaN."""
     if len(points) <= _POINTS:
         return points
     x, y = np.array(points).T
@@ -156,7 +156,7 @@ def _dotted(y: NDArray[np.float64]) -> list[int]:
 
 
 def plain_numbers(axes: "Axes") -> None:
-    """Let a logarithmic y axis show 100 and 200 where it would show powers, of which its range is often less than one."""
+    """Make a logarithmic y axis show 100 and 200 instead of powers, as its range is often less than one of them."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -166,7 +166,7 @@ def plain_numbers(axes: "Axes") -> None:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """matplotlib's settings in which a figure is to be made and saved: names are no formulas, SVG says its words as text."""
+    """Apply matplotlib's settings for making and saving a figure: names are no formulas, text in SVG stays text."""
     import matplotlib
 
     settings = {
@@ -218,15 +218,15 @@ def chart(panel: Panel, curves: list[Curve], over: str = "epoch") -> Markup:
 
 
 def inline(figure: "Figure", title: str, names: Mapping[str, str] | None = None) -> Markup:
-    """A figure as an SVG element that is called `title`; `names` are said by what has these ids. Within `styled`."""
+    """Draw a figure as an SVG element called `title`; elements with the ids in `names` show these names. Within `styled`."""
     stream = io.StringIO()
     figure.savefig(
         stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
     )
     drawn = stream.getvalue()
     box = re.search(r'viewBox="[^"]*"', drawn)
-    drawn = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]  # without a header that names addresses and a size
-    # Nothing lies outside the axes, and the places of what would cut it off need ids that several charts would share.
+    drawn = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]  # without a header that has addresses and a size
+    # Nothing lies outside the axes, and a clipping path needs ids that several charts would share.
     drawn = re.sub(r'<clipPath.*?</clipPath>| clip-path="[^"]*"', "", drawn, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, f"var(--{variable})")

@@ -1,13 +1,13 @@
-"""Where a run is right and where it is wrong: python -m trainer.report RUN [--data.path FOLDER] [--out DIR]
+"""Show the strong and weak classes of a run: python -m trainer.report RUN [--data.path FOLDER] [--out DIR]
 
 DIR, RUN/report if not given, then holds
 
-predictions.csv    image, label, predicted, confidence: one row a validation image
+predictions.csv    image, label, predicted, confidence: one row for each validation image
 probabilities.csv  image, and the probability of each class
 classes.csv        precision, recall and F1 of each class
-confusion.csv/.png images by their class, in rows, and by the class predicted, in columns
-mistakes.png       the mistakes that the model was surest of
-calibration.csv, reliability.png   how often it is right when it is so sure
+confusion.csv/.png images by their class, in rows, and by the predicted class, in columns
+mistakes.png       the wrong predictions with the highest confidence
+calibration.csv, reliability.png   share of right predictions for each confidence
 scores.json        accuracy, loss and calibration error
 """
 
@@ -33,20 +33,20 @@ from trainer.report import plots
 from trainer.tracking.meter import Scores
 
 BINS = 15
-"""Of confidence, each as wide (Guo et al. 2017, sec. 4)."""
+"""Ranges of confidence, of equal width (Guo et al. 2017, sec. 4)."""
 
 PREDICTIONS = "predictions.csv"
 
 
 def confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """[C, C] numbers of images by label (rows) and by prediction (columns); `labels` and `predicted` are [N]."""
+    """Count [C, C] images by label (rows) and by prediction (columns); `labels` and `predicted` are [N]."""
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def class_scores(matrix: NDArray[np.int64], classes: list[str]) -> pd.DataFrame:
-    """Precision, recall and F1 of each class in percent, from a confusion matrix [C, C].
+    """Compute precision, recall and F1 of each class in percent, from a confusion matrix [C, C].
 
-    NaN where nothing is divided by nothing: the precision of a class never predicted, the recall of one without images.
+    NaN where zero is divided by zero: the precision of a class never predicted, the recall of one without images.
     """
     hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -59,7 +59,7 @@ def class_scores(matrix: NDArray[np.int64], classes: list[str]) -> pd.DataFrame:
 
 
 def calibration(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> pd.DataFrame:
-    """How often predictions are right in each of BINS ranges of confidence, which exclude their lower end (ibid., eq. 1).
+    """Compute the share of right predictions in each of BINS ranges of confidence, without their lower end (ibid., eq. 1).
 
     `confidence` [N] in 0..1 and `right` [N] are of the predicted classes. Accuracy and confidence of a bin without images
     are NaN.
@@ -75,13 +75,13 @@ def calibration(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> pd
 
 
 def calibration_error_pct(bins: pd.DataFrame) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) in percent, of what `calibration` gives."""
+    """Compute the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) in percent, from `calibration`."""
     gaps = (bins.accuracy_pct - bins.confidence_pct).abs() * bins.images
     return float(gaps.sum() / bins.images.sum())
 
 
 class Report:
-    """What `probabilities` [N, C] of N counted images, with their `labels` [N], amount to."""
+    """Evaluation of `probabilities` [N, C] of N counted images with their `labels` [N]."""
 
     def __init__(
         self, images: list[str], labels: NDArray[np.int64], probabilities: NDArray[np.float32], classes: list[str]
@@ -96,7 +96,7 @@ class Report:
 
     def total(self) -> Scores:
         own = self.probabilities[np.arange(len(self.labels)), self.labels]
-        # A probability that float32 has as 0 is one of at most 1e-45.
+        # Float32 has probabilities of at most 1e-45 as 0.
         losses = -np.log(np.maximum(own, np.finfo(np.float32).smallest_subnormal).astype(np.float64))
         top5 = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :5] == self.labels[:, None]
         hits = self.right.mean(), top5.any(axis=1).mean()
@@ -141,7 +141,7 @@ class Report:
 
 
 def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str, out: Path) -> None:
-    """All files of the report; PREDICTIONS comes last, when the others are there. Raises `UserError`.
+    """Write all files of the report; PREDICTIONS comes last, when the others exist. Raises `UserError`.
 
     `rows` [N] are the images of the report in `catalog`.
     """
@@ -174,7 +174,7 @@ def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str,
 
 
 def print_report(report: Report, title: str, out: Path) -> None:
-    """The scores of all classes as a table on stdout, then the figures of the whole."""
+    """Print the scores of all classes as a table, then those of the whole."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -197,7 +197,7 @@ def print_report(report: Report, title: str, out: Path) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
-    """The run folder, the options of the run, and where to write. Raises `UserError`."""
+    """Parse the run folder, the options of the run, and the output folder. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.report",
         description="Report where a run is right and wrong on its validation images, or on those of another folder.",

@@ -1,4 +1,4 @@
-"""Pages of HTML that need no network and run no script, by day and by night, on a wide screen and on a narrow one."""
+"""Pages of HTML without network and script, by day and by night, on a wide screen and on a narrow one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from markupsafe import Markup
 from data_pipeline.common.errors import printable
 
 INK, SOFT, RULE = "#1b1f24", "#5b6570", "#dde2e8"
-"""By day: of words, of what is said beside them, of lines."""
+"""Colours by day: of text, of secondary text, of lines."""
 
 _CSS = f"""
 :root{{color-scheme:light dark;--ground:#fff;--ink:{INK};--soft:{SOFT};--rule:{RULE};--bad:#b42318}}
@@ -65,12 +65,12 @@ _TABLES = """
 
 
 def _text(value: Any) -> Any:
-    """What an expression of a template gives: text without control characters or lone surrogates, whatever was in it."""
+    """Make the value of a template's expression safe: text without control characters or lone surrogates."""
     return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def page(title: str, body: str, css: str = "", **values: Any) -> str:
-    """A page with the template `body`, which may use `table(heads, rows)`; `css` adds to the style that all pages have.
+    """Render a page with the template `body`, which may use `table(heads, rows)`; `css` adds to the style of all pages.
 
     All `values` are escaped, but for what is Markup.
     """

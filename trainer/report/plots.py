@@ -1,4 +1,4 @@
-"""The pictures of an evaluation report, as PNG files for a screen or a printed page."""
+"""Pictures of an evaluation report, as PNG files for a screen or a printed page."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from data_pipeline.sources.catalog import Catalog
 
 _ACROSS = 6  # images in a row of the contact sheet
 SHEET = 24
-"""Images that the contact sheet holds at most."""
+"""Most images on the contact sheet."""
 
 _NUMBERED = 30  # classes up to which each cell of the matrix shows its number
 _NAMED = 60  # classes up to which each has its name beside the matrix
@@ -23,7 +23,7 @@ _LONGEST = 24  # characters of a name on an axis
 
 
 def confusion_matrix(matrix: NDArray[np.int64], classes: list[str], title: str) -> bytes:
-    """A PNG of numbers of images [C, C], by class (rows) and prediction; the darker, the larger the share of its row."""
+    """Plot numbers of images [C, C], by class (rows) and prediction; the darker, the larger the share of its row."""
     from matplotlib.figure import Figure
 
     count = len(classes)
@@ -47,7 +47,7 @@ def confusion_matrix(matrix: NDArray[np.int64], classes: list[str], title: str) 
 
 
 def reliability(bins: pd.DataFrame, error_pct: float, title: str) -> bytes:
-    """A PNG of accuracy over confidence (Guo et al. 2017, fig. 1), and below it how many images each bin holds."""
+    """Plot accuracy over confidence (Guo et al. 2017, fig. 1), and below it the number of images in each bin."""
     from matplotlib.figure import Figure
 
     filled = bins[bins.images > 0]
@@ -71,7 +71,7 @@ def reliability(bins: pd.DataFrame, error_pct: float, title: str) -> bytes:
 
 
 def contact_sheet(catalog: Catalog, rows: list[int], captions: list[list[str]]) -> bytes:
-    """A PNG of the images in these rows of the catalog, each above its lines of text."""
+    """Draw the images in these rows of the catalog, each above its lines of text."""
     cells = [show.whole(catalog, row, caption) for row, caption in zip(rows, captions, strict=True)]
     stream = io.BytesIO()
     show.grid([cells[at : at + _ACROSS] for at in range(0, len(cells), _ACROSS)]).save(stream, "PNG")
@@ -80,7 +80,7 @@ def contact_sheet(catalog: Catalog, rows: list[int], captions: list[list[str]]) 
 
 @contextmanager
 def _plain_text() -> Iterator[None]:
-    """Let class names stand as they are: no formula between two dollar signs, no warning of a letter the font lacks."""
+    """Show class names unchanged: no formula between two dollar signs, no warning of a letter that the font lacks."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings(action="ignore"):

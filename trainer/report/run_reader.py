@@ -1,6 +1,6 @@
-"""What run folders tell about their trainings: options, metrics, how far they came.
+"""Read the options, metrics and progress of runs from their folders.
 
-Read are config.yaml, metrics.jsonl and checkpoints/last alone, so the weights may be elsewhere.
+Only config.yaml, metrics.jsonl and checkpoints/last are read, so the weights may be elsewhere.
 """
 
 import json
@@ -17,25 +17,25 @@ import yaml
 from data_pipeline.common.errors import UserError, printable, require
 
 RUNNING_S = 600.0
-"""A run that has not finished counts as running for so long after its last row of metrics."""
+"""Seconds after its last row of metrics for which an unfinished run counts as running."""
 
 
 LONGEST_BYTES = 1 << 29  # some millions of rows
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a file may raise that another has written."""
+"""Exceptions that reading another program's file may raise."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder tells."""
+    """A run as its folder records it."""
 
     folder: Path
     options: dict[str, Any]
     """Dotted option -> value, as in config.yaml."""
     rows: list[dict[str, float]]
-    """Of metrics.jsonl, in order; a figure that was not finite is NaN."""
+    """Rows of metrics.jsonl, in order; a figure that was not finite is NaN."""
     saved_step: int
-    """Of the last checkpoint; 0 where there is none."""
+    """Step of the last checkpoint; 0 where there is none."""
     finished: bool
 
     @property
@@ -49,16 +49,16 @@ class Run:
 
     @property
     def best_top1_pct(self) -> float:
-        """NaN before the first validation."""
+        """Best validation top-1; NaN before the first validation."""
         return max((top1 for _, top1 in self.curve("val/top1_pct") if math.isfinite(top1)), default=math.nan)
 
     @property
     def minutes(self) -> list[float]:
-        """Of each row: of training so far, without evaluation, checkpoints and interruptions."""
+        """Minutes of training at each row, without evaluation, checkpoints and interruptions."""
         return list(accumulate((row.get("perf/train_min", 0.0) for row in self.rows), max))
 
     def state(self, now_s: float) -> str:
-        """What the run does at `now_s`, in Unix seconds."""
+        """Word the run's state at `now_s`, in Unix seconds."""
         if self.finished:
             return "finished"
         if not self.rows:
@@ -70,14 +70,14 @@ class Run:
         return f"stopped, saved at step {self.saved_step}" if self.saved_step else "stopped, nothing saved"
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(epoch, value) of each row that has it. Rows of whole epochs repeat what rows within them say in detail."""
+        """List (epoch, value) of each row that has it. Rows of whole epochs repeat what rows within them say in detail."""
         rows = [row for row in self.rows if metric in row]
         detailed = [row for row in rows if "train/lr" in row]
         return [(row["epoch"], row[metric]) for row in detailed or rows]
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
-    """The run folders among `places` and below them, each once. Raises `UserError` where a place has none."""
+    """List the run folders among `places` and below them, each once. Raises `UserError` where a place has none."""
     found: dict[Path, Path] = {}
     for place in places:
         require(place.is_dir(), f"RUNS: {place} is not a folder; give run folders, or one of them such as runs")
@@ -97,7 +97,7 @@ def _below(place: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder, finished or under way. Raises `UserError` for files that are none of ours."""
+    """Read the run in a folder, finished or not. Raises `UserError` for files of another program."""
     file = folder / "config.yaml"
     try:
         options = _flat(_plain_yaml(_text(file)))
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _text(file: Path) -> str:
-    """What is in a file of text, and of no length that fills the memory."""
+    """Read a text file, if it is not so long that it fills the memory."""
     if not file.is_file():
         raise ValueError("it is no file")  # a pipe would be waited for
     if file.stat().st_size > LONGEST_BYTES:
@@ -122,20 +122,20 @@ def _text(file: Path) -> str:
 
 
 def _plain_yaml(text: str) -> Any:
-    """What a configuration of ours says. Without references, by which a short text may stand for a table without an end."""
+    """Parse a configuration of ours, without references: with them a short text may stand for an endless table."""
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
         raise ValueError("it has references (*name), which no run writes")
     return yaml.safe_load(text)
 
 
 def _rows(text: str) -> list[dict[str, float]]:
-    """Whole lines of metrics.jsonl: the last may be half written."""
+    """Parse the complete lines of metrics.jsonl: the last may be half written."""
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [_figures(json.loads(line)) for line in lines]
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
-    names = dict.fromkeys(("step", "epoch", "time", *row))  # a row without one of the three is none of ours
+    names = dict.fromkeys(("step", "epoch", "time", *row))  # a row without one of the three is foreign
     return {name: math.nan if row[name] is None else float(row[name]) for name in names}
 
 
@@ -147,7 +147,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each run, its values of the options in which not all runs agree, beside their names and folders."""
+    """List for each run its values of the options in which not all runs agree, beside their names and folders."""
     keys = dict.fromkeys(key for run in runs for key in run.options if key not in ("run.name", "run.dir"))
     differing = [key for key in keys if any(run.options.get(key) != runs[0].options.get(key) for run in runs)]
     return [{key: run.options[key] for key in differing if key in run.options} for run in runs]
