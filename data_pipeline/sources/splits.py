@@ -9,11 +9,11 @@ from data_pipeline.common.errors import require
 Role = Literal["train", "val", "test"]
 
 _ROLES: dict[str, Role] = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainval", "trn"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-_BESIDE = r"(?:seg|data|sets?|images?|imgs?|splits?|the|shards?)?"
+_BESIDE = r"(?:seg|data|sets?|images?|imgs?|splits?|the|shards?|public|private)?"
 _WORD = re.compile(rf"{_BESIDE}({'|'.join(_ROLES)}){_BESIDE}")
 """Word that names a split, written together with one that adds nothing, as in "trainset"."""
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
+from data_pipeline.sources.listing import is_image
 from data_pipeline.sources.splits import Role, role_of
 from data_pipeline.sources.tables.named_images import Located, NamedImages
 from data_pipeline.sources.tables.text_table import TextTable, few, shown
@@ -19,9 +20,11 @@ _CLASSES = re.compile(
     "diagnosis|disease"
 )
 _SPLITS = re.compile("(data)?(sub)?(set|split)s?|partition")
+_FLAGS = re.compile("(is|in)?(train|training|val|valid|validation|test|testing)(set)?")
 """Usual names of columns, in small letters and nothing else."""
 _MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
-_COLUMNS_SHOWN = 20
+_NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+_COLUMNS_SHOWN, _WIDTH_SHOWN = 20, 30  # of a table that has many, or long ones
 _FEW_CLASSES = 10  # classes that may have a single image, as in a first try with few images
 
 
@@ -52,9 +55,12 @@ class Split(NamedTuple):
     """Words in the column for these rows; empty where all rows train."""
 
 
-def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig) -> Images:
-    """Find the column whose cells all name images below `root`: one of a usual name, or the only one. Raises `UserError`."""
-    disk = NamedImages(root)
+def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig, role: Role | None) -> Images:
+    """Find the column whose cells all name images below `root`: one of a usual name, or the only one. Raises `UserError`.
+
+    Of images of the same names in the folders of several splits, those of `role` are meant.
+    """
+    disk = NamedImages(root, role)
     if cfg.image_column is not None:
         _require_column(table, cfg.image_column, "data.image_column", file)
         images = Images(cfg.image_column, disk.locate(table.columns[cfg.image_column]))
@@ -71,7 +77,9 @@ def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig) -> I
 def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) -> Images:
     usual = _named(table, _IMAGES)
     tried = {name: disk.locate(table.columns[name]) for name in usual}
-    found = next((name for name, located in tried.items() if located.all_found), None)
+    found = next(
+        iter(_alike({name: located for name, located in tried.items() if located.all_found}, table, file)), None
+    )
     if found is None:
         others = {name: disk.locate(cells) for name, cells in table.columns.items() if name not in usual}
         fitting = [name for name, located in others.items() if located.all_found]
@@ -89,6 +97,18 @@ def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) 
     return Images(str(found), tried[str(found)])
 
 
+def _alike(found: dict[str, Located], table: TextTable, file: Path) -> list[str]:
+    """Keep the columns, if all name the same images, or else the only one with suffixes. Raises `UserError`."""
+    if len({tuple(located.paths) for located in found.values()}) < 2:
+        return list(found)
+    full = [name for name in found if all(map(is_image, table.columns[name]))]
+    require(
+        len(full) == 1,
+        f"data.image_column: {few(list(found))} of {file} name different images; name the one to use",
+    )
+    return full
+
+
 def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
     """Find the column that divides the rows into training and validation; without one, all train. Raises `UserError`."""
     # The user's choice must divide the rows; a column found by its name may be about something else.
@@ -100,20 +120,34 @@ def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
             f"data.split_column: no row of {file} has {cfg.split_column} = val; name both train and val",
         )
         return split
-    for column in _named(table, _SPLITS):
+    few_cells = [name for name in table.columns if len({*table.columns[name]}) <= _FEW_CLASSES]
+    others = [name for name in few_cells if name not in _named(table, _IMAGES) + _named(table, _CLASSES)]
+    for column in [*_named(table, _SPLITS), *others]:
         split, known = _split(table, column), _plain(column) in ("split", "splits")
         require(
             any(split.roles) or not known,
             f"data.split_column: {shown(column)} of {file} has {few(table.different(column))}, none of which is train or "
             "val; write these, or rename the column",
         )
-        if all(split.roles) or known:
+        if known or (all(split.roles) and len({*split.roles}) > 1):
             return split
     return Split("", ["train"] * len(table), "test", [])
 
 
+def split_by_folder(paths: list[str]) -> Split:
+    """Divide images by the folders that they lie in, if all lie in folders of splits, of training and another."""
+    found = [
+        next(((name, role) for name in path.split("/")[:-1] if (role := role_of(name))), ("", None)) for path in paths
+    ]
+    roles = [role for _, role in found]
+    val: Role = "val" if "val" in roles else "test"
+    if not all(roles) or not {"train", val} <= {*roles}:
+        return Split("", ["train"] * len(paths), "test", [])
+    return Split("", roles, val, sorted({f"{name}/" for name, role in found if role == val}))
+
+
 def _split(table: TextTable, column: str) -> Split:
-    known = {cell: role_of(cell) for cell in table.different(column)}
+    known = _flags(table, column) or {cell: role_of(cell) for cell in table.different(column)}
     val: Role = "val" if "val" in known.values() else "test"
     return Split(
         column,
@@ -121,6 +155,15 @@ def _split(table: TextTable, column: str) -> Split:
         val,
         [cell for cell, role in known.items() if role == val],
     )
+
+
+def _flags(table: TextTable, column: str) -> dict[str, Role | None]:
+    """Map the cells of a column of 0 and 1 such as is_train or test to roles; empty for any other column."""
+    role, cells = role_of(re.sub("^(is|in)", "", _plain(column))), table.different(column)
+    if role is None or not _FLAGS.fullmatch(_plain(column)) or not _MARKS.keys() >= {*cells}:
+        return {}
+    other: Role = "val" if role == "train" else "train"
+    return {cell: role if _MARKS[cell] else other for cell in cells}
 
 
 def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
@@ -168,7 +211,7 @@ def check_classes(classes: list[str], rows: int, source: str, file: Path, table:
 
 def in_order(classes: set[str]) -> list[str]:
     """Sort classes for their labels: by number where all are numbers, else by letters."""
-    numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name, re.ASCII) for name in classes)
+    numeric = all(map(_NUMBER.fullmatch, classes))
     return sorted(classes, key=lambda name: (float(name) if numeric else 0.0, name))
 
 
@@ -193,7 +236,7 @@ def _same_classes(table: TextTable, columns: list[str]) -> list[str]:
     cells = [table.columns[name] for name in columns]
     if len({len({*its}) for its in (*cells, zip(*cells, strict=True))}) != 1:
         return columns
-    named = [name for name in columns if not all(cell.isdecimal() for cell in table.different(name))]
+    named = [name for name in columns if not all(map(_NUMBER.fullmatch, table.different(name)))]
     return (named or columns)[:1]
 
 
@@ -210,4 +253,4 @@ def _require_column(table: TextTable, column: str, option: str, file: Path) -> N
 
 
 def _there(table: TextTable) -> str:
-    return f"it has {few(list(table.columns), _COLUMNS_SHOWN)}"
+    return f"it has {few([shown(name, _WIDTH_SHOWN) for name in table.columns], _COLUMNS_SHOWN)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image, share
+from data_pipeline.sources.splits import role_of
 from data_pipeline.sources.tables.columns import (
     Images,
     Split,
@@ -16,6 +17,7 @@ from data_pipeline.sources.tables.columns import (
     class_column,
     image_column,
     in_order,
+    split_by_folder,
     split_column,
 )
 from data_pipeline.sources.tables.text_table import TextTable, few, read_table, shown, without_index
@@ -24,8 +26,11 @@ from data_pipeline.sources.tables.text_table import TextTable, few, read_table, 
 def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
     """List the samples of `split` in a table; labels follow `classes`, or the classes of training. Raises `UserError`."""
     # Choose the rows of the split first: images and classes are then checked for these alone.
-    whole = _read(file)
-    whole, parts = _used(whole, split_column(whole, file, cfg))
+    whole, root = _read(file), _root(file, cfg)
+    parts = split_column(whole, file, cfg)
+    if not parts.column:
+        parts = split_by_folder(image_column(whole, file, root, cfg, role_of(file.stem) or "train").located.paths)
+    whole, parts = _used(whole, parts)
     role = parts.val_role if parts.val_names and split == "val" else "train"
     rows = [row for row, its in enumerate(parts.roles) if its == role]
     require(
@@ -33,7 +38,8 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
         f"data.split_column: no row of {file} has {shown(parts.column)} = {split}; name both train and val",
     )
     table = whole.only(rows)
-    images = image_column(table, file, _root(file, cfg), cfg)
+    own_role = role if parts.column else role_of(file.stem) or "train"
+    images = image_column(table, file, root, cfg, own_role)
     rest = whole.without([images.column, parts.column])
     found = class_column(rest, file, cfg)
     # Labels are numbered by the classes of the training rows, for both splits.
@@ -42,7 +48,8 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
         classes = in_order({*own})
         check_classes(classes, len(own), found.source, file, rest, insisted=cfg.label_column is not None)
     _check_apart(parts, whole.columns[images.column], file)
-    val_from = f"rows with {shown(parts.column)} = {few(parts.val_names)}" if parts.val_names else ""
+    where = f"rows with {shown(parts.column)} = " if parts.column else "rows that name images in "
+    val_from = f"{where}{few(parts.val_names)}" if parts.val_names else ""
     taken = Taken(f"{_said(file, images)}, classes by {found.source}", val_from, notes=_notes(table, images))
     listing = _labelled(images.located.paths, [found.names[row] for row in rows], classes, file, cfg, taken)
     return listing if val_from else share(listing, cfg.val_share, split)
@@ -51,7 +58,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
 def table_images(file: Path, cfg: DataConfig) -> tuple[list[str], Listing]:
     """List the images of a table in its order: their names as written, and their places. Raises `UserError`."""
     table = _read(file)
-    images = image_column(table, file, _root(file, cfg), cfg)
+    images = image_column(table, file, _root(file, cfg), cfg, role_of(file.stem))
     paths, taken = images.located.paths, Taken(_said(file, images), notes=_notes(table, images))
     listing = Listing(_root(file, cfg), paths, [UNLABELLED] * len(paths), [], [file], taken=taken)
     return table.columns[images.column], listing
@@ -97,7 +104,7 @@ def _used(table: TextTable, parts: Split) -> tuple[TextTable, Split]:
     """Keep the rows that train or validate, with a note on the others."""
     used = [row for row, role in enumerate(parts.roles) if role in ("train", parts.val_role)]
     left = len(table) - len(used)
-    notes = [f"{left} rows are left alone, as their {shown(parts.column)} is another"] if left else []
+    notes = [f"{left} rows are left alone, as their {shown(parts.column) or 'folder'} is another"] if left else []
     kept = table.only(used)
     return replace(kept, notes=[*kept.notes, *notes]), parts._replace(roles=[parts.roles[row] for row in used])
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.common.errors import require
+from data_pipeline.sources.folder_walk import walk
 from data_pipeline.sources.image_headers import SUFFIXES
-from data_pipeline.sources.listing import is_image
+from data_pipeline.sources.splits import Role, role_of
 from data_pipeline.sources.tables.text_table import few, shown
 
 
@@ -31,6 +32,8 @@ class Located:
     """Folders in which the images lie, where the names do not say so."""
     foreign: list[str] = field(default_factory=list)
     """Names that begin with folders of another machine."""
+    unread: str = ""
+    """Files and links that were left out below the images' folder, in words."""
 
     @property
     def all_found(self) -> bool:
@@ -41,7 +44,7 @@ class Located:
         require(
             not self.missing,
             f"data.images: {len(self.missing)} of the {names} images that {file} names are not in {root}: "
-            f"{few(self.missing)}; give the folder that they are in as --data.images",
+            f"{few(self.missing)}{f' ({self.unread})' if self.unread else ''}; give the folder that they are in as --data.images",
         )
         name, images = next(iter(self.several.items()), ("", [""]))
         require(
@@ -53,24 +56,20 @@ class Located:
 
 
 class NamedImages:
-    """Images below a folder, to be found by name. Folders that are links are not entered."""
+    """Images below a folder, to be found by name; of the same name in folders of several splits, those of `role`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, role: Role | None = None) -> None:
+        self._role = role
         self._tops = {os.path.abspath(root) + "/", f"{root.resolve()}/"}
         self._above = [_key(part) for part in root.resolve().parts[1:]]
-        paths = (
-            os.path.relpath(os.path.join(folder, name), root)
-            for folder, _, names in os.walk(root)
-            for name in names
-            if is_image(name)
-        )
-        self._paths = set(paths)
+        walked = walk(root, [root])
+        self._unread = "; ".join(walked.notes())
+        self._paths = set(walked.images[0])
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for path in sorted(self._paths):
             name = _key(os.path.basename(path))
-            if not name.startswith("."):
-                self._by_name[name].append(path)
-                self._by_name[os.path.splitext(name)[0]].append(path)
+            self._by_name[name].append(path)
+            self._by_name[os.path.splitext(name)[0]].append(path)
 
     def locate(self, names: list[str]) -> Located:
         """Find the images that all of `names` together mean.
@@ -79,7 +78,7 @@ class NamedImages:
         """
         fitting = {name: self._fitting(name) for name in dict.fromkeys(names)}
         if any(len(images) > 1 for images in fitting.values()):
-            fitting = _in_one_folder(fitting)
+            fitting = _in_one_folder(fitting, self._role)
         found = {name: images[0] for name, images in fitting.items() if len(images) == 1}
         elsewhere = {_folder(name, path) for name, path in found.items()}
         return Located(
@@ -88,6 +87,7 @@ class NamedImages:
             {name: images for name, images in fitting.items() if len(images) > 1},
             sorted(elsewhere - {""}),
             [name for name in found if self._below(name) == name and _is_foreign(_parts(name))],
+            self._unread,
         )
 
     def _fitting(self, name: str) -> list[str]:
@@ -148,10 +148,15 @@ def _common_end(one: list[str], other: list[str]) -> int:
     return next((depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _in_one_folder(fitting: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Keep the images in the only folder that has one for each name; all of them if no folder has, or several."""
+def _in_one_folder(fitting: dict[str, list[str]], role: Role | None) -> dict[str, list[str]]:
+    """Keep the images in the only folder that has one for each name; all of them if no folder has, or several.
+
+    Of such folders of several splits, the one of the split `role` is taken.
+    """
     folders = [{_folder(name, path) for path in images} for name, images in fitting.items() if images]
     common = set.intersection(*folders)
+    if len(common) > 1 and role:
+        common = {folder for folder in common if role in map(role_of, folder.split("/"))}
     if len(common) != 1:
         return fitting
     return {name: [path for path in images if _folder(name, path) in common] for name, images in fitting.items()}

@@ -166,7 +166,11 @@ def _decoded(data: bytes) -> tuple[str, list[str]]:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """Find the delimiter: the first that gives rows of one width, at least 2; without one, the `usual` delimiter."""
+    """Find the delimiter: the first that gives rows of one width, at least 2; without one, the `usual` delimiter.
+
+    One that gives the header this width too goes before those that make it a cell shorter, as R writes it.
+    """
+    fitting: list[tuple[int, str]] = []
     sample = text if len(text) <= _SAMPLE else text[: text.rfind("\n", 0, _SAMPLE) + 1]
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
         try:
@@ -174,8 +178,8 @@ def _delimiter(text: str, usual: str) -> str:
         except csv.Error:
             continue
         if len({*widths[1:]}) < 2 and max(widths, default=0) > 1 and widths[-1] - widths[0] in (0, 1):
-            return delimiter
-    return usual
+            fitting.append((widths[-1] - widths[0], delimiter))
+    return min(fitting, key=lambda fit: fit[0], default=(0, usual))[1]
 
 
 # ---- Parquet ----------------------------------------------------------------------------------------------------------

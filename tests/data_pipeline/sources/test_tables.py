@@ -195,6 +195,9 @@ def test_classes_by_a_usual_name(data: Path) -> None:
         ("scan,verdict", lambda n: f"{n:04},{'ab'[n % 2]}", "scan", "verdict"),
         ("label,image", lambda n: f"{n % 2},{n:04}", "image", "label"),
         ("class id,filepaths,labels", lambda n: f"{n % 2},{n:04},{'ab'[n % 2]}", "filepaths", "labels"),
+        ("class id,filepaths,labels", lambda n: f"{n % 2}.0,{n:04},{'ab'[n % 2]}", "filepaths", "labels"),
+        ("id,image,label", lambda n: f"{23 - n:04},{n:04}.jpg,{'ab'[n % 2]}", "image", "label"),
+        ("image;age;label", lambda n: f"{n:04}.jpg;1,5;{'ab'[n % 2]}", "image", "label"),
         (
             "image,a,b,c",
             lambda n: f"{n:04},{n % 3 == 0:d}.0,{n % 3 == 1:d}.0,{n % 3 == 2:d}.0",
@@ -228,6 +231,11 @@ NO_IMAGES = (
 @pytest.mark.parametrize(
     ("head", "row", "says"),
     [
+        (
+            "id,image,label",
+            lambda n: f"{n:04},{23 - n:04},{n % 2}",
+            "data.image_column: id, image of FILE name different images; name the one to use",
+        ),
         ("image,age,site", lambda n: f"{n:04},{n % 3},{n % 2}", f"{UNCLEAR} age, site"),
         ("image,breed,species", lambda n: f"{n:04},{n % 3},{n % 2}", f"{UNCLEAR} breed, species"),
         ("image", lambda n: f"{n:04}", "data.label_column: FILE has no column beside the images' names"),
@@ -295,6 +303,13 @@ def test_long_and_strange_cells_are_cut_and_escaped(data: Path) -> None:
         ("data set", ("train", "valid", "test"), 8, 8, "rows with data set = valid"),
         ("Split", ("Training", "Testing", "Training"), 16, 8, "rows with Split = Testing"),
         ("subset", ("TRAIN", "TRAIN", "TRAIN"), None, None, ""),
+        ("Dataset_type", ("TRAIN", "TEST", "TRAIN"), 16, 8, "rows with Dataset_type = TEST"),
+        ("Usage", ("Training", "PublicTest", "Training"), 16, 8, "rows with Usage = PublicTest"),
+        ("split", ("trainval", "test", "trainval"), 16, 8, "rows with split = test"),
+        ("is_train", ("1", "0", "1"), 16, 8, "rows with is_train = 0"),
+        ("is_valid", ("False", "False", "True"), 16, 8, "rows with is_valid = True"),
+        ("test", ("0", "0", "1"), 16, 8, "rows with test = 1"),
+        ("fold", ("0", "1", "2"), None, None, ""),
     ],
 )
 def test_a_column_of_splits(
@@ -307,7 +322,7 @@ def test_a_column_of_splits(
         assert sum(len(one.paths) for one in both) == COUNT and both[0].taken.divided_from == COUNT
     else:
         assert [len(one.paths) for one in both] == [train, val] and both[0].taken.val_from == said
-    if "test" in names:
+    if "val" in names and "test" in names:
         assert both[0].taken.notes == [f"8 rows are left alone, as their {column} is another"]
 
 
@@ -317,6 +332,13 @@ def test_rows_of_other_splits_need_no_image_and_no_class(data: Path) -> None:
     assert [one.paths for one in both] == [["images/0000.jpg", "images/0001.jpg"], ["images/0002.jpg"]]
     (data / "images/0001.jpg").unlink()
     assert list_samples(file, DataConfig(path=str(file)), "val", ["a", "b"]).paths == ["images/0002.jpg"]
+
+
+def test_folders_of_splits_divide_a_table(data: Path) -> None:
+    put(data, *(f"{'train' if n < 16 else 'test'}/{n}.png" for n in range(COUNT)))
+    file = write(data, lines("file,label", lambda n: f"{n}.png,{'ab'[n % 2]}"))
+    both = [list_samples(file, DataConfig(path=str(file)), split, None) for split in ("train", "val")]
+    assert [len(one.paths) for one in both] == [16, 8] and both[1].taken.val_from == "rows that name images in test/"
 
 
 def test_an_image_in_both_splits_is_refused(data: Path) -> None:
@@ -382,6 +404,27 @@ def test_an_image_that_is_not_certain_is_refused(tmp_path: Path, files: list[str
     put(tmp_path, *files, "other.jpg")
     message = refused(write(tmp_path, f"id\n{name.replace('HERE', str(tmp_path))}\nother\n"), label_column="id")
     assert message.startswith("data.images: 1 of the 2 images that FILE names ") and why in message
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("trainLabels.csv", "train"), ("labels.csv", "train"), ("test.csv", "test")]
+)
+def test_same_names_in_both_splits_are_those_of_the_tables_split(name: str, folder: str, tmp_path: Path) -> None:
+    put(tmp_path, *(f"{split}/{n}.png" for split in ("train", "test") for n in range(COUNT)))
+    _, found = opened(write(tmp_path, lines("id,label", lambda n: f"{n},{'ab'[n % 2]}"), name))
+    assert found == {f"{folder}/{n}.png": "ab"[n % 2] for n in range(COUNT)}
+
+
+def test_folders_of_images_may_be_links(data: Path) -> None:
+    (data / "here").mkdir()
+    (data / "here/images").symlink_to("../images")
+    assert len(opened(write(data / "here", lines("image,label", lambda n: f"{n:04},{n % 2}")))[1]) == COUNT
+
+
+def test_images_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
+    put(tmp_path, "train/a.tif", "train/b.tif")
+    said = refused(write(tmp_path, "image,label\na,0\nb,1\n"))
+    assert "of kinds that are not read, until converted to PNG or JPEG: 2 .tif files" in said
 
 
 def test_names_from_another_machine_are_said(tmp_path: Path) -> None:
