@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from data_pipeline.common.errors import require
-from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
+from data_pipeline.sources.folder_walk import Entries, holds, holds_below, leads_back, look_into, walk
 from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, is_image
 
 _OF_ONE_IMAGE = {
@@ -20,12 +20,13 @@ _OF_ONE_IMAGE = {
     "annotations",
     "depth",
 }
+_DEEPEST = 8  # folders that hold nothing but another
 _PART = re.compile(r"(image|img|photo|part|batch|fold|folder|chunk|shard)s?$")
 
 
 def class_folders(base: Path, classes: list[str]) -> Listing:
     """List the images of BASE's class folders. Raises `UserError` for a folder that is not in `classes`."""
-    entries = look_into(base)
+    entries, back = _entries(base)
     # A class unknown to training could not be scored; folders without images do no harm.
     for name in sorted(set(entries.folders) - set(classes)):
         require(
@@ -38,6 +39,7 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     rows = [(path, numbers[name]) for name, paths in zip(there, found.images, strict=True) for path in paths]
     # Nothing is left out in silence.
     stray = [name for name in entries.files if is_image(name)]
+    found.repeated += back
     notes = found.notes()
     if stray:
         notes.append(f"in no class folder of {base}, so left out: {counted(len(stray), 'image')}, as {stray[0]}")
@@ -55,14 +57,14 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
 
 def class_names(base: Path) -> list[str]:
     """List the class folders of BASE. Raises `UserError` where they are no classes."""
-    entries = look_into(base)
+    entries, _ = _entries(base)
     # Refuse what is no dataset of class folders, with a hint of what it may be.
     require(
         len(entries.folders) > 0,
         f"data.path: {base} has no class folders; put the images of each class into {base}/CLASS/",
     )
     require(
-        not _are_parts(entries.folders),
+        not are_parts(entries.folders),
         f"data.path: the folders of {base} ({', '.join(entries.folders[:3])}, …) are named like parts of one set, not like "
         "classes; give a table of labels as data.path, and this folder as data.images",
     )
@@ -73,8 +75,7 @@ def class_names(base: Path) -> list[str]:
         )
     # Classes may lie one folder deeper, as in SPECIES/BREED/: the user must choose a level.
     for folder in (base / name for name in entries.folders):
-        parts = [] if holds(folder, is_image) else look_into(folder).folders
-        parts = [part for part in parts if holds_below(folder / part, is_image)]
+        folder, parts = _parts_of(folder)
         require(
             len(parts) < 2,
             f"data.path: {folder} holds folders in place of images ({', '.join(parts[:3])}{', …' * (len(parts) > 3)}); if "
@@ -83,7 +84,25 @@ def class_names(base: Path) -> list[str]:
     return entries.folders
 
 
-def _are_parts(names: list[str]) -> bool:
+def _entries(base: Path) -> tuple[Entries, list[str]]:
+    """List the entries of BASE without links that lead back to it or above, and these."""
+    entries = look_into(base)
+    back = [name for name in entries.links if leads_back(base / name)]
+    return entries._replace(folders=[name for name in entries.folders if name not in back]), back
+
+
+def _parts_of(folder: Path) -> tuple[Path, list[str]]:
+    """Find the folders with images in a folder without images, or in the only folder that it holds, and so on."""
+    for _ in range(_DEEPEST):
+        parts = [] if holds(folder, is_image) else look_into(folder).folders
+        parts = [part for part in parts if holds_below(folder / part, is_image)]
+        if len(parts) != 1:
+            break
+        folder = folder / parts[0]
+    return folder, parts
+
+
+def are_parts(names: list[str]) -> bool:
     """Return True where names differ only in a number behind a word, as "images_part", or are those of images and their masks."""
     if len(names) > 1 and {name.lower() for name in names} <= _OF_ONE_IMAGE:
         return True

@@ -67,7 +67,8 @@ def holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
 
 def holds_below(folder: Path, wanted: Callable[[str], bool]) -> bool:
     """Return True where a file of a wanted name lies anywhere below the folder. Links that lead above it are not followed."""
-    seen, left = {_identity(above) for above in folder.resolve().parents}, [folder]
+    here = folder.parent.resolve()
+    seen, left = {_identity(above) for above in (*folder.resolve().parents, here, *here.parents)}, [folder]
     while left:
         folder = left.pop()
         identity = _identity(folder)
@@ -78,6 +79,12 @@ def holds_below(folder: Path, wanted: Callable[[str], bool]) -> bool:
             return True
         left += [folder / name for name in look_into(folder).folders]
     return False
+
+
+def leads_back(link: Path) -> bool:
+    """Return True where a link to a folder leads to the folder that it lies in, or above."""
+    here = link.parent.resolve()
+    return _identity(link) in {_identity(above) for above in (here, *here.parents)}
 
 
 def walk(base: Path, tops: list[Path]) -> Walk:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
-from data_pipeline.sources.class_folders import class_folders, class_names
+from data_pipeline.sources.class_folders import are_parts, class_folders, class_names
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
-from data_pipeline.sources.splits import Splits, find_splits
+from data_pipeline.sources.splits import Splits, find_splits, role_of
+from data_pipeline.sources.tables.beside import check_agreement
 from data_pipeline.sources.tables.manifest import manifest, table_images
-from data_pipeline.sources.tables.text_table import TABLES
+from data_pipeline.sources.tables.text_table import TABLES, few
 from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
 _DEEPEST = 8  # folders that may be wrapped around a dataset
@@ -50,13 +51,19 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     if root.is_file():
         return manifest(root, cfg, split, classes)
     halves = _find_halves(root, only_val=split == "val" and classes is not None)
-    table = _table_in(halves)
+    tables = _tables_in(halves)
+    table = None if shard_names(halves.train) or _are_classes(halves.train) else _only_table(tables, halves)
     if table:
         listing = manifest(table, cfg, split, classes)
-        return replace(listing, watched=[*halves.watched, *listing.watched])
+        others = [other.name for other in tables if other != table]
+        notes = [f"left alone beside {table.name}: {few(others)}"] if others else []
+        taken = replace(listing.taken, notes=[*listing.taken.notes, *notes])
+        return replace(listing, watched=[*halves.watched, *listing.watched], taken=taken)
     base = halves.val if split == "val" and halves.val else halves.train
     in_shards = bool(shard_names(base))
     listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes)
+    if not in_shards and base == halves.train:
+        listing = _beside(tables, listing)
     taken = listing.taken
     where = "" if base == root else f" in {base.relative_to(root)}/"
     val_from = f"{halves.val.relative_to(root)}/" if halves.val else taken.val_from
@@ -84,16 +91,39 @@ def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listi
     return class_folders(base, classes or class_names(halves.train))
 
 
-def _table_in(halves: _Halves) -> Path | None:
-    """Find the table of labels of a folder whose images lie in no class folders. Raises `UserError` where it has several."""
-    if shard_names(halves.train) or len(_full_folders(halves.train, 2)) > 1:
-        return None
-    tables = [
-        folder / name
-        for folder in halves.watched
-        for name in look_into(folder).files
-        if name.lower().endswith(TABLES) and not re.search(r"(?<![a-z])(sample|submission|test)", name.lower())
+def _are_classes(base: Path) -> bool:
+    return len(_full_folders(base, 2)) > 1 and not are_parts(look_into(base).folders)
+
+
+def _tables_in(halves: _Halves) -> list[Path]:
+    """List the tables around the images."""
+    return [
+        folder / name for folder in halves.watched for name in look_into(folder).files if name.lower().endswith(TABLES)
     ]
+
+
+def _may_have_labels(table: Path) -> bool:
+    """Return True unless the name is that of a table of tests or of a submission."""
+    return not re.search(r"(?<![a-z])(sample|submission|test)", table.name.lower())
+
+
+def _beside(tables: list[Path], listing: Listing) -> Listing:
+    """Note the tables that lie beside class folders. Raises `UserError` where one has other classes."""
+    for table in filter(_may_have_labels, tables):
+        check_agreement(table, listing)
+    if not tables:
+        return listing
+    note = f"left alone, as the folders are the classes: {few([table.name for table in tables])}"
+    return replace(
+        listing,
+        watched=[*listing.watched, *tables],
+        taken=replace(listing.taken, notes=[*listing.taken.notes, note]),
+    )
+
+
+def _only_table(tables: list[Path], halves: _Halves) -> Path | None:
+    """Find the table of labels of a folder whose images lie in no class folders. Raises `UserError` where it has several."""
+    tables = list(filter(_may_have_labels, tables))
     require(
         len(tables) < 2,
         f"data.path: {halves.watched[-1]} has no class folders, and several tables ({', '.join(map(str, tables[:5]))}); give "
@@ -110,6 +140,11 @@ def _of_shards(halves: _Halves, base: Path, split: str, classes: list[str] | Non
         f"data.path: {base} holds both shards and folders of images ({', '.join(full)}); give a folder with either",
     )
     if halves.val:
+        for folder, roles in ((halves.train, ("train", None)), (halves.val, ("val", "test", None))):
+            other = next((name for name in shard_names(folder) if role_of(name) not in roles), "")
+            require(
+                not other, f"data.path: {folder / other} is named like a shard of another split; move it, or rename it"
+            )
         if classes is None and split == "val":
             classes = tar_shards(halves.train, shard_names(halves.train), None).classes
         return tar_shards(base, shard_names(base), classes)

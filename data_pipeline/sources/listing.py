@@ -17,7 +17,9 @@ KINDS = ", ".join(sorted(SUFFIXES))
 _UNREAD = frozenset(
     {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".psd", ".dcm"}
 )
-_FOREIGN = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+_FOREIGN = frozenset(
+    {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class _Sample(NamedTuple):
 
 
 def is_shard(name: str) -> bool:
-    return name.endswith(".tar")
+    return name.lower().endswith(".tar")
 
 
 def is_archive(name: str) -> bool:
@@ -78,6 +78,11 @@ def split_shards(base: Path) -> ShardNames:
 def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listing:
     """List the samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given."""
     samples = [(number, sample) for number, name in enumerate(names) for sample in _samples(base / name)]
+    twice = len(samples) - len({(number, sample.name) for number, sample in samples})
+    require(
+        twice == 0,
+        f"data.path: {twice} images in the shards of {base} have the name of another; give each one of its own",
+    )
     labelled = [(number, sample, sample.label) for number, sample in samples if sample.label is not None]
     require(
         len(labelled) > 0,
@@ -128,6 +133,13 @@ def _samples(shard: Path) -> Iterator[_Sample]:
         with _SmallReads(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for _, members in groupby(_members(tar, shard), lambda member: _key(member.name)):
                 sample = list(members)
+                labels = [member.name for member in sample if member.name.endswith(".cls")]
+                require(
+                    len(labels) < 2,
+                    f"data.path: the shard {shard} has several labels for the key {_key(sample[0].name)[:80]!r}, as "
+                    f"{', '.join(labels[:2])[:160]}; a key ends at the first dot of a name, so give each sample a key of its "
+                    "own, without dots",
+                )
                 images = [member for member in sample if is_image(member.name)]
                 # KEY.jpg is preferred to KEY.mask.png.
                 images.sort(key=lambda member: PurePosixPath(member.name).name.count("."))
@@ -147,8 +159,12 @@ def _check_whole(shard: Path) -> None:
             f"data.path: the shard {shard} is compressed, so no image in it can be reached alone; decompress it "
             f"(`{undo} < OLD.tar > NEW.tar`), as images are compressed already",
         )
-        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-        require(not any(file.read()), f"data.path: the shard {shard} is cut off; copy it again or remove it")
+        file.seek(max(os.path.getsize(shard) - tarfile.BLOCKSIZE, 0))
+        end = file.read()
+        require(
+            len(end) == tarfile.BLOCKSIZE and not any(end),
+            f"data.path: the shard {shard} is cut off; copy it again or remove it",
+        )
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:

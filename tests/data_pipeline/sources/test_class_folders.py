@@ -175,6 +175,25 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     "validation in training": (two("train", "val", "train/val"), "ROOT/train/val holds folders in place of images"),
     "another case of a class": ({**two("train"), "val/Cat": 1, "val/dog": 1}, "ROOT/val/Cat is a class that training"),
     "validation without classes": ({**two("train"), "val/images": 3}, "ROOT/val/images is a class that training lacks"),
+    "classes that hold whole datasets": (
+        {**two("a/a/train", "a/a/test"), **two("b/b")},
+        "ROOT/a/a holds folders in place of images (test, train)",
+    ),
+    "a table with other classes": (
+        {
+            "00": 12,
+            "01": 12,
+            "l.csv": b"image,label\n" + b"".join(b"0%d%d,%d\n" % (n % 2, n // 2, n // 2 % 4) for n in range(24)),
+        },
+        "ROOT/l.csv gives the images in the folders of ROOT classes that are not those folders; give the table",
+    ),
+    "thumbnails of what a table names": (
+        {
+            **{f"{name}/{n}.jpg": JPEG for name in ("images", "thumbs") for n in range(4)},
+            "l.csv": b"id,kind\n0,a\n1,b\n2,a\n3,b\n",
+        },
+        "ROOT/l.csv gives the images in the folders of ROOT classes that are not those folders",
+    ),
     "both shards and folders": ({**two(""), "0.tar": b""}, "ROOT holds both shards and folders of images (cat, dog)"),
 }
 
@@ -211,6 +230,22 @@ NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
         "data: test/ is left alone, as it has none of the class folders of train/",
     ),
     "folders beside the splits": ({**two("train", "val"), "extra": 2}, "data: left alone beside the splits: extra/"),
+    "a table of the same classes": (
+        {
+            **two(""),
+            "l.csv": b"image,label,width\n"
+            + b"".join(b"%s%d,%s,9\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(3)),
+        },
+        "data: left alone, as the folders are the classes: l.csv",
+    ),
+    "a table of tests": (
+        {
+            "train": 4,
+            "train.csv": b"image,label\n" + b"".join(b"train%d,%d\n" % (n, n % 2) for n in range(4)),
+            "test.csv": b"",
+        },
+        "data: left alone beside train.csv: test.csv",
+    ),
     "few for validation": (two("train", "val"), "data: only 6 validation images: a single one is 16.7 % of top-1"),
 }
 
@@ -249,6 +284,16 @@ def test_a_link_that_leads_back_adds_nothing(target: str, tmp_path: Path) -> Non
     train, _ = both(tmp_path)
     assert sorted(train.paths) == sorted(f"{name}/{name}{number}.jpg" for name in ("cat", "dog") for number in range(3))
     line = "data: passed over, as they lead to folders that are read already or lie above: 1 link, as cat/up"
+    assert line in said(tmp_path).splitlines()
+
+
+def test_a_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
+    lay(tmp_path, two("train", "val"))
+    for link, target in (("train/up", ".."), ("val/here", "."), ("again", ".")):
+        (tmp_path / link).symlink_to(target)
+    train, val = both(tmp_path)
+    assert (len(train), len(val)) == (6, 6) and train.classes == ["cat", "dog"]
+    line = "data: passed over, as they lead to folders that are read already or lie above: 1 link, as up"
     assert line in said(tmp_path).splitlines()
 
 

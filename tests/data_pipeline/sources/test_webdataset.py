@@ -124,6 +124,34 @@ def test_what_other_programs_leave_is_no_sample(tmp_path: Path) -> None:
     assert train.taken.notes == []
 
 
+@pytest.mark.parametrize(
+    ("shards", "line"),
+    [
+        (
+            {"0.tar": {f"a.{n}.{kind}": JPEG if kind == "jpg" else b"1" for n in range(4) for kind in ("jpg", "cls")}},
+            "the shard ROOT/0.tar has several labels for the key '/a', as a.0.cls, a.1.cls; a key ends at the first dot",
+        ),
+        ({"train/0.tar": samples(0, 4), "train/val-0.tar": samples(4, 4), "val/0.tar": samples(4, 4)}, "another split"),
+        ({"train/train-0.tar": samples(0, 4), "val/train-0.tar": samples(4, 4)}, "another split; move it"),
+    ],
+)
+def test_samples_that_would_be_lost_or_validate_what_trains_are_refused(
+    shards: dict[str, dict[str, bytes]], line: str, tmp_path: Path
+) -> None:
+    for name, members in shards.items():
+        shard(tmp_path / name, members)
+    assert line in complaint(tmp_path)
+
+
+def test_a_name_twice_and_an_empty_shard_are_refused(tmp_path: Path) -> None:
+    file = shard(tmp_path / "0.tar", samples(0, 4))
+    with tarfile.open(file, "a") as tar:
+        tar.addfile(tarfile.TarInfo("000.jpg"))
+    assert "1 images in the shards of ROOT have the name of another" in complaint(tmp_path)
+    file.write_bytes(b"")
+    assert "ROOT/0.tar is cut off" in complaint(tmp_path)
+
+
 def test_images_without_labels_are_counted_and_left_out(tmp_path: Path) -> None:
     shard(
         tmp_path / "train/0.tar", samples(0, 6) | {"006.jpg": JPEG, "007.jpg": JPEG, "007.cls": b" \n", "008.cls": b"1"}
