@@ -1,4 +1,4 @@
-"""The configuration of a run: one dataclass for each part, files and dotted options on top, one line for a mistake."""
+"""Configuration of a run: one dataclass for each part, files and dotted options on top, one line for a mistake."""
 
 import difflib
 import io
@@ -42,38 +42,38 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the run is called, how long it is, how often it reports and saves."""
+    """Name and length of a run, and how often it reports and saves."""
 
     name: str | None = free(None)
-    """Name of the run, in runs/NAME and on dashboards; if not given, that of the folder which data.path names."""
+    """Name of the run, in runs/NAME and on dashboards; if not given, the name of the folder that data.path gives."""
     dir: str | None = free(None)
-    """Run folder; runs/NAME if not given. The same command resumes the run that is in it."""
+    """Run folder; runs/NAME if not given. The same command resumes the run in it."""
     epochs: int = 8
     """Passes over the training images. The learning rate's schedule spans all of them."""
     extend_to: int | None = free(None)
-    """Train a run that is there on, to so many epochs in all. From where it stands everything goes on as in a run of that
-    length: the learning rate rises to what the schedule of all these epochs has there and falls to its end anew."""
+    """Train an existing run on, to so many epochs in all. From its present step on everything is as in a run of that length:
+    the learning rate rises to the value that the schedule of all these epochs has there, and falls to its end anew."""
     max_steps: int | None = free(None)
-    """End after this many updates, evaluate and save: for a dry run, or to go on later."""
+    """End after this many optimizer steps, evaluate and save: for a dry run, or to go on later."""
     seed: int = 0
     """Seed of the weights, the order and the augmentation."""
     log_every: int = free(10)
-    """Updates between two rows of metrics; also how often the ranks look whether to stop."""
+    """Optimizer steps between two rows of metrics; as often the ranks check for a request to stop."""
     save_every: int = free(200)
-    """Updates between two checkpoints within an epoch; one is always written at its end."""
+    """Optimizer steps between two checkpoints within an epoch; one is always written at its end."""
     keep: int = free(2)
-    """Last checkpoints kept, beside the best; with two, one that is damaged is passed over for the one before."""
+    """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""
     keep_every: int | None = free(None)
     """Keep also the checkpoint at the end of every so many epochs."""
     profile: str | None = free(None)
-    """Updates to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to profile/ in
-    the run folder."""
+    """Optimizer steps to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to
+    profile/ in the run folder."""
     on_nonfinite: Literal["stop", "back"] = free("stop")
-    """When a loss, a gradient or a weight is infinite or NaN: stop ends the run, back goes on from the last checkpoint and
-    passes over the images of that update, three times at most until it has got further."""
+    """Reaction to a loss, gradient or weight that is infinite or NaN: stop ends the run; back goes on from the last checkpoint
+    and passes over the images of that optimizer step, at most three times until it has got further."""
     stall_s: float = free(600.0)
-    """Seconds without any progress after which the run says which rank holds it up, writes stacks/ in the run folder and
-    ends with exit code 75; three times as many for the first update of an epoch, which may compile. 0 waits for ever."""
+    """Seconds without any progress after which the run names the rank that it waits for, writes stacks/ in the run folder and
+    ends with exit code 75; three times as many for an epoch's first optimizer step, which may compile. 0 waits for ever."""
 
     def __post_init__(self) -> None:
         require(
@@ -108,12 +108,12 @@ class RunConfig:
 
     @property
     def profiled(self) -> range:
-        """The updates, counted from 1, that `profile` names."""
+        """Optimizer steps, counted from 1, that `profile` names."""
         return chosen_steps(self.profile) if self.profile else range(0)
 
 
 def chosen_steps(text: str) -> range:
-    """The updates, counted from 1, that "10-12" or "10" names. Raises `UserError`."""
+    """Parse optimizer steps, counted from 1, such as "10-12" or "10". Raises `UserError`."""
     parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
     require(0 < first <= last, f"run.profile: {text!r} names no updates; give the first and the last, such as 10-12")
@@ -122,7 +122,7 @@ def chosen_steps(text: str) -> range:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run."""
+    """Configuration of a training run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -149,7 +149,7 @@ class Config:
 
     @property
     def name(self) -> str:
-        """That of the run."""
+        """Name of the run."""
         return str(self.run.name)
 
     @property
@@ -158,17 +158,17 @@ class Config:
 
 
 def _name_of(data: str) -> str:
-    """The name of a dataset: of its folder, or of the one that a table lies in."""
+    """Name of a dataset: of its folder, or of the one that a table lies in."""
     path = Path(data)
     folder = path.parent if path.is_file() else path
     return folder.name.strip(".") or folder.absolute().resolve().name or "run"
 
 
 def load(arguments: list[str]) -> Config:
-    """The configuration that a command line asks for; without --config, the recipe `builtin`. Raises `UserError`.
+    """Load the configuration of a command line; without --config, the recipe `builtin`. Raises `UserError`.
 
-    Pretrained weights bring defaults of their own for `data`: any file or option goes before them. Started by an agent of
-    a W&B sweep, a run that is given no name of its own has WANDB_RUN_ID behind the recipe's.
+    Pretrained weights bring defaults of their own for `data`; any file or option overrides them. A run of a W&B sweep without
+    a name of its own gets WANDB_RUN_ID behind the recipe's.
     """
     arguments = _with_recipe(arguments)
     asked = [argument for argument in arguments if not argument.startswith("--print_config")]
@@ -183,26 +183,28 @@ def load(arguments: list[str]) -> Config:
 
 
 def _is_nameless_in_sweep(arguments: list[str]) -> bool:
-    """Whether W&B has started this as one run of a sweep, which all have the same command but for the options swept over."""
+    """Return True for one run of a W&B sweep: all of these have the same command except the options swept over."""
     named = any(argument.split("=")[0] in ("--run", "--run.name", "--run.dir") for argument in arguments)
     return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) and not named
 
 
 def _preprocessing(weights: str) -> dict[str, Any]:
-    from trainer.model.pretrained import preprocessing  # here, for torch takes seconds, and few runs start from weights
+    from trainer.model.pretrained import (
+        preprocessing,
+    )  # imported here: torch takes seconds, and few runs start from weights
 
     return preprocessing(weights)
 
 
 def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
-    """The run folder that a command line begins with, and the options behind it. Raises `UserError`."""
+    """Split the run folder at the front of a command line from the options behind it. Raises `UserError`."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"RUN: no run folder given; call {command} RUN [--data.path FOLDER], as with runs/builtin")
     return Path(arguments[0]), arguments[1:]
 
 
 def load_run(folder: Path, overrides: list[str]) -> Config:
-    """The configuration that a run folder records, with dotted options on top. Raises `UserError`."""
+    """Load the configuration that a run folder records, with dotted options on top. Raises `UserError`."""
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; give one such as runs/builtin")
@@ -213,12 +215,12 @@ def load_run(folder: Path, overrides: list[str]) -> Config:
 
 
 def to_yaml(cfg: Config) -> str:
-    """Every option with its value; read back equal by `load_run`."""
+    """Write every option with its value, as `load_run` reads it back."""
     return _dump(asdict(cfg))
 
 
 class Difference(NamedTuple):
-    """Why a configuration is not that of the run which is there."""
+    """Difference between a configuration and that of the existing run."""
 
     what: str
     """The option and both of its values."""
@@ -226,7 +228,7 @@ class Difference(NamedTuple):
 
 
 def may_change(option: str) -> bool:
-    """Whether a resumed run may have another value of an option, such as run.keep, as its field says."""
+    """Return True where a resumed run may change an option, such as run.keep, as its field says."""
     section: Any = Config
     for name in option.split("."):
         found = next((one for one in fields(section) if one.name == name), None)
@@ -239,7 +241,7 @@ def may_change(option: str) -> bool:
 
 
 def first_difference(saved: str, cfg: Config) -> Difference | None:
-    """The first option in which a saved configuration is another run than `cfg`."""
+    """Find the first option by which a saved configuration is another run than `cfg`."""
     old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
     for key, value in new.items():
         extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
@@ -249,7 +251,7 @@ def first_difference(saved: str, cfg: Config) -> Difference | None:
 
 
 def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
-    """What somebody may want who gives a run another value of an option, and how to get it."""
+    """Suggest what a user may want who changes an option of a run, and how to get it."""
     if key == "run.epochs" and new > old:
         return f"to train it on give --run.extend_to {new}, to train anew another --run.name"
     if key.startswith(("data.", "optim.")):
@@ -259,7 +261,7 @@ def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
-    """Spell out the recipe's file: `--config NAME` may name a shipped one, and none at all means `builtin`."""
+    """Replace `--config NAME` by the recipe's file; NAME may be a shipped one, and without any it is `builtin`."""
     arguments = [part for argument in arguments for part in _split_config(argument)]
     files = [at + 1 for at, argument in enumerate(arguments) if argument == "--config" and at + 1 < len(arguments)]
     before = arguments[: files[-1] - 1] if files else []
@@ -280,7 +282,7 @@ def recipes() -> list[str]:
 
 
 def _config_file(name: str) -> Path:
-    """The file or shipped recipe of that name, once every option in it is known to exist."""
+    """Find the file or shipped recipe of that name, and check that every option in it exists."""
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
         shipped = ", ".join(recipes())
@@ -290,7 +292,7 @@ def _config_file(name: str) -> Path:
 
 
 def _refuse_unknown(file: Path) -> None:
-    """Make sure that every option in a file exists. Raises `UserError`."""
+    """Check that every option in a file exists. Raises `UserError`."""
     try:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
@@ -304,7 +306,7 @@ def _refuse_unknown(file: Path) -> None:
 
 
 def _tree(text: str, file: str) -> dict[str, Any]:
-    """What YAML `text` says, a table of options."""
+    """Parse YAML `text`, a table of options."""
     try:
         tree = load_yaml(as_meant(text))
     except yaml.YAMLError as error:
@@ -315,7 +317,7 @@ def _tree(text: str, file: str) -> dict[str, Any]:
 
 
 def _parse(arguments: list[str], data: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of a command line; `data` are defaults of that section."""
+    """Parse a command line; `data` are defaults of that section."""
     parser = ArgumentParser(
         prog="python -m trainer",
         description="Train a ResNet. A recipe or file comes first, dotted options override it.",
@@ -359,7 +361,7 @@ def _one_line(text: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the parser would read back as a number: to it, unlike YAML 1.1, a run named 1e3 is one."""
+    """Quotes text that the parser would read back as a number: it, unlike YAML 1.1, takes a run named 1e3 for one."""
 
 
 _Dumper.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""The processes and the processor that a run works on. The only file that asks whether there is CUDA."""
+"""Processes and device of a run. The only file that asks for CUDA."""
 
 import atexit
 import os
@@ -24,17 +24,17 @@ class DistContext(RankInfo):
 
     @property
     def primary(self) -> bool:
-        """Whether this is the one process that writes and prints."""
+        """True on the one process that writes and prints."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` added up over all ranks, in place. Collective."""
+        """Add `values` up over all ranks, in place. Collective."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """[world, ...] the `values` of all ranks, on the CPU. Collective."""
+        """Gather the `values` of all ranks as [world, ...] on the CPU. Collective."""
         if self.world == 1:
             return values[None].cpu()
         everyone = [torch.empty_like(values, device=self.device) for _ in range(self.world)]
@@ -83,14 +83,14 @@ class DistContext(RankInfo):
         self.raise_together(lambda: act() if self.primary else None, group)
 
     def broadcast_from_rank0(self, choose: Callable[[], T]) -> T:
-        """What `choose()` gives on rank 0, on every rank. Collective."""
+        """Run `choose()` on rank 0, and return its result on every rank. Collective."""
         chosen = [choose() if self.primary else None]
         if self.world > 1:
             dist.broadcast_object_list(chosen, src=0)
         return chosen[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        """Wait until every rank has come here with all its work done, the GPU's included. Collective."""
+        """Wait until every rank is here with all its work done, the GPU's included. Collective."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.world > 1:
@@ -106,7 +106,7 @@ def open_dist_context() -> Iterator[DistContext]:
     torch.set_num_threads(cores)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_world > torch.cuda.device_count():  # on every rank, as only rank 0 speaks
+        if local_world > torch.cuda.device_count():  # raised on every rank, but only rank 0 prints
             raise UserError(
                 f"--nproc_per_node: {local_world} processes on a node with {torch.cuda.device_count()} GPUs; "
                 "start one process a GPU"
@@ -114,9 +114,9 @@ def open_dist_context() -> Iterator[DistContext]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        torch.set_float32_matmul_precision("high")  # TF32 for all that stays in fp32
     if world > 1:
-        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that died.
+        # torchrun keeps its store when it restarts ranks, with the addresses of those that died.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -134,16 +134,16 @@ atexit.register(_groups.clear)
 
 
 def keep_group() -> None:
-    """Keep the process group until the interpreter is about to end, though it be left before.
+    """Keep the process group until the interpreter is about to end, even if it is left before.
 
-    Whoever lets go of it last waits for its threads. With a communication hook that may be one of these threads itself, a
-    moment after the training has ended, and gloo then aborts the process ("Resource deadlock avoided"). Nor may the
-    interpreter end first: a thread that then lets go of the tensors of the last collective wants the interpreter's lock,
+    The last one to release it waits for its threads. With a communication hook that may be one of these threads itself, a
+    moment after the training has ended, and gloo then aborts the process ("Resource deadlock avoided"). The interpreter
+    must not end first either: a thread that then frees the tensors of the last collective wants the interpreter's lock,
     and the process is aborted as well ("terminate called without an active exception").
     """
     _groups.append(dist.group.WORLD)
 
 
 def gpu_count() -> int:
-    """GPUs of this machine that a run may use."""
+    """Count the GPUs of this machine that a run may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

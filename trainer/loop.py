@@ -1,4 +1,4 @@
-"""The training loop: build or resume a run (`setup`), then step by step to the end, with a save whenever one is due."""
+"""Training loop: build or resume a run (`setup`), then step by step to the end, with a save whenever one is due."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ from trainer.setup import nothing_left, open_session, start_run, step_back
 
 
 class Outcome(Enum):
-    """What a step, or an epoch, leads to."""
+    """Result of a step, or of an epoch."""
 
     CONTINUE = auto()
     """The epoch goes on."""
@@ -37,7 +37,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
 
     `started` is called when all is open, before the run's own console speaks.
 
-    Collective. Raises `UserError`, on every rank, for what a user can mend.
+    Collective. Raises `UserError`, on every rank, for a mistake that a user can correct.
     """
     with start_run(cfg, ctx) as start:
         if start.nothing_left:
@@ -52,7 +52,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
 
 
 def train(session: Session, stop: StopFlag) -> Outcome:
-    """Train epoch after epoch; how it ended: EPOCH_DONE with the last one."""
+    """Train epoch after epoch. Returns how it ended: EPOCH_DONE with the last one."""
     outcome = Outcome.CONTINUE
     while not session.progress.finished and outcome not in (Outcome.STOPPED, Outcome.MAX_STEPS):
         try:
@@ -63,11 +63,11 @@ def train(session: Session, stop: StopFlag) -> Outcome:
 
 
 def train_epoch(session: Session, stop: StopFlag) -> Outcome:
-    """Train from where the run stands to the end of the epoch, or until it is to end before."""
+    """Train from the run's position to the end of the epoch, or until the run must stop before."""
     session.begin_epoch()
     for micro_batches in _grouped(session.meter.waiting(session.loader), session.cfg.optim.accumulate):
         lr = take_step(session, micro_batches)
-        if not session.epoch_read:  # else the loader ends here, and the end of the epoch reports and saves
+        if not session.epoch_read:  # otherwise the loader ends here, and the end of the epoch reports and saves
             outcome = after_step(session, lr, stop)
             if outcome is not Outcome.CONTINUE:
                 return outcome
@@ -75,7 +75,7 @@ def train_epoch(session: Session, stop: StopFlag) -> Outcome:
 
 
 def take_step(session: Session, micro_batches: list[Batch]) -> float:
-    """Make one optimizer step, unless it is one to pass over; its learning rate."""
+    """Make one optimizer step, unless it is one to pass over. Returns its learning rate."""
     lr = lr_at(session.progress.step, session.cfg.optim, session.total_steps)
     step = session.progress.step + 1
     heartbeat("update")
@@ -88,7 +88,7 @@ def take_step(session: Session, micro_batches: list[Batch]) -> float:
 
 
 def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
-    """Report and save, where either is due; the ranks agree here whether to stop."""
+    """Report and save, where either is due; here the ranks agree on a stop."""
     run, step = session.cfg.run, session.progress.step
     save_due, last_step = step % run.save_every == 0, step == run.max_steps
     if not (step % run.log_every == 0 or save_due or last_step):
@@ -107,7 +107,7 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
 def end_epoch(session: Session, stop: StopFlag) -> Outcome:
     """Evaluate, report, move on to the next epoch, save.
 
-    A run that is to stop leaves the evaluation to the one that goes on, for it may be short of time.
+    A run that must stop leaves the evaluation to the one that goes on, because it may be short of time.
     """
     scalars, stopping = session.reduce(stop.raised)
     session.prove_coverage()
@@ -119,11 +119,11 @@ def end_epoch(session: Session, stop: StopFlag) -> Outcome:
 
 
 def say_end(session: Session, outcome: Outcome) -> None:
-    """Tell how the training ended, and what comes next."""
+    """Print how the training ended, and what comes next."""
     run, progress, tracker = session.cfg.run, session.progress, session.tracker
     best = f"best val top-1 {progress.best_top1_pct:.2f} %"
     if outcome is Outcome.STOPPED:
-        # By its page on W&B a run is stopped for good; a signal may only want the machine for a while.
+        # The Stop button on W&B stops a run for good; a signal may only want the machine for a while.
         comes_back = None if tracker.stop_requested else os.environ.get(AFTER_SIGNAL)
         follows = comes_back or "the same command goes on from there"
         tracker.alert("asked to stop", f"saved step {progress.step}; {follows}")

@@ -64,7 +64,7 @@ def _quote(node: yaml.Node, path: str, kinds: Mapping[str, Any], around: Contain
 
 
 def _word(node: yaml.ScalarNode, kind: Any) -> str | None:
-    """What a value means as text or as one of an option's words; None where it is neither, or nothing."""
+    """Read a value as text or as one of an option's words; None where it is neither, or nothing."""
     kinds = [kind] if get_origin(kind) is Literal else [kind, *get_args(kind)]
     words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one) if isinstance(word, str)]
     nothing = node.tag == "tag:yaml.org,2002:null" and (NoneType in kinds or node.value in ("", "~"))

@@ -1,4 +1,4 @@
-"""A run under way: where it stands, and what it does between its steps."""
+"""A run under way: its position, and its work between optimizer steps."""
 
 import math
 import time
@@ -26,7 +26,7 @@ from trainer.tracking.tracker import Tracker
 
 @dataclass
 class Session:
-    """What a run consists of while it trains (see `setup.open_session`). Each method is to be called on every rank alike."""
+    """Parts of a run while it trains (see `setup.open_session`). Every rank must call each method in the same way."""
 
     cfg: Config
     ctx: DistContext
@@ -39,15 +39,15 @@ class Session:
     trace: Trace
     progress: Progress
     metadata: dict[str, str]
-    """What the weights say of themselves."""
+    """Metadata saved with the weights."""
     total_steps: int
     scaled: bool
-    """Whether losses are scaled, so that a gradient may be infinite now and then."""
+    """True where losses are scaled, so that a gradient may be infinite now and then."""
     meter: Meter = field(init=False)
     save_time: dict[str, float] = field(default_factory=dict)
-    """Of the last checkpoint, for the next row of metrics."""
+    """Duration of the last checkpoint, for the next row of metrics."""
     steps_back: Counter[int] = field(default_factory=Counter)
-    """By the steps in the checkpoint that they led to."""
+    """Steps back, by the number of steps in the checkpoint that they led to."""
 
     def __post_init__(self) -> None:
         self.classes = self.loader.catalog.classes
@@ -55,9 +55,9 @@ class Session:
         self.resume(self.progress)
 
     def resume(self, progress: Progress) -> None:
-        """Stand where `progress` says; the engine has been taken there."""
+        """Take over the position `progress`; the engine has been restored to it."""
         self.progress = progress
-        self._reduced = progress.step  # that far the meter has been read
+        self._reduced = progress.step  # the step up to which the meter has been read
         self.meter = Meter(self.ctx, progress.sums, len(self.classes), progress.train_s, scaled=self.scaled)
 
     @property
@@ -66,23 +66,23 @@ class Session:
 
     @property
     def epoch(self) -> float:
-        """Epochs trained so far, with the part of the one under way."""
+        """Epochs trained so far, with the part of the current one."""
         return self.progress.cursor.epoch + self.progress.cursor.seen / self.images
 
     def begin_epoch(self) -> None:
-        """Go to where the epoch begins or goes on, and freeze what stays as it is in it."""
+        """Go to the position where the epoch begins or goes on, and freeze what stays unchanged in it."""
         heartbeat("data", self.progress.step, fresh=True)
         freeze(self.engine.module, self.cfg.model, self.progress.cursor.epoch)
         self.loader.seek(self.progress.cursor)
 
     def log(self, lr: float, stop: bool) -> bool:
-        """Write a row of metrics; whether any rank was asked to stop. Collective."""
+        """Write a row of metrics. Returns True where any rank was asked to stop. Collective."""
         scalars, stopping = self.reduce(stop)
         self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
         return stopping
 
     def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:
-        """Metrics since the last call, and whether any rank was asked to stop. Collective. Raises `NonFinite`."""
+        """Compute metrics since the last call, and if any rank was asked to stop. Collective. Raises `NonFinite`."""
         heartbeat("all-reduce")
         self.name_bad(self.loader)
         bad = self.loader.bad_images
@@ -109,13 +109,13 @@ class Session:
                 print(printable(line), flush=True)  # a tracker elsewhere has no console
 
     def prove_coverage(self) -> None:
-        """Make sure that the ranks together read every image of this epoch exactly once. Collective."""
+        """Check that the ranks together read every image of this epoch exactly once. Collective."""
         fault = first_fault(self.ctx.gather(torch.from_numpy(self.loader.coverage_sums())).numpy())
         if fault:
             raise UserError(f"data.path: {fault}")
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint while training goes on; what it costs the training is the time of a copy. Collective.
+        """Write a checkpoint while training goes on; it costs the training only the time of a copy. Collective.
 
         Raises `NonFinite`, and `UserError` where the ranks' weights have come apart; then nothing is written.
         """
@@ -130,7 +130,7 @@ class Session:
         self.meter.pause()
 
     def wait_for_checkpoint(self) -> None:
-        """Wait for the checkpoint under way. Where it failed, the best is again the one on disk. Collective."""
+        """Wait for the current checkpoint. Where it failed, the best is again the one on disk. Collective."""
         if self.saver.wait():
             self.progress = replace(self.progress, best_top1_pct=self.saver.saved.best_top1_pct)
 
@@ -142,7 +142,7 @@ class Session:
             raise failure
 
     def validate(self) -> tuple[dict[str, float], bool]:
-        """Scores on the validation images, and whether they are the best so far. Collective."""
+        """Score the validation images; returns the metrics, and True where they are the best so far. Collective."""
         heartbeat("save")
         self.wait_for_checkpoint()
         heartbeat("evaluate", fresh=True)
@@ -164,7 +164,7 @@ class Session:
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.engine.predict(images)
-        heartbeat("evaluate", fresh=False)  # each batch, for a long validation does not stand still
+        heartbeat("evaluate", fresh=False)  # for each batch, as a long validation is no hang
         return logits
 
     def close_epoch(self, rest: dict[str, float]) -> None:

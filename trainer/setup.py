@@ -1,4 +1,4 @@
-"""Build a run or resume the one that is there: check it, claim its folder, open what it consists of."""
+"""Build a run or resume an existing one: check it, claim its folder, open its parts."""
 
 import json
 import math
@@ -47,7 +47,7 @@ class Start:
 
     cfg: Config
     engine: EngineConfig
-    """As resolved: see `choose_arithmetic`."""
+    """Options as resolved: see `choose_arithmetic`."""
     ctx: DistContext
     train: Loader
     val: Loader
@@ -56,24 +56,24 @@ class Start:
     """The checkpoint to go on from; None at the very beginning."""
     progress: Progress
     lines: list[str]
-    """For the user, of what a resumed run computes in."""
+    """Lines for the user on the arithmetic of a resumed run."""
 
     @property
     def nothing_left(self) -> bool:
-        """Whether all epochs are trained, or `run.max_steps` is reached."""
+        """True where all epochs are trained, or `run.max_steps` is reached."""
         return self.progress.finished or self.progress.step >= (self.cfg.run.max_steps or math.inf)
 
 
 @contextmanager
 def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
-    """Check a run, claim its folder and record its options there, in this order: who is refused has changed nothing.
+    """Check a run, claim its folder and record its options there, in this order: a refused start has changed nothing.
 
-    Where nothing is left to train nothing is recorded. Collective. Raises `UserError`, on every rank.
+    If nothing is left to train, nothing is recorded. Collective. Raises `UserError`, on every rank.
     """
-    # What can be told at once: to read the images may take minutes.
+    # First the cheap checks: reading the images may take minutes.
     check = partial(check_run, cfg.folder, partial(first_difference, cfg=cfg))
     if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED)):
-        ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it says so, before anything about options
+        ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it raises the error, before any about options
     ctx.run_on_rank0(check)
     check_device(cfg.engine, ctx.device)
     train, val = ctx.raise_together(lambda: _open_data(cfg, ctx))
@@ -81,18 +81,18 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
 
     with ExitStack() as held:
-        # From here on nobody else writes to the folder, so it is looked at anew.
+        # From here on nobody else writes to the folder, so it is checked anew.
         ctx.run_on_rank0(lambda: held.enter_context(claim_run(cfg.folder)))
         ctx.run_on_rank0(check)
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
-        progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # it may have been extended
+        progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # the run may have been extended
         start = Start(cfg, cfg.engine, ctx, train, val, store, newest, progress, [])
         if start.nothing_left:
             yield start
             return
 
-        # What would go wrong later.
+        # Mistakes that would show only later.
         _check_extension(cfg, train, progress)
         _check_batches(cfg, classes, ctx)
         for loader in (train, val):
@@ -114,7 +114,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
 
 @contextmanager
 def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
-    """What a run consists of, at work. `opened` is called when all is there, before the console speaks. Collective."""
+    """Open the parts of a run. `opened` is called when all are there, before the console prints. Collective."""
     cfg, ctx, catalog, progress = start.cfg, start.ctx, start.train.catalog, start.progress
 
     # Weights: fresh, somebody else's, or those of the checkpoint.
@@ -132,9 +132,9 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         "classes": json.dumps(catalog.classes),
         "data": catalog.fingerprint(),
     }
-    engine.capture_state(metadata)  # thrown away: it gets the memory for copies, which training would wait for
+    engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
-    # Where it tells of itself, and what it tells first.
+    # The destinations of its metrics, and its first lines.
     total_steps = sum(start.train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
     tracker = ctx.raise_together(
         lambda: Tracker(
@@ -177,7 +177,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
 
 
 def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterator[str]:
-    """What the user is told before the first step; `weights`: what became of those that the run starts from."""
+    """Yield the lines before the first optimizer step; `weights` says what became of pretrained weights."""
     cfg, step = start.cfg, start.progress.step
     for checkpoint, why in start.store.passed_over.items():
         yield f"passed over {checkpoint}: {why}"
@@ -198,7 +198,7 @@ def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterato
 
 
 def step_back(session: Session, found: NonFinite) -> None:
-    """Resume anew from the last checkpoint, past the step that went wrong, or end the run. Collective. Raises `UserError`."""
+    """Resume from the last checkpoint, past the step that went wrong, or end the run. Collective. Raises `UserError`."""
     remedy = "lower optim.lr, set optim.clip_norm, or engine.precision to fp32"
     tracker, ctx, store = session.tracker, session.ctx, session.store
     tracker.alert("bad update", str(found))
@@ -222,12 +222,12 @@ def step_back(session: Session, found: NonFinite) -> None:
             finished=False,
         )
     )
-    ctx.raise_together(lambda: tracker.reopen(progress.step))  # without the rows of what is undone
+    ctx.raise_together(lambda: tracker.reopen(progress.step))  # without the rows of the undone steps
     tracker.note(f"back to step {progress.step}, and on past the images of step {found.step}")
 
 
 def nothing_left(start: Start) -> str:
-    """Why a run has nothing to train, and what one may do, in a line."""
+    """Say in a line why a run has nothing to train, and what the user may do."""
     cfg, best = start.cfg, f"best val top-1 {start.progress.best_top1_pct:.2f} %"
     if start.progress.finished:
         return (
@@ -251,7 +251,7 @@ def _check_extension(cfg: Config, train: Loader, progress: Progress) -> None:
 
 
 def _check_batches(cfg: Config, classes: int, ctx: DistContext) -> None:
-    """Raise `UserError` where batch norm would see one value a channel, of which there is no variance."""
+    """Raise `UserError` where batch norm would see one value a channel, which has no variance."""
     shares = ctx.world * cfg.optim.accumulate
     if cfg.engine.sync_bn and ctx.world > 1:
         return  # it sees the images of all ranks
@@ -270,12 +270,12 @@ def _check_batches(cfg: Config, classes: int, ctx: DistContext) -> None:
 
 
 def build_engine(cfg: Config, classes: int, ctx: DistContext) -> Engine:
-    """A network with freshly drawn weights, the same on all ranks, and what trains it. Collective."""
+    """Build a network with freshly drawn weights, the same on all ranks, and its engine. Collective."""
     return engine_for(cfg, fresh_model(cfg, classes), ctx)
 
 
 def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
-    """What reads the training and the validation images."""
+    """Open the training and the validation images."""
     train = open_catalog(cfg.data, "train")
     refuse_single_class(train)
     val = open_catalog(cfg.data, "val", train.classes)
@@ -283,7 +283,7 @@ def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
 
 
 def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
-    """What reads the images that a run trains on. Raises `UserError`."""
+    """Make the loader of the training images. Raises `UserError`."""
     return Loader(
         cfg.data,
         catalog,
@@ -304,7 +304,7 @@ def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> No
 
 
 def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
-    """The checkpoint to go on from, if there is one, and how far it had come."""
+    """Find the checkpoint to go on from, if there is one, and its progress."""
     newest = store.newest()
     if newest and read_metadata(newest).get("data") != train.fingerprint():
         divided = ", or was divided into training and validation otherwise" if train.taken.divided_from else ""
@@ -316,7 +316,7 @@ def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
 
 
 def fresh_model(cfg: Config, classes: int) -> ResNet:
-    """A network with freshly drawn weights, the same on all ranks, of which all is frozen that is never trained."""
+    """Build a network with freshly drawn weights, the same on all ranks; parameters that are never trained are frozen."""
     torch.manual_seed(cfg.run.seed)
     model = build_resnet(cfg.model, classes)
     freeze(model, cfg.model, epoch=cfg.run.epochs)
@@ -324,7 +324,7 @@ def fresh_model(cfg: Config, classes: int) -> ResNet:
 
 
 def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
-    """What trains `model`. Collective."""
+    """Make the engine that trains `model`. Collective."""
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     if cfg.engine.name == "deepspeed":
         from trainer.engine.deepspeed import DeepSpeedEngine
@@ -334,7 +334,7 @@ def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
 
 
 def network_layers(cfg: Config, classes: int) -> list[Layer]:
-    """The layers of the run's network as dashboards show them, for one image. Touches no weights and draws nothing."""
+    """List the layers of the run's network for dashboards, for one image. Touches no weights and draws nothing."""
     with torch.device("meta"):
         size_px = max(cfg.data.sizes_px)
         return layers(build_resnet(cfg.model, classes), torch.empty(1, 3, size_px, size_px))

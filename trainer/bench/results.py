@@ -1,4 +1,4 @@
-"""What the figures of `bench` mean: tables, ratios, a plot, and one sentence."""
+"""Tables, ratios, a plot and one sentence from the figures of `bench`."""
 
 import io
 import json
@@ -81,7 +81,7 @@ def _setting(fact: dict[str, Any], cfg: Config) -> str:
 
 
 def _effort(turns: pd.DataFrame, fact: dict[str, Any]) -> str:
-    """How much was measured, and why not more."""
+    """Say how much was measured, and why not more."""
     asked, steps, minutes = fact["asked"]
     repeats = turns.groupby("repeat")["round"].nunique()
     line = f"medians and ranges of {_many(int(repeats.sum()), 'interleaved round')} of {_many(fact['steps'], 'step')}"
@@ -92,7 +92,7 @@ def _effort(turns: pd.DataFrame, fact: dict[str, Any]) -> str:
 
 
 def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:
-    """What holds the run back, where the measurement lets one say so."""
+    """Say what holds the run back, if the measurement shows it."""
     needed = {LOADER, COMPUTE, BOTH, MATMUL, *([JOINED] if fact["world"] > 1 else [])}
     missing = sorted(needed - {*rows.index})
     if missing:
@@ -107,7 +107,7 @@ def _conclusion(rows: pd.DataFrame, fact: dict[str, Any], cfg: Config) -> str:
 
 
 def verdict(rates: pd.Series, fact: dict[str, Any], cfg: Config) -> str:
-    """`roofline.verdict` of one world's medians."""
+    """Apply `roofline.verdict` to one world's medians."""
     measured = roofline.Rates(
         loader=rates[LOADER],
         compute=rates[COMPUTE],
@@ -131,7 +131,7 @@ def verdict(rates: pd.Series, fact: dict[str, Any], cfg: Config) -> str:
 
 
 def _table(rows: pd.DataFrame, fact: dict[str, Any]) -> str:
-    """What each part does per second, and which share of its ceiling that is."""
+    """Make a table of each part's speed, and its share of its ceiling."""
     medians = rows["median"]
     ceiling = {
         LOADER: (medians.get(DECODE), DECODE),
@@ -185,7 +185,7 @@ def _many(count: int, what: str) -> str:
 
 
 def plot(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> bytes:
-    """Images per second, speed-up and efficiency over the number of processes, as a PNG."""
+    """Plot images per second, speed-up and efficiency over the number of processes, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -224,7 +224,7 @@ def plot(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> 
 
 
 def _whole_numbers(axis: Any) -> None:
-    """Let a logarithmic axis show 100 and 200 where it would show powers, as its range is often less than one of them."""
+    """Make a logarithmic axis show 100 and 200 instead of powers, as its range is often less than one of them."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -240,7 +240,7 @@ def _hardware(facts: dict[int, dict[str, Any]], worlds: list[int]) -> str:
 
 
 def write(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config, out: Path) -> None:
-    """bench.csv, a row a turn; bench.json; for several worlds scaling.png."""
+    """Write bench.csv, a row for each turn; bench.json; for several worlds scaling.png."""
     out.mkdir(parents=True, exist_ok=True)
     medians = {
         str(world): rows.set_index("part")["median"].to_dict() for world, rows in summary(turns).groupby("world")
@@ -284,7 +284,7 @@ def _command() -> str:
 
 
 def wandb_mode(cfg: Config) -> str:
-    """auto, online or offline. Raises `UserError` where it is off."""
+    """Choose auto, online or offline. Raises `UserError` where W&B is off."""
     mode = os.environ.get("WANDB_MODE") or "auto" if cfg.tracking.wandb == "auto" else cfg.tracking.wandb
     require(
         mode not in ("off", "disabled"), f"--wandb: tracking.wandb is {mode}; give --tracking.wandb offline or online"
@@ -293,8 +293,8 @@ def wandb_mode(cfg: Config) -> str:
 
 
 def log_to_wandb(turns: pd.DataFrame, cfg: Config, out: Path) -> None:
-    """The medians as one row of a W&B run of its own, whose files lie in `out`. Raises `UserError`."""
-    from trainer.tracking.wandb_sink import WandbSink  # here, for its import takes up to two seconds
+    """Log the medians as one row of a W&B run of its own, whose files lie in `out`. Raises `UserError`."""
+    from trainer.tracking.wandb_sink import WandbSink  # imported here: it takes up to two seconds
 
     out.mkdir(parents=True, exist_ok=True)
     sink = WandbSink(

@@ -111,7 +111,7 @@ def _sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How sums round, besides a run's options: where it is the same, the same steps give the same bits."""
+    """Rounding of sums, besides a run's options: where it is the same, the same steps give the same bits."""
 
     precision: str
     """Precision of forward and backward pass: fp32, bf16 or fp16."""
@@ -139,7 +139,7 @@ class Progress:
     """Optimizer steps so far."""
     cursor: Cursor = field(default_factory=Cursor)
     sums: list[float] = field(default_factory=list)
-    """What the epoch has added up so far, over all ranks (see `engine.base.StepSums`)."""
+    """Sums of the epoch so far, over all ranks (see `engine.base.StepSums`)."""
     train_s: float = 0.0
     """Seconds of training so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0

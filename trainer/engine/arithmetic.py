@@ -1,4 +1,4 @@
-"""Precision and threads of a run: a resumed one keeps them, for they decide how sums round, or says that it does not."""
+"""Precision and threads of a run. They decide how sums round, so a resumed run keeps them, or says that it does not."""
 
 from dataclasses import replace
 
@@ -9,15 +9,19 @@ from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.precision import processor, resolve_precision
 
-_ORDER: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # what comes first, every processor computes
+_ORDER: tuple[Precision, ...] = (
+    "fp32",
+    "fp16",
+    "bf16",
+)  # every processor computes in the first; in the later ones fewer do
 
 
 def choose_arithmetic(
     cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None
 ) -> tuple[EngineConfig, Arithmetic, list[str]]:
-    """What this run computes in, where it was `before`: the options as resolved, what they stand for, lines for the user.
+    """Choose this run's arithmetic after `before`: the options as resolved, what they stand for, lines for the user.
 
-    An option that is given decides. Otherwise a run resumed on CPUs keeps fp32, for bf16 would be slow on some, and at the
+    A given option decides. Otherwise a run resumed on CPUs keeps fp32, as bf16 would be slow on some, and at the
     same number of processes its threads. Collective.
     """
     lines = []
@@ -35,7 +39,7 @@ def choose_arithmetic(
 
 
 def _precision(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> Precision:
-    """The same on all ranks: where their processors differ, what all of them are good at."""
+    """Choose the same on all ranks: where their processors differ, what all of them are good at."""
     own = resolve_precision(cfg.precision, ctx.device)
     if cfg.precision == "auto" and before and before.precision == "fp32" and ctx.device.type == "cpu":
         own = "fp32"
@@ -43,7 +47,7 @@ def _precision(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -
 
 
 def _threads(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> list[int]:
-    """Those of each rank."""
+    """Threads of each rank."""
     if ctx.device.type != "cpu":
         return [0] * ctx.world
     if cfg.threads is None and before and len(before.threads) == ctx.world and min(before.threads) > 0:

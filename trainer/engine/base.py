@@ -11,7 +11,7 @@ from trainer.checkpoint.store import StateWriter
 
 
 class StepSums(NamedTuple):
-    """What `Engine.step` adds up over the images of an update, in this order, and the norm of its gradient."""
+    """Sums over the images of an optimizer step, in this order, and the norm of its gradient."""
 
     loss: float
     top1: float
@@ -26,11 +26,11 @@ class StepSums(NamedTuple):
 
 class Engine(Protocol):
     module: nn.Module
-    """The network in training, unwrapped: its keys never say "module." or "_orig_mod."."""
+    """Network in training, unwrapped: its keys never contain "module." or "_orig_mod."."""
 
     @property
     def predict(self) -> Callable[[Tensor], Tensor]:
-        """Logits [B, classes] float32 of images [B, 3, H, W] uint8, by the averaged weights where there are any."""
+        """Compute logits [B, classes] float32 of images [B, 3, H, W] uint8, by the averaged weights if there are any."""
         ...
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
@@ -42,13 +42,13 @@ class Engine(Protocol):
         ...
 
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:
-        """Weights and training state as they are now: a function that writes this rank's files of them into a folder.
+        """Capture weights and training state: returns a function that writes this rank's files of them into a folder.
 
-        Collective; the function is not, and may be called in another thread while training goes on, but no more once
-        there is a newer snapshot. What it raises is OSError.
+        Collective; the function is not, and may be called in another thread while training goes on, until the next capture.
+        It raises OSError.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where the snapshot in `folder` was taken. Collective."""
+        """Continue exactly from the state in `folder`. Collective."""
         ...

@@ -8,7 +8,7 @@ from trainer.optim.optimizer import state_share
 
 
 def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compression, world: int) -> int:
-    """About what a checkpoint of `module` takes on disk, the files of all ranks together."""
+    """Estimate the size of a checkpoint of `module` on disk, the files of all ranks together."""
     state = sum(tensor.nbytes for tensor in module.state_dict().values())
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     errors = world if compression == "powersgd" else 0

@@ -1,4 +1,4 @@
-"""Networks compiled by torch.compile, where that is asked for and can be had."""
+"""Networks compiled by torch.compile, where it is asked for and available."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from trainer.engine.config import EngineConfig
 
 
 def check_device(cfg: EngineConfig, device: torch.device) -> None:
-    """Make sure that an engine can work on `device` as it is told. Raises `UserError`."""
+    """Check that an engine can work on `device` with these options. Raises `UserError`."""
     require(
         not cfg.sync_bn or device.type == "cuda",
         "engine.sync_bn: torch has it for GPUs only, and there is none here; leave it out",
@@ -26,10 +26,10 @@ def check_device(cfg: EngineConfig, device: torch.device) -> None:
 
 
 def compiled(module: nn.Module, cfg: EngineConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`module`, or it compiled for each shape of images that it meets. Raises `UserError` without a compiler."""
+    """Return `module`, compiled for each shape of images if so asked. Raises `UserError` without a compiler."""
     check_device(cfg, device)
     if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
         return module
-    # Each resolution in training and in evaluation is a shape of its own, and more of them than torch expects is no error.
+    # Each resolution in training and in evaluation is a shape of its own; more of them than torch expects is no error.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     return torch.compile(module, dynamic=False, mode=cfg.compile_mode)

@@ -1,4 +1,4 @@
-"""Where torch.compile keeps what it makes, for a restart: a folder that nobody else can write to, for what is in it is run."""
+"""Cache of torch.compile for restarts: a folder that nobody else can write to, because its contents are run."""
 
 import os
 import stat
@@ -16,20 +16,20 @@ _ELF_HEADER = 64  # bytes
 
 
 def keep_compiled(cfg: EngineConfig, ctx: DistContext) -> None:
-    """Have what torch.compile makes kept where a restarted run finds it. To be called before anything is compiled. Collective.
+    """Keep what torch.compile makes where a restarted run finds it. To be called before anything is compiled. Collective.
 
     Raises `UserError` where somebody else could have put code there.
     """
     if cfg.compile == "off" or (cfg.compile == "auto" and ctx.device.type != "cuda"):
         return
     os.environ[VARIABLE] = str(ctx.raise_together(lambda: _cache(cfg)))
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one a node: it may be a disk of its own
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process a node: the cache may lie on a disk of its own
         drop_damaged(Path(os.environ[VARIABLE]))
     ctx.barrier()
 
 
 def _cache(cfg: EngineConfig) -> Path:
-    """The folder, made if it is not there. Raises `UserError`."""
+    """Return the folder, made if it does not exist. Raises `UserError`."""
     try:
         folder = Path(cfg.compile_cache) if cfg.compile_cache else cache_root() / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def _cache(cfg: EngineConfig) -> Path:
             raise UserError(
                 f"engine.compile_cache: {cfg.compile_cache} cannot be made; give a folder that you may write to"
             ) from None
-        return Path(tempfile.mkdtemp(prefix="sluice-compiled-"))  # without a place of its own, for this time alone
+        return Path(tempfile.mkdtemp(prefix="sluice-compiled-"))  # no place of its own: a folder for this run alone
     root = 0
     untrusted = why_untrusted(folder, root)
     if not untrusted and folder.stat().st_mode & stat.S_IWGRP:
@@ -59,11 +59,11 @@ def drop_damaged(cache: Path) -> None:
             if not _is_whole(library):
                 library.unlink()
         except OSError:
-            continue  # another process has removed it, or it is somebody else's to mend
+            continue  # another process has removed it, or it belongs to somebody else
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether an ELF file reaches to the end of its table of sections, which compilers write last."""
+    """Return True where an ELF file reaches to the end of its table of sections, which compilers write last."""
     with library.open("rb") as file:
         header = file.read(_ELF_HEADER)
     if len(header) < _ELF_HEADER or header[:4] != b"\x7fELF":

@@ -1,4 +1,4 @@
-"""Options of the engine. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+"""Options of the engine. No torch is imported here: a mistake in them is reported before anything heavy is loaded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,39 +10,39 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
 ELEMENTWISE = ("sgd", "adamw")
-"""Optimisers that update each weight by itself, and so may be given any part of all weights laid end to end."""
+"""Optimisers that change each weight by itself, so that they work on any part of all weights laid end to end."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an update is computed."""
+    """Options of how an optimizer step is computed."""
 
     name: Literal["ddp", "deepspeed"] = "ddp"
-    """Data parallelism: ddp is torch's DistributedDataParallel, deepspeed divides among the ranks what zero_stage says."""
+    """Data parallelism: ddp is torch's DistributedDataParallel; deepspeed divides what zero_stage says among the ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What deepspeed leaves each rank a part of: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights
-    too. The higher, the less memory."""
+    """State that deepspeed divides among the ranks: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the weights
+    too. A higher stage takes less memory."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
     on a GPU and fp32 on a CPU; a resumed run keeps its own."""
     threads: int | None = None
-    """Threads that compute on each process's CPU. If not given its share of the cores, and in a resumed run what it had, for
-    another number rounds otherwise."""
+    """Threads that compute on each process's CPU. If not given, its share of the cores; in a resumed run the same as before,
+    because another number rounds in another way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
     C++ compiler."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """What the compiler strives for, as torch.compile has it; the two others take longer to compile."""
+    """Goal of the compiler, as in torch.compile; the two others take longer to compile."""
     compile_cache: str | None = None
-    """Folder of what was compiled, for runs to share: yours, and writable by nobody else, for what is in it is run. If not
+    """Folder of compiled code, for runs to share: yours, and writable by nobody else, because its contents are run. If not
     given, compiled/ in Sluice's cache."""
     compression: Compression = "none"
-    """What DDP sends of the gradients: bf16 and fp16 half the bytes, powersgd (Vogels et al. 2019) two thin factors of each
-    weight's, after 100 updates of whole ones. For slow networks; each changes the weights a little."""
+    """Form in which DDP sends gradients: bf16 and fp16 take half the bytes; powersgd (Vogels et al. 2019) sends two thin
+    factors of each weight's, after 100 optimizer steps of whole ones. For slow networks; each changes the weights a little."""
     sync_bn: bool = False
     """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
     fit_memory: bool = False
-    """Cut micro-batches into the fewest pieces that memory holds, as a trial before the first update shows. Batch
+    """Cut micro-batches into the fewest pieces that fit into memory, found by a trial before the first optimizer step. Batch
     normalisation then sees one piece at a time. For ddp."""
 
     def __post_init__(self) -> None:

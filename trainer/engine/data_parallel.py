@@ -1,4 +1,4 @@
-"""What the engines have in common: an optimizer step over micro-batches, and the files of weights and training state."""
+"""Common part of the engines: an optimizer step over micro-batches, and the files of weights and training state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class DataParallel(ABC):
         self.module = module.to(ctx.device).to(memory_format=torch.channels_last)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
         self.eval_model = self.ema.module if self.ema else self.module
-        """What evaluation and the saved weights are about."""
+        """Network that is evaluated and saved."""
         self.autocast = Autocast(cfg.precision, ctx.device)
         self.early_statistics = EarlyStatistics(self.module)
         self.updates = 0
@@ -68,7 +68,7 @@ class DataParallel(ABC):
         self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
     def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
-        """What each has a forward and a backward pass of its own."""
+        """Parts of a batch that each have a forward and a backward pass of their own."""
         return micro_batches
 
     @abstractmethod

@@ -119,7 +119,7 @@ class DdpEngine(DataParallel):
         self.scaler.scale(loss).backward()
 
     def _average_gradients(self) -> None:
-        """What DDP does with its buckets, for the few gradients that there are."""
+        """Average as DDP does with its buckets, for the few gradients that are not frozen."""
         for parameter in self.trained:
             if parameter.grad is not None:
                 self.ctx.sum(parameter.grad).div_(self.ctx.world)
@@ -138,7 +138,7 @@ class DdpEngine(DataParallel):
         return norm
 
     def _fits(self, rows: int, size_px: int) -> bool:
-        """Whether every rank has memory for both passes over so many images, beside what the optimiser will keep."""
+        """Return True where every rank has memory for both passes over so many images, beside what the optimiser will keep."""
         failed = torch.zeros(1, device=self.ctx.device)
         statistics = [buffer.clone() for buffer in self.module.buffers()]
         try:
@@ -170,7 +170,7 @@ class DdpEngine(DataParallel):
 
 
 def _cut(batch: Batch, pieces: int) -> list[Batch]:
-    """The rows of a batch in so many pieces, or fewer where there are not as many rows."""
+    """Cut the rows of a batch into so many pieces, or fewer where it has fewer rows."""
     if pieces == 1:
         return [batch]
     images, labels = batch.images.chunk(pieces), batch.labels.chunk(pieces)

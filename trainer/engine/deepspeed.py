@@ -35,7 +35,7 @@ _FIRST_SCALE, _CLEAN_UPDATES = 2.0**16, 2000  # as torch's GradScaler
 
 
 class DeepSpeedEngine(DataParallel):
-    """Data parallelism by DeepSpeed; what each rank holds a part of only is chosen by `zero_stage`.
+    """Data parallelism by DeepSpeed; `zero_stage` chooses what is divided among the ranks.
 
     0: nothing; 1: the optimiser's state; 2: the gradients too; 3: the weights too (Rajbhandari et al. 2020, "ZeRO",
     arXiv 1910.02054, section 5). Weights stay fp32. Where gradients are not finite, stages 1 to 3 leave the update out in
@@ -101,8 +101,8 @@ class DeepSpeedEngine(DataParallel):
     def _options(self) -> dict[str, Any]:
         """DeepSpeed's configuration. Precision, learning rate and accumulation are ours to handle."""
         return {
-            "train_micro_batch_size_per_gpu": 1,  # asked for, and of no effect: the loader shares the images out
-            "gradient_clipping": self.optim.clip_norm if self.stage > 0 else 0.0,  # not given, it is 1
+            "train_micro_batch_size_per_gpu": 1,  # required but without effect: the loader shares the images out
+            "gradient_clipping": self.optim.clip_norm if self.stage > 0 else 0.0,  # without it DeepSpeed clips at 1
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self.stage,
@@ -135,7 +135,7 @@ class DeepSpeedEngine(DataParallel):
         return norm
 
     def _update_whole(self) -> tuple[Tensor, bool]:
-        """What ZeRO does of itself, where it is not in use: the gradient's norm, and whether the update was left out."""
+        """Do as ZeRO does, where it is not in use: returns the gradient's norm, and True where the step was left out."""
         parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.scale != 1:
@@ -160,7 +160,7 @@ class DeepSpeedEngine(DataParallel):
 
     @property
     def _shards(self) -> list[Tensor]:
-        """What the optimiser updates on this rank: its part of all weights, or each of the weights."""
+        """Tensors that the optimiser changes on this rank: its part of all weights, or each of the weights."""
         match self.stage:
             case 0:
                 return [weights for group in self.optimizer.param_groups for weights in group["params"]]
@@ -220,10 +220,10 @@ def _import_deepspeed(ctx: DistContext) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     if ctx.device.type == "cpu":
-        # Or else it compiles, for half a minute, an all-reduce that only its inference uses.
+        # Otherwise it compiles, for half a minute, an all-reduce that only its inference uses.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     if not dist.is_initialized():
         backend = "nccl" if ctx.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)  # and not before: DeepSpeed keeps it for the process
+        atexit.register(dist.destroy_process_group)  # not before: DeepSpeed keeps it for the process
     return deepspeed

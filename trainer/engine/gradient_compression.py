@@ -1,4 +1,4 @@
-"""What DDP sends of the gradients: all of them, or fewer bytes that stand for them."""
+"""Compression of the gradients that DDP sends: all bytes, or fewer that stand for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from trainer.distributed import DistContext
 from trainer.engine.config import Compression
 
 POWERSGD_RANK = 2
-POWERSGD_START = 100  # updates that send whole gradients first: the early ones matter most
+POWERSGD_START = 100  # steps that send whole gradients first: the early ones matter most
 
 
 def bucket_mb(how: Compression, device: torch.device) -> int | None:
@@ -27,7 +27,7 @@ def bucket_mb(how: Compression, device: torch.device) -> int | None:
 
 
 def compress(ddp_model: DistributedDataParallel, how: Compression) -> PowerSGDState | None:
-    """Have `replica` send its gradients so from now on; what PowerSGD remembers between updates, if it is that.
+    """Make `ddp_model` send its gradients in this way; returns PowerSGD's memory between steps, if it is PowerSGD.
 
     PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends two thin factors of each weight's gradient and adds what they
     miss to the next one.
@@ -48,14 +48,14 @@ _TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by number of the 
 
 
 def packed(state: PowerSGDState, ctx: DistContext, copy: HostCopy) -> dict[str, Callable[[], Content]]:
-    """This rank's memory of PowerSGD, copied, as a file by name; each rank has its own."""
+    """Copy this rank's memory of PowerSGD, as a file by name; each rank has its own."""
     tensors = {name: dict(getattr(state, name)) for name in _TENSORS}
     copied = copy.of({"world": ctx.world, "iter": state.iter, **tensors}, "powersgd")
     return {_name(ctx): lambda: packed_state(copied)}
 
 
 def load(state: PowerSGDState, folder: Path, ctx: DistContext) -> None:
-    """Continue where `packed` was called; afresh where the run had another number of ranks or no PowerSGD."""
+    """Continue from what `packed` copied; afresh where the run had another number of ranks or no PowerSGD."""
     file = folder / _name(ctx)
     saved = load_state(file, ctx.device) if file.exists() else {}
     if saved.get("world") != ctx.world:

@@ -1,4 +1,4 @@
-"""The loss that training minimises, and what is counted beside it."""
+"""Training loss, and counts of right answers beside it."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from data_pipeline.loader import IGNORE_LABEL, Batch
 from trainer.optim.config import OptimConfig
 
 PRESENT = 0.2
-"""Share of a mixed image above which the binary loss takes its class to be there; that of timm's recipes with this loss."""
+"""Share of a mixed image above which the binary loss takes its class to be there, as in timm's recipes with this loss."""
 
 
 def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
-    """Sum of `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7)."""
+    """Sum `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7)."""
     targets = batch.labels if batch.targets is None else batch.targets
     smoothing = optim.label_smoothing
     if optim.loss == "cross_entropy":
@@ -30,7 +30,7 @@ def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
 
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """[4] float64 sums over the counted rows: loss, top-1 hits, top-5 hits, rows. `logits` [B, classes], `labels` [B]."""
+    """Sum loss, top-1 hits, top-5 hits, rows over the counted rows: [4] float64. `logits` [B, classes], `labels` [B]."""
     counted = labels != IGNORE_LABEL
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels[:, None]) & counted[:, None]

@@ -17,12 +17,12 @@ class Autocast:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Of products beside those passes that bear a short mantissa, but not a short exponent."""
+        """Precision of products beside those passes that tolerate a short mantissa, but not a short exponent."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 def processor(device: torch.device) -> str:
-    """What computes, as far as it decides how sums round: the GPU, or the CPU's instructions."""
+    """Name the hardware that decides how sums round: the GPU, or the CPU's instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
@@ -30,10 +30,10 @@ def processor(device: torch.device) -> str:
 
 
 def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
-    """What `auto` means here: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
+    """Resolve `auto`: bf16 where the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
 
     Of CPUs those with AMX do: ResNet-18 at 128 px trains 2.4 times as fast as in fp32. One without any instructions for it is
-    eighteen times slower (a Zen 3). The answer rests on what the hardware is, not on a trial, for a resumed run must get the
+    eighteen times slower (a Zen 3). The answer depends on the hardware, not on a trial, because a resumed run must get the
     same.
     """
     if wanted != "auto":

@@ -1,4 +1,4 @@
-"""Options of the network. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+"""Options of the network. No torch is imported here: a mistake in them is reported before anything heavy is loaded."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Shortcut = Literal["conv", "pool"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network is trained."""
+    """Architecture of the network, and its start."""
 
     name: ModelName = "resnet18"
     """Architecture; the number is its depth in weighted layers."""
@@ -22,13 +22,13 @@ class ModelConfig:
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
 
     stem: Stem = "conv"
-    """How an image becomes a map of a quarter of its side: conv, as torchvision has it, by a 7x7 convolution and a maximum;
-    patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2),
-    which takes less time."""
+    """First layers, which make a map of a quarter of the image's side: conv, as in torchvision, by a 7x7 convolution and a
+    maximum; patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section
+    2.2), which takes less time."""
 
     whiten: bool = False
     """Start the stem's filters from the principal components of patches of training images (Jordan 2024, arXiv 2404.00498,
-    section 3.2) in place of random numbers."""
+    section 3.2) instead of random numbers."""
 
     width: float = 1.0
     """Factor of the channels in all stages (Zagoruyko and Komodakis 2016, arXiv 1605.07146), to the next multiple of 8."""
@@ -41,8 +41,8 @@ class ModelConfig:
     """Weight of the newest batch in the running statistics of batch normalisation, above 0 and at most 1."""
 
     shortcut: Shortcut = "conv"
-    """How a shortcut halves the image: conv, as torchvision has it, looks at one of four positions; pool averages them
-    first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in as much time."""
+    """Way in which a shortcut halves the image: conv, as in torchvision, looks at one of four positions; pool averages them
+    first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in the same time."""
 
     weights: str | None = None
     """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
@@ -50,13 +50,13 @@ class ModelConfig:
     for other classes is left out."""
 
     freeze_until: int = 0
-    """Epochs in which only the head is trained; the weights and running statistics of the rest stay as they are."""
+    """Epochs in which only the head is trained; weights and running statistics of the rest stay unchanged."""
 
     head_only: bool = False
     """Train the head alone in all epochs."""
 
     freeze_bn: bool = False
-    """Keep batch normalisation as it is, the running statistics that it then normalises with as well as gamma and beta."""
+    """Keep batch normalisation unchanged: gamma, beta and the running statistics, with which it then normalises."""
 
     def __post_init__(self) -> None:
         require(
@@ -97,5 +97,5 @@ class ModelConfig:
 
 
 def is_torchvision(weights: str) -> bool:
-    """Whether weights are given by torchvision's name for them."""
+    """Return True for a name of weights from torchvision."""
     return re.fullmatch(r"ResNet\d+_Weights\.\w+", weights) is not None

@@ -11,7 +11,7 @@ MANY = 8  # images for each position of an output: with fewer, writing the matri
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d with an odd kernel, half of it as padding, and no bias: the same up to rounding, only faster.
+    """nn.Conv2d with an odd kernel, half of it as padding, and no bias: the same up to rounding, but faster.
 
     oneDNN divides a convolution by positions, of which the last stages of a ResNet leave few: at 2 x 2 it reaches a tenth
     of the speed that it has at 16 x 16, in the gradient of the weights less still. There, a training CPU has one matrix
@@ -35,7 +35,7 @@ class Convolution(nn.Conv2d):
 
 
 class _Whole(torch.autograd.Function):
-    """[H * W * outputs, H * W * inputs] of weights [outputs,size,size,inputs]: what maps images [H,W,inputs] to theirs."""
+    """[H * W * outputs, H * W * inputs] of weights [outputs,size,size,inputs]: the matrix that maps whole images [H,W,inputs]."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, height: int, width: int) -> Tensor:
@@ -62,7 +62,7 @@ def _taps_of_positions(weight: Tensor, height: int, width: int) -> list[Tensor]:
 
 
 class _Windows(torch.autograd.Function):
-    """[B * positions, size * size * C]: what each output position sees of pixels [B,H,W,C]."""
+    """[B * positions, size * size * C]: the window of pixels [B,H,W,C] at each output position."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, size: int, stride: int) -> Tensor:
@@ -82,7 +82,7 @@ class _Windows(torch.autograd.Function):
 
 
 def _taps(padded: Tensor, size: int, stride: int) -> list[Tensor]:
-    """Views [B,height,width,C] of pixels: what each of the kernel's weights meets at the output positions."""
+    """Views [B,height,width,C] of pixels: those that each of the kernel's weights meets at the output positions."""
     height, width = (_positions(side - size // 2 * 2, stride) for side in padded.shape[1:3])
     return [
         padded[:, top : top + stride * (height - 1) + 1 : stride, left : left + stride * (width - 1) + 1 : stride]
@@ -92,5 +92,5 @@ def _taps(padded: Tensor, size: int, stride: int) -> list[Tensor]:
 
 
 def _positions(side: int, stride: int) -> int:
-    """Outputs along a side of an image, padded by half of an odd kernel."""
+    """Count the outputs along a side of an image, padded by half of an odd kernel."""
     return (side - 1) // stride + 1

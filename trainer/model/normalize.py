@@ -1,4 +1,4 @@
-"""Pixels to what a network takes."""
+"""Normalisation of pixels for a network."""
 
 import torch
 from torch import Tensor, nn

@@ -23,9 +23,12 @@ from trainer.model.running_stats import keep_statistics
 from trainer.model.weight_files import State, few, read_network
 
 PREPROCESSING = ("mean", "std", "eval_crop")
-"""Options of `data` that weights bring with them, as far as they are known."""
+"""Options of `data` that weights bring with them, where known."""
 
-_CONSTANT = ("num_batches_tracked", f".{BLUR}")  # what files may lack: old ones all, and those of plain networks
+_CONSTANT = (
+    "num_batches_tracked",
+    f".{BLUR}",
+)  # entries that files may lack: old ones all, and those of plain networks
 _SHAPING = ("name", "stem", "width", "blur", "shortcut")  # options by which networks differ in what they hold
 
 
@@ -42,7 +45,7 @@ def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str],
 
 
 def preprocessing(weights: str) -> dict[str, Any]:
-    """Mean, deviation and crop of validation images that weights were trained for, as far as known, by option of `data`.
+    """Read mean, deviation and crop of validation images that weights were trained for, where known, by option of `data`.
 
     torchvision's enum tells, and so does a run folder. Raises `UserError`.
     """
@@ -55,7 +58,7 @@ def preprocessing(weights: str) -> dict[str, Any]:
 
 
 def _options_of_run(path: Path, section: str) -> dict[str, Any]:
-    """A section of the options of the run that a path belongs to: its folder, or that of a checkpoint in it."""
+    """Read a section of the options of the run that a path belongs to: its folder, or that of a checkpoint in it."""
     saved = next((file for run in (path, *path.parents[1:2]) if (file := run / "config.yaml").is_file()), None)
     if saved is None or not path.is_dir():
         return {}
@@ -94,7 +97,7 @@ def _without_head(state: State) -> State:
 
 
 def _remedy(body: State, cfg: ModelConfig) -> str | None:
-    """Which options to set for a network that weights without a head fit; None where there is none."""
+    """Suggest options for a network that fits weights without their head; None where there are none."""
     widths = {cfg.width, *(len(norm) / 64 for name, norm in body.items() if name == "bn1.weight")}
     names = [name for name in ARCHITECTURES if _blocks(_body_of(ModelConfig(name))) == _blocks(body)]
     choices = product(names, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut))
@@ -115,13 +118,13 @@ def _blocks(state: State) -> set[str]:
 
 
 def _body_of(cfg: ModelConfig) -> State:
-    """What such a network holds beside its head, without memory."""
+    """Shapes of such a network's body, without memory."""
     with torch.device("meta"):
         return _without_head(build_resnet(cfg, 1).state_dict())
 
 
 def _faults(state: State, wanted: State) -> list[str]:
-    """How `state` differs from what is wanted, in words."""
+    """Describe how `state` differs from `wanted`, in words."""
     shapes = [
         f"{name} is {list(state[name].shape)} and not {list(wanted[name].shape)}"
         for name in wanted
@@ -136,7 +139,7 @@ def _faults(state: State, wanted: State) -> list[str]:
 
 
 def _read(weights: str) -> tuple[State, list[str], list[str] | None]:
-    """Tensors by their names in our networks, names of those left out, and the classes of the head where they are known."""
+    """Read tensors by their names in our networks, names of those left out, and the classes of the head where known."""
     if is_torchvision(weights):
         return _download(weights), [], None
     path = Path(weights)
@@ -156,7 +159,7 @@ def _read(weights: str) -> tuple[State, list[str], list[str] | None]:
 
 
 def _torchvision(name: str) -> Any:
-    """torchvision's entry of that name. Raises `UserError`."""
+    """Look up torchvision's entry of that name. Raises `UserError`."""
     from torchvision import models  # type: ignore[import-untyped] # here, for it takes a second
 
     try:
@@ -167,7 +170,7 @@ def _torchvision(name: str) -> Any:
 
 
 def _download(name: str) -> State:
-    """torchvision's weights, kept where TORCH_HOME says and fetched if they are not there. Raises `UserError`."""
+    """Load torchvision's weights, from TORCH_HOME or downloaded if they are not there. Raises `UserError`."""
     entry = _torchvision(name)
     try:
         state: State = entry.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)

@@ -30,7 +30,7 @@ BLUR = "blur"
 
 
 def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
-    """The first option, with its value, by which a network is none of torchvision's."""
+    """Name the first option, with its value, by which a network is none of torchvision's."""
     plain = ModelConfig()
     options = (name for name in ("stem", "width", "blur", "shortcut") if getattr(cfg, name) != getattr(plain, name))
     return next((f"model.{name} {getattr(cfg, name)}" for name in options), None)
@@ -39,7 +39,7 @@ def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
 class BlurredConvolution(Convolution):
     """A convolution of the image blurred by [1 2 1] along both sides, with zeros beyond its edges.
 
-    The filter is constant, and yet saved: weights without it would load strictly into a plain network, and mean another.
+    The filter is constant, but saved: weights without it would load strictly into a plain network, and give wrong results.
     """
 
     blur: Tensor
@@ -178,7 +178,7 @@ class ResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
+        """Compute logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
         x = rectify(self.pool(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
@@ -186,7 +186,7 @@ class ResNet(nn.Module):
 
 
 def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
-    """A freshly initialised network; its weights are drawn from torch's global generator.
+    """Build a freshly initialised network; its weights are drawn from torch's global generator.
 
     Convolutions: normal, fan out (He et al. 2015, arXiv 1502.01852). Batch norm: gamma 1, beta 0. Classifier: torch's
     default for a linear layer.
@@ -201,9 +201,9 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
 
 
 def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
-    """Freeze what `cfg` keeps as it is of a `ResNet` in `epoch`, counted from 0, and nothing else.
+    """Freeze the parts of a `ResNet` that `cfg` keeps unchanged in `epoch`, counted from 0, and nothing else.
 
-    What is frozen has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
+    A frozen parameter has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
     """
     only_head = cfg.head_only or epoch < cfg.freeze_until
     for name, module in network.named_modules():
@@ -214,6 +214,6 @@ def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
 
 
 def stage_of(name: str) -> int:
-    """Where a parameter lies, counted from the images: 0 the stem, 1 to 4 the stages, HEAD_STAGE the head."""
+    """Place of a parameter, counted from the images: 0 the stem, 1 to 4 the stages, HEAD_STAGE the head."""
     child = name.partition(".")[0]
     return HEAD_STAGE if child == HEAD else int(child[-1]) if child.startswith("layer") else 0

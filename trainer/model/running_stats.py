@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation that keep up with the first updates."""
+"""Running statistics of batch normalisation that keep up with the first optimizer steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ NEWEST = 20
 
 
 class EarlyStatistics:
-    """Has running statistics follow the weights while these move fast, and forget where they began.
+    """Makes running statistics follow the weights while these move fast, and forget their start.
 
     torch's begin at mean 0 and variance 1 and move by one momentum m for ever. After a few dozen updates they describe weights
     of long ago, and validation is of a network that never was. Here batch n has the weight max(20 / (n + 19), m): all at first,
@@ -32,16 +32,16 @@ class EarlyStatistics:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._batches: int | None = None  # that the norms have seen; known here, as to ask is to wait for the device
+        self._batches: int | None = None  # seen by the norms; kept here, as reading it would wait for the device
         self._done = False
 
     def restart(self) -> None:
-        """Look at the module's statistics anew, as others have been loaded."""
+        """Read the module's statistics anew, as others have been loaded."""
         self._batches, self._done = None, False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Around one forward pass in training and its backward pass."""
+        """Wrap one forward pass in training and its backward pass."""
         norms = [] if self._done else [norm for norm in _norms(self._module) if norm.training]
         if not norms:
             yield

@@ -1,4 +1,4 @@
-"""Weights in files of other programs: a residual network among whatever else they hold."""
+"""Read the residual network in files of other programs, among anything else that they hold."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ from trainer.model.resnet import HEAD
 State = dict[str, Tensor]
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module", "state")
-_NESTED = 4  # wrappers in each other, and no more: a file may hold itself
+_NESTED = 4  # wrappers in each other, and no more: a file may contain itself
 _MARK = "layer1.0.conv1.weight"  # which each residual network has once
 _AVERAGED = "n_averaged"  # a count beside the network in torch's AveragedModel
 _LISTED = 3  # names in a message
@@ -33,11 +33,11 @@ _HARMLESS = (
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdSU"),  # and not O, whose elements are anything
     *((value, f"numpy.{core}.multiarray.{name}") for name, value in _NUMPY.items() for core in ("core", "_core")),
 )
-"""What trainers save beside their weights, and what does nothing when it is read."""
+"""Classes that trainers save beside their weights, and that do nothing when they are read."""
 
 
 def read_network(path: Path) -> tuple[State, list[str]]:
-    """Tensors of the residual network in a file, by their names in ours, and the names of those beside it.
+    """Read the tensors of the residual network in a file, by their names in ours, and the names of the others.
 
     Raises `UserError`, OSError and SafetensorError.
     """
@@ -45,19 +45,19 @@ def read_network(path: Path) -> tuple[State, list[str]]:
 
 
 def few(names: list[str]) -> str:
-    """The first names of a list, for a message."""
+    """List the first names, for a message."""
     return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))
 
 
 def _open(path: Path) -> object:
-    """What a file holds. A pickle may hold tensors, containers and what is _HARMLESS, and nothing that runs."""
+    """Read a file. A pickle may hold tensors, containers and what is _HARMLESS, and nothing that runs."""
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
         return unpickled(path, torch.device("cpu"), *_HARMLESS)
     except OSError:
         raise
-    except Exception as error:  # what is not a pickle may look like any
+    except Exception as error:  # a file that is no pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = (
             f"holds {refused[1]}, which" if refused else "is no PyTorch file of tensors alone, and what else it holds"
@@ -68,7 +68,7 @@ def _open(path: Path) -> object:
 
 
 def _state_dict(content: object, path: Path) -> State:
-    """The tensors by name in what was read, wrappers taken off: an average rather than what it is of."""
+    """Find the tensors by name, without wrappers; an average is preferred to the weights that it averages."""
     for _ in range(_NESTED):
         inside = content if isinstance(content, Mapping) else {}
         content = next((inside[name] for name in _WRAPPERS if isinstance(inside.get(name), Mapping)), content)
@@ -79,7 +79,7 @@ def _state_dict(content: object, path: Path) -> State:
 
 
 def _network(tensors: State, path: Path) -> tuple[State, list[str]]:
-    """The residual network among tensors under its own names, whatever stands before them, and names of all that is beside it.
+    """Find the residual network among tensors under its own names, whatever prefix they have, and the names of all others.
 
     The head may also be that of a module around the network, as MMPretrain has it.
     """

@@ -1,4 +1,4 @@
-"""A stem that begins with what its images vary in, in place of random filters."""
+"""Start of the stem from the principal directions of images, instead of random filters."""
 
 from dataclasses import replace
 
@@ -16,13 +16,13 @@ from trainer.model.resnet import ResNet
 
 IMAGES = 256
 FLOOR = 5e-4
-"""Least variance of a direction that is scaled to one, as a share of the largest: what varies less is noise."""
+"""Lowest variance of a direction that is scaled to one, as a share of the largest: a lower one is noise."""
 
 
 def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int, ctx: DistContext) -> None:
     """Start the stem of `network` from images of `catalog`, evenly spread over it, in squares of `size_px`.
 
-    Equal on every rank, without a word between them. Raises `UserError` where none of the images can be read.
+    The result is the same on every rank, without communication. Raises `UserError` where none of the images can be read.
     """
     rows = catalog.spread(IMAGES)
     here = replace(ctx, device=torch.device("cpu"), rank=0, world=1)
@@ -36,7 +36,7 @@ def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int
 
 @torch.no_grad()
 def set_filters(network: ResNet, images: Tensor) -> None:
-    """Let the stem's filters be the directions in which its patches of normalised images [N,3,H,W] vary most, and their
+    """Set the stem's filters to the directions in which its patches of normalised images [N,3,H,W] vary most, and their
     negatives, which the rectifier needs: each answers with variance one, and none like another.
 
     The whitening layer of Jordan 2024 (arXiv 2404.00498, section 3.2), which is of 2 x 2 px there and stays frozen; here

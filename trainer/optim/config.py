@@ -1,4 +1,4 @@
-"""Options of the optimiser. No torch is imported here: a mistake in them is told before anything heavy is loaded."""
+"""Options of the optimiser. No torch is imported here: a mistake in them is reported before anything heavy is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights are updated."""
+    """Options of the optimiser, its schedule and the loss."""
 
     name: OptimizerName = "sgd"
-    """Rule of the update: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for large batches LARS
+    """Optimiser: SGD with momentum, AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for large batches LARS
     (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) by timm, or Muon (Jordan et al. 2024),
     which leaves the head, norms and biases to AdamW."""
 
     lr: float = 0.05
-    """Peak learning rate, for the global batch as it stands; nothing scales it."""
+    """Peak learning rate, for the global batch as given; nothing scales it."""
 
     momentum: float = 0.9
     """Momentum of SGD, LARS and Muon, from 0 to below 1."""
@@ -58,23 +58,23 @@ class OptimConfig:
 
     layer_decay: float = 1.0
     """Factor of the learning rate from one stage of the network to the one before it, above 0 and at most 1: with 0.75 the
-    head has all of it, layer4 0.75, layer3 0.56 and the stem 0.24 (Bao et al. 2022, "BEiT", arXiv 2106.08254). 1 is off."""
+    head has the full rate, layer4 0.75, layer3 0.56 and the stem 0.24 (Bao et al. 2022, "BEiT", arXiv 2106.08254). 1 is off."""
 
     clip_norm: float = 0.0
     """Largest global L2 norm of the gradient; longer gradients are scaled down to it. 0 is off."""
 
     loss: Loss = "cross_entropy"
-    """What training minimises: cross-entropy, or for each class by itself the binary cross-entropy of whether it is there,
-    mixed in or not (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation has the first."""
+    """Loss of training: cross-entropy, or binary cross-entropy for each class, present or not, also in mixed images
+    (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy."""
 
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes, from 0 to below 1."""
 
     ema_decay: float = 0.0
-    """Decay per update of the exponential moving average of the weights, from 0 to below 1. 0 is off."""
+    """Decay per optimizer step of the exponential moving average of the weights, from 0 to below 1. 0 is off."""
 
     accumulate: int = 1
-    """Micro-batches per update."""
+    """Micro-batches per optimizer step."""
 
     def __post_init__(self) -> None:
         late = all(milestone >= self.warmup for milestone in self.milestones)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Of Jordan et al. 2024: singular values tend to between 0.7 and 1.2, the largest first."""
+"""Factors of Jordan et al. 2024: singular values tend to between 0.7 and 1.2, the largest first."""
 STEPS = 3
-"""Iterations. Language models have five; three were enough for the CIFAR-10 records of airbench, and cost less."""
+"""Iterations. Language models use five; three were enough for the CIFAR-10 records of airbench, and cost less."""
 RMS = 0.2
-"""Root mean square of an update, that of AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982)."""
+"""Root mean square of a step, equal to AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
         moved = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        # Weights lie in channels-last memory, and the order of a matrix's columns does not matter.
+        # Weights lie in channels-last memory; the order of a matrix's columns does not matter.
         last = moved.movedim(1, -1)
         update = orthogonal(last.flatten(1), self.dtype)
         scale = RMS * max(update.shape) ** 0.5
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """About U Vᵀ of a matrix U S Vᵀ [rows, columns], in `dtype`: Newton-Schulz iterations of the fifth order.
+    """Approximate U Vᵀ of a matrix U S Vᵀ [rows, columns], in `dtype`: Newton-Schulz iterations of the fifth order.
 
     Each multiplies X by a + b G + c G², where G = X Xᵀ. These factors are polynomials of the first G, so they are found and
     multiplied as squares of the shorter side, and meet X once (Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz"). Half

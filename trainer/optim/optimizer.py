@@ -1,6 +1,6 @@
 """The optimiser, its learning rate over time, and the average of the weights.
 
-Everything that changes during a run is a pure function of the number of the update, counted from 0: `lr_at` and
+Everything that changes during a run is a pure function of the number of the optimizer step, counted from 0: `lr_at` and
 `ema_decay_at`. A resumed run needs that number and no hidden counter.
 """
 
@@ -22,11 +22,11 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
-    """Learning rate of update `step` of `total_steps`, 0 <= step < total_steps; always above 0.
+    """Compute the learning rate of step `step` of `total_steps`, 0 <= step < total_steps; always above 0.
 
-    With warm-up over w updates (w = warmup * total_steps, rounded), update s < w has (s + 1) / w of the peak: the first
-    is above zero, and update w - 1 is the peak. From there the schedules fall towards zero at s = total_steps, one past
-    the last update. Without warm-up the peak is update 0.
+    With warm-up over w steps (w = warmup * total_steps, rounded), step s < w has (s + 1) / w of the peak: the first
+    is above zero, and step w - 1 is the peak. From there the schedules fall towards zero at s = total_steps, one past
+    the last step. Without warm-up the peak is step 0.
 
     onecycle is the plain triangle of FFCV's CIFAR-10 example: that of Smith 2018 (arXiv 1803.09820), but from and to
     zero, with no last phase below it and with constant momentum. step is as in He et al. 2015 (arXiv 1512.03385,
@@ -55,9 +55,9 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups in the order of `named_parameters`: weights with decay, then norms and biases (ndim <= 1) without.
+    """Make two groups in the order of `named_parameters`: weights with decay, then norms and biases (ndim <= 1) without.
 
-    With layer_decay below 1 two for each stage of a ResNet, from the stem on. A group's "scale" is its share of the
+    With layer_decay below 1, make two for each stage of a ResNet, from the stem on. A group's "scale" is its share of the
     learning rate (see `set_lr`): layer_decay to the power of the stages behind it, 1 for the head.
     """
     stages: dict[int, list[Tensor]] = {}
@@ -74,13 +74,13 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Let the next update have the learning rate `lr`, scaled in each of the groups of `parameter_groups`."""
+    """Set the learning rate `lr` of the next step, scaled in each of the groups of `parameter_groups`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)  # there is none in a checkpoint from before there were any
+        group["lr"] = lr * group.get("scale", 1.0)  # older checkpoints have no scale
 
 
 def muon_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """`parameter_groups`, divided into the matrices that Muon makes orthogonal and the rest: the head, norms and biases."""
+    """Divide `parameter_groups` into the matrices that Muon makes orthogonal and the rest: the head, norms and biases."""
     head = {id(parameter) for name, parameter in module.named_parameters() if stage_of(name) == HEAD_STAGE}
     return [
         {**group, "params": parameters, "orthogonal": orthogonal}
@@ -91,7 +91,7 @@ def muon_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0
 
 
 def build_optimizer(module: nn.Module, cfg: OptimConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
-    """The optimiser of a module's parameters; the caller gives each update its learning rate by `set_lr`.
+    """Build the optimiser of a module's parameters; the caller sets each step's learning rate by `set_lr`.
 
     SGD and AdamW update a parameter in one fused kernel: on a CPU ResNet-18's take half the time of "foreach". LARS and
     LAMB leave weights without decay (norms and biases) to the plain rule. Muon multiplies matrices in `dtype`.
@@ -117,7 +117,7 @@ def build_optimizer(module: nn.Module, cfg: OptimConfig, dtype: torch.dtype = to
 
 
 def _uncompiled(optimizer: type[Optimizer]) -> type[Optimizer]:
-    """The class without torch's wrappers, which keep compilers out of its methods: each would import `torch._dynamo`.
+    """Remove torch's wrappers, which keep compilers out of the class's methods: each would import `torch._dynamo`.
 
     That takes more than two seconds of a start. Nothing here compiles an optimiser.
     """
@@ -139,9 +139,9 @@ def state_share(cfg: OptimConfig) -> float:
 
 
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:
-    """Decay of the average at update `step`: it rises from 0.1 to ema_decay, so that early weights are soon forgotten.
+    """Compute the average's decay at step `step`: it rises from 0.1 to ema_decay, so that early weights are soon forgotten.
 
-    min(ema_decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it with `num_updates`.
+    min(ema_decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage with `num_updates`.
     """
     return min(cfg.ema_decay, (1 + step) / (10 + step))
 
@@ -159,7 +159,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move towards `module` as update `step`, counted from 0, has left it."""
+        """Move towards `module` as it is after step `step`, counted from 0."""
         averages, values = [], []
         for average, value in zip(_tensors(self.module), _tensors(module), strict=True):
             if average.is_floating_point():

@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
     @property
     def meaning(self) -> str:
-        """What had to be guessed of the sample, for people; nothing where its columns tell."""
+        """Guess about the sample, for people; empty where its columns are certain."""
         column = str(self.table.columns[1])
         if self.shows == "probability":
             return f"{column} is the probability of {printable(self.certain)}"
@@ -75,7 +75,7 @@ def read(file: Path, paths: list[str], classes: list[str], topk: int) -> Form:
 
 
 def _are_probabilities(values: set[str]) -> bool:
-    """Whether they are numbers from 0 to 1, at least one of them between."""
+    """Return True for numbers from 0 to 1, at least one of them between."""
     if not all(re.fullmatch(r"[01]|[01]?\.\d+", value, re.ASCII) for value in values):
         return False
     return any(0 < float(value) < 1 for value in values)

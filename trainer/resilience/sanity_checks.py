@@ -1,4 +1,4 @@
-"""What a run makes sure of: loss and weights are finite, weights the same on all ranks, and its images can be read."""
+"""Checks of a run: loss and weights are finite, weights are equal on all ranks, and its images can be read."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from data_pipeline.loader import Loader
 from trainer.distributed import DistContext
 
 STEPS_BACK = 3
-"""At most, with `run.on_nonfinite` back, until a checkpoint has further updates; else it is no single one that fails."""
+"""Most steps back with `run.on_nonfinite` back until a checkpoint has further steps: more mean that not one batch is to blame."""
 
 _OWN = ("running_mean", "running_var")  # statistics of batch normalisation, of each rank's own images
 
 
 class NonFinite(Exception):
-    """Raised on every rank: the update to `step` has made `what` infinite or NaN."""
+    """Raised on every rank: optimizer step `step` has made `what` infinite or NaN."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"the {what} of step {step} is not finite")
@@ -22,13 +22,13 @@ class NonFinite(Exception):
 
 
 def find_nonfinite(module: nn.Module, ctx: DistContext) -> str | None:
-    """The first weight or statistic of `module` that is infinite or NaN on any rank; None where all are finite.
+    """Find the first weight or statistic of `module` that is infinite or NaN on any rank; None where all are finite.
 
-    Collective. Raises `UserError` where what ought to be equal on all ranks is not: weights, where each rank has all of
-    them, but not the statistics of batch normalisation, which are each rank's own while it trains.
+    Collective. Raises `UserError` where weights that should be equal on all ranks are not, if each rank has all of
+    them. Statistics of batch normalisation may differ: they are each rank's own in training.
 
-    Sums tell both. Those of a tensor's bits, as integers, are its checksum; and a tensor is finite if the sum of its values
-    is, but for one beyond 1e38, and that one has exploded just as well.
+    Sums show both. The sum of a tensor's bits, as integers, is its checksum. A tensor is finite if the sum of its values
+    is; a value beyond 1e38 can make the sum infinite, but such a value has exploded as well.
     """
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.numel()}
     equal = [name for name in tensors if not name.endswith(_OWN)]
@@ -46,9 +46,9 @@ def find_nonfinite(module: nn.Module, ctx: DistContext) -> str | None:
 
 
 def differing(checksums: Tensor, names: list[str]) -> tuple[str | None, list[int]]:
-    """The first of `names` whose checksums [world, names] are not all equal, and the ranks in the minority.
+    """Find the first of `names` whose checksums [world, names] are not all equal, and the ranks in the minority.
 
-    Of as many on each side, the one without rank 0 is named.
+    If both sides have the same number, the one without rank 0 is named.
     """
     for name, column in zip(names, checksums.T.tolist(), strict=True):
         if len(set(column)) > 1:
@@ -64,7 +64,7 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 def limit_bad(loader: Loader, found: int = 0) -> None:
-    """Raise `UserError` where more images of a split are bad than may be; all ranks together `found` so many on reading."""
+    """Raise `UserError` where too many images of a split are bad; all ranks together `found` so many while reading."""
     catalog, cfg = loader.catalog, loader.cfg
     bad, images = found + len(catalog.bad), len(catalog) + len(catalog.bad)
     example = next((f", as {path}: {why}" for path, why in catalog.bad.items()), "")

@@ -1,4 +1,4 @@
-"""Asked to stop: a signal raises a flag, and the training loop looks at it between two updates."""
+"""Stop on a signal: it raises a flag, which the training loop checks between two optimizer steps."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 ECHO_S = 2.0
-"""The same signal again within this time is one: SLURM sends it to all processes, and torchrun passes its own on."""
+"""The same signal again within this time counts as one: SLURM sends it to all processes, and torchrun forwards its own."""
 
 AFTER_SIGNAL = "SLUICE_AFTER_SIGNAL"
-"""Variable with what becomes of a run that has saved on a signal, in words: set where a job comes back by itself."""
+"""Variable with a hint for a run that has saved on a signal, set where a job is restarted by itself."""
 
 
 class StopFlag:
-    """Context manager: the first of SIGNALS sets `raised`, and is sent on when the context ends.
+    """Context manager: the first of SIGNALS sets `raised`, and is sent again when the context ends.
 
     SIGHUP, which a terminal sends when it is closed, stays ignored under nohup. A second signal, unless it echoes the
     first, goes at once to the handler that this one replaced.
@@ -48,9 +48,7 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._pid  # a forked child must not take the signal for its parent
         now_s = time.monotonic()
-        of_launcher = (
-            self._signal == signal.SIGHUP and number == signal.SIGTERM
-        )  # torchrun answers the one by the other
+        of_launcher = self._signal == signal.SIGHUP and number == signal.SIGTERM  # torchrun answers one with the other
         if (number == self._signal or of_launcher) and now_s - self._signal_s < ECHO_S and not forked:
             return
         again = self.raised or forked

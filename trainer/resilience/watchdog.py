@@ -1,11 +1,11 @@
-"""Ends a job that hangs: names the rank that the others wait for, leaves everybody's stacks, and exits with STALLED.
+"""End a job that hangs: name the rank that the others wait for, leave everybody's stacks, and exit with STALLED.
 
-The main thread notes where it is (`note`, `Phase`), which costs it less than a microsecond. Two threads beside it do the
-rest: one tells the other ranks and hears of them, over a connection of its own to the store at which the ranks have
-met, and one looks at the clock. They are two, for where the store's host is suspended the first waits for ever.
+The main thread records its position (`heartbeat`, `Phase`), which costs it less than a microsecond. Two threads beside it
+do the rest: one tells the other ranks and hears of them, over a connection of its own to the store at which the ranks
+have met, and one looks at the clock. They are two, because the first waits for ever if the store's host is suspended.
 
-All ranks pass through the same notes in the same order. So their number says who is behind, and what is behind is
-what the others wait for.
+All ranks pass through the same positions in the same order. So the number of moves shows which rank is behind, and the
+others wait for that one.
 """
 
 import faulthandler
@@ -28,23 +28,23 @@ from data_pipeline.common.errors import printable
 from trainer.distributed import DistContext
 
 STALLED = 75
-"""Exit code of a process that leaves a job which hangs: EX_TEMPFAIL of sysexits.h, which invites to try again."""
+"""Exit code of a process that leaves a hanging job: EX_TEMPFAIL of sysexits.h, which invites to try again."""
 
 FRESH = 3
-"""Times `run.stall_s` for what comes first in an epoch or an evaluation: it builds pipelines, and may compile."""
+"""Factor of `run.stall_s` for the beginning of an epoch or an evaluation: it builds pipelines, and may compile."""
 
 _PERIOD_S = 5.0  # between two looks at the clock, at most
-_REPORT_S = 10.0  # for all that is said at the end: the disk, the console or the network may be what hangs
+_REPORT_S = 10.0  # longest time for all reports at the end: the disk, the console or the network may be what hangs
 
 
 class Position(NamedTuple):
-    """Where the main thread of a rank is."""
+    """Position of a rank's main thread."""
 
     moves: int = 0
-    """Notes so far."""
+    """Heartbeats so far."""
     phase: str = "start"
     step: int = 0
-    """Updates that are complete."""
+    """Optimizer steps that are complete."""
     fresh: bool = True
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ _position = Position()
 
 
 def heartbeat(phase: str, step: int | None = None, *, fresh: bool | None = None) -> None:
-    """The main thread enters `phase`; after `step` updates, and with `fresh` patience, or as before where not given.
+    """Record that the main thread enters `phase`, after `step` steps and with `fresh` patience; each as before if not given.
 
     Every rank comes here in the same order, with the same phases.
     """
@@ -67,27 +67,27 @@ def heartbeat(phase: str, step: int | None = None, *, fresh: bool | None = None)
 
 
 def position() -> Position:
-    """Where the main thread of this process is."""
+    """Position of this process's main thread."""
     return _position
 
 
 class Phase(record_function):
-    """`with Phase("forward"):` notes the phase, and is a range of that name in a profile."""
+    """`with Phase("forward"):` records the phase, and is a range of that name in a profile."""
 
     def __enter__(self) -> Self:
         heartbeat(self.name)
         return super().__enter__()
 
 
-_watches = count()  # of this process: a store outlives a training, and what was told in it
+_watches = count()  # of this process: a store, with all that it was told, outlives a training
 
 
 class Watchdog:
     """Context manager of each rank's training: ends the process when no rank has moved for `stall_s` seconds; 0: never.
 
-    Every rank that can writes the stacks of all its threads to `folder`/rank-R.txt, the first of them says in one line on
-    stderr, and by `tell`, who is to blame, and all of them exit with STALLED. A rank that is suspended cannot: it is for
-    the launcher to end it. Time in which the whole process was suspended does not count.
+    Every rank that can writes the stacks of all its threads to `folder`/rank-R.txt. The first of them names the cause in one
+    line on stderr, and by `tell`; all of them exit with STALLED. A suspended rank cannot do so: the launcher must end
+    it. Time in which the whole process was suspended does not count.
     """
 
     def __init__(self, stall_s: float, folder: Path, ctx: DistContext, tell: Callable[[str], None]) -> None:
@@ -112,14 +112,14 @@ class Watchdog:
     ) -> None:
         self._ended.set()
         for thread in self._threads:
-            thread.join(_PERIOD_S)  # one that waits for a store which is gone is left to itself
+            thread.join(_PERIOD_S)  # a thread that waits for a store that is gone is left behind
 
     @property
     def _meets(self) -> bool:
         return self.ctx.world > 1 and "MASTER_ADDR" in os.environ
 
     def _exchange(self) -> None:
-        """Tell the others where this rank is, and hear of them, until the end or until the store is gone."""
+        """Exchange positions with the other ranks until the end, or until the store is gone."""
         others = [rank for rank in range(self.ctx.world) if rank != self.ctx.rank]
         try:
             store = dist.TCPStore(
@@ -138,7 +138,7 @@ class Watchdog:
                 self._exchanges = beat + 1
                 if self._ended.wait(self._period_s):
                     return
-        except RuntimeError:  # the rank that was its host has ended, and soon the launcher ends this one too
+        except RuntimeError:  # the rank that was its host has ended, and the launcher will end this one soon
             return
 
     def _watch(self) -> None:
@@ -149,7 +149,9 @@ class Watchdog:
         look_s = time.monotonic()
         while not self._ended.wait(self._period_s):
             before_s, look_s = look_s, time.monotonic()
-            clock_s += min(look_s - before_s, 2 * self._period_s)  # more than that, and it was suspended itself
+            clock_s += min(
+                look_s - before_s, 2 * self._period_s
+            )  # more than that, and the process itself was suspended
             now = {**self._news, self.ctx.rank: (0, _position)}
             for rank, news in now.items():
                 if rank == self.ctx.rank or news != last.get(rank):
@@ -167,10 +169,10 @@ class Watchdog:
                 self._end({rank: position for rank, (_, position) in now.items()}, silent, met)
 
     def _end(self, positions: Mapping[int, Position], silent: set[int], met: bool) -> None:
-        """Say what there is to say, give the other ranks the time to do so, and leave. Does not return."""
+        """Report, give the other ranks the time to do so, and leave. Does not return."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if not met and not agent:
-            silent = {0}  # their meeting place is in its process, so nothing is known of the others
+            silent = {0}  # the ranks meet in rank 0's process, so nothing is known of the others
         first = min(set(range(self.ctx.world)) - silent)
         if not met and agent:
             why = f"torchrun at {os.environ['MASTER_ADDR']} does not answer, and this rank waits at {_position}"
@@ -200,7 +202,7 @@ class Watchdog:
 
 
 def verdict(positions: Mapping[int, Position], silent: set[int]) -> str:
-    """Who holds up whom: the ranks that are `silent`, else those behind, by where each of them was last heard of."""
+    """Name the ranks that hold up the others: those that are `silent`, else those behind, by their last known positions."""
     behind = silent or {rank for rank in positions if positions[rank].moves == min(p.moves for p in positions.values())}
     waiting = [position for rank, position in positions.items() if rank not in behind]
     here = next((positions[rank] for rank in sorted(behind) if rank in positions), Position())

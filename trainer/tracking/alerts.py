@@ -1,22 +1,22 @@
-"""What in a run's figures somebody should be told of who is not looking: a fall of throughput."""
+"""Alerts for people who are not looking: a fall of throughput."""
 
 import statistics
 from collections.abc import Iterator, Mapping
 
 FALL = 0.5
-"""Images/s below this share of what the epoch had before are a fall."""
+"""Images/s below this share of the epoch's earlier speed are a fall."""
 _BEFORE, _NOW = 10, 3  # rows: the least to compare with, and those compared; one slow row is no fall
 
 
 class Alarms:
-    """Looks at each row of metrics, and tells a fall once, and again after it has recovered."""
+    """Looks at each row of metrics, and reports a fall once, and again after it has recovered."""
 
     def __init__(self) -> None:
         self._speeds: list[float] = []
         self._fallen = False
 
     def row(self, scalars: Mapping[str, float], step: int) -> Iterator[tuple[str, str]]:
-        """Title and text of each alarm that the row at an interval gives cause for."""
+        """Yield title and text of each alert that a row at an interval causes."""
         if "perf/images_per_s" in scalars:
             yield from self._speed(scalars["perf/images_per_s"], step)
 

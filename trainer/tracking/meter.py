@@ -1,4 +1,4 @@
-"""What a run does per second, and the sums that its scores are made of."""
+"""Speed of a run, and the sums behind its scores."""
 
 import math
 import time
@@ -14,26 +14,26 @@ from trainer.resilience.watchdog import Phase
 T = TypeVar("T")
 
 TOP5_FROM = 6
-"""Classes from which top-5 says anything: of five and fewer every image is right."""
+"""Classes from which top-5 says anything: with five and fewer every image is right."""
 
 
 class Scores(NamedTuple):
-    """How well a model does on some images."""
+    """Scores of a model on some images."""
 
     loss: float
-    """Mean in nats: of what training minimises (optim.loss, label smoothing included), in evaluation of the cross-entropy."""
+    """Mean in nats: of the training loss (optim.loss, label smoothing included); in evaluation of the cross-entropy."""
     top1_pct: float
     top5_pct: float
     images: int
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> Self:
-        """From sums of loss, top-1 hits, top-5 hits and images; there must be at least one."""
+        """Compute from sums of loss, top-1 hits, top-5 hits and images; there must be at least one."""
         loss, top1, top5, images = sums[:4]
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
 
     def beat(self, top1_pct: float) -> bool:
-        """Whether they are better than the best so far. A network whose loss is no number guesses, and is right by chance."""
+        """Return True where they are better than the best so far. A network whose loss is NaN guesses, and is right by chance."""
         return math.isfinite(self.loss) and self.top1_pct > top1_pct
 
     def words(self, classes: int) -> str:
@@ -47,12 +47,12 @@ class Scores(NamedTuple):
         return {"loss": self.loss, "top1_pct": self.top1_pct, **top5}
 
     def named(self, split: str, classes: int) -> dict[str, float]:
-        """`figures` as metrics have them."""
+        """Name `figures` as metrics do."""
         return {f"{split}/{name}": value for name, value in self.figures(classes).items()}
 
 
 class BadUpdate(NamedTuple):
-    """The first update since the last `reduce` that has something infinite or NaN, on any rank."""
+    """First optimizer step since the last `reduce` with an infinite or NaN value, on any rank."""
 
     update: int
     """Counted from 1."""
@@ -62,7 +62,7 @@ class BadUpdate(NamedTuple):
 class Meter:
     """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
 
-    With loss scaling (`scaled`) a gradient that is not finite is nothing unusual: the update is left out, and the scale
+    With loss scaling (`scaled`) a gradient that is not finite is normal: the step is left out, and the scale
     lowered.
     """
 
@@ -73,9 +73,9 @@ class Meter:
         watched = ("loss",) if scaled else ("loss", "grad_norm")
         self._watched = [StepSums._fields.index(name) for name in watched]
         self.nonfinite: BadUpdate | None = None
-        """As the last `reduce` has found."""
+        """First bad step that the last `reduce` found."""
         self.train_s = train_s
-        """What training has taken up to the last `reduce`, without what lies before a `pause`."""
+        """Seconds of training up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
         """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.StepSums`."""
         self._start = self._last = time.perf_counter()
@@ -83,7 +83,7 @@ class Meter:
         self._restart()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """`batches`, with the time that each is waited for counted as data wait."""
+        """Yield from `batches`, and count the wait for each as data wait."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -96,14 +96,14 @@ class Meter:
             yield batch
 
     def add(self, sums: torch.Tensor) -> None:
-        """Count one update; `sums` is what `Engine.step` returned."""
+        """Count one optimizer step; `sums` is what `Engine.step` returned."""
         self._updates.append(sums)
         now = time.perf_counter()
         self._step_s.append(now - self._last)
         self._last = now
 
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
-        """Scores and speed since the last call, and `counts` added up over the ranks along the way. Collective."""
+        """Compute scores and speed since the last call, and add `counts` up over the ranks along the way. Collective."""
         steps = len(self._step_s)
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
@@ -143,18 +143,18 @@ class Meter:
         return scalars
 
     def pause(self) -> None:
-        """Start the clock anew: what lies behind was not training."""
+        """Restart the clock: the time until now was not training."""
         self._start = self._last = time.perf_counter()
 
     def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
-        """From what is `lost` on this rank: [1 + updates, 1 or 2] whether the loss is, and the gradient's norm. Collective."""
+        """Find the step by `lost` on this rank: [1 + steps, 1 or 2] for the loss, and for the gradient's norm. Collective."""
         anywhere = self.ctx.gather(lost.long()).sum(dim=0)
         update = int(anywhere.any(dim=1).long().argmax())
         return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
 
     def _restart(self) -> None:
         nothing = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=self.ctx.device)
-        self._updates = [nothing]  # and behind it what each update returned
+        self._updates = [nothing]  # and behind it what each step returned
         self._wait_s = 0.0
         self._step_s: list[float] = []
         self.pause()

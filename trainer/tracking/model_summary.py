@@ -1,4 +1,4 @@
-"""What dashboards show of a network: the graph of its layers, and how the weights of each are distributed."""
+"""Pictures of a network for dashboards: the graph of its layers, and the distribution of each layer's weights."""
 
 import math
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """Of the values of one parameter."""
+    """Distribution of one parameter's values."""
 
     counts: list[int]
     """[BINS] values in each of the bins, which are equally wide."""
@@ -83,9 +83,9 @@ def _fresh(name: str, taken: set[str]) -> str:
 
 
 def distributions(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Distribution]:
-    """Of each parameter by name, on the device where it is; those with a value that is not finite, or with none, are left out.
+    """Compute a distribution of each parameter by name, on its device; empty ones and those with a value not finite are left out.
 
-    ZeRO-3 leaves a rank no values between updates.
+    ZeRO-3 leaves a rank no values between steps.
     """
     found = {}
     for name, parameter in parameters:

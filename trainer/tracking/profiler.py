@@ -1,6 +1,6 @@
-"""A profile of chosen updates, as a Chrome trace: for Perfetto (ui.perfetto.dev), TensorBoard or chrome://tracing.
+"""Profile of chosen optimizer steps, as a Chrome trace: for Perfetto (ui.perfetto.dev), TensorBoard or chrome://tracing.
 
-Ranges with names of ours (`torch.profiler.record_function`) stand in it beside the operators: "step N" around each update,
+Ranges with names of ours (`torch.profiler.record_function`) stand in it beside the operators: "step N" around each step,
 and within it data, forward, backward and update.
 """
 
@@ -13,21 +13,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.distributed import DistContext
 
-# Or the profiler's library tells of each start, and of a GPU that is not there, on stderr.
+# Otherwise the profiler's library reports each start, and a missing GPU, on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Trace:
-    """Writes `rankR-FIRST-LAST.pt.trace.json.gz` into `folder`, holding only the chosen updates.
+    """Writes `rankR-FIRST-LAST.pt.trace.json.gz` into `folder`, holding only the chosen steps.
 
         with Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step) as trace:
             for ...:
                 ...  # an update, from fetching its data on
                 trace.step(number)
 
-    `steps` are counted from 1, and none of them profile nothing; `done` is the number of updates that lie behind. Where the
-    file is there already, as after a resume, nothing is profiled again. A run that ends earlier, or is resumed between
-    the chosen updates, leaves a file of those that it came to.
+    `steps` are counted from 1, and none of them profile nothing; `done` is the number of steps made before. If the
+    file exists, as after a resume, nothing is profiled again. A run that ends earlier, or is resumed between
+    the chosen steps, leaves a file of those that it made.
     """
 
     def __init__(self, steps: range, folder: Path, ctx: DistContext, done: int = 0) -> None:
@@ -47,7 +47,7 @@ class Trace:
         self._end()
 
     def step(self, done: int) -> None:
-        """Update number `done`, counted from 1, is complete."""
+        """Record that step number `done`, counted from 1, is complete."""
         if self._profile:
             self._range.__exit__(None, None, None)
         self._done = done
@@ -57,7 +57,7 @@ class Trace:
             self._end()
 
     def _begin(self) -> None:
-        """Begin with the next update, if it is chosen."""
+        """Begin with the next step, if it is chosen."""
         following = self._done + 1
         if following not in self._steps:
             return
@@ -70,7 +70,7 @@ class Trace:
         self._range.__enter__()
 
     def _end(self) -> None:
-        """Write what was recorded, if there is any."""
+        """Write the recorded steps, if there are any."""
         recorded, self._profile = self._profile, None
         if not recorded:
             return
@@ -80,7 +80,7 @@ class Trace:
             return
         path = self._path(range(self._first, self._done + 1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".partial-{path.name}")  # which must end as it does, to be compressed
+        beside = path.with_name(f".partial-{path.name}")  # it must have the same suffix to be compressed
         recorded.export_chrome_trace(str(beside))
         os.replace(beside, path)
 

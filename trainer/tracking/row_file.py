@@ -1,4 +1,4 @@
-"""Files of rows that outlast a disk which is full for a while."""
+"""Files of rows that survive a disk which is full for a while."""
 
 import os
 from collections.abc import Callable
@@ -8,10 +8,10 @@ MOST_BYTES = 64 << 20
 
 
 class RowFile:
-    """A file that takes every write: what the disk does not take stays in memory, and is written at the next.
+    """A file that accepts every write: what the disk does not take stays in memory, and is written at the next.
 
-    `open_file` gives the descriptor to append to; it may raise OSError, and is then called anew at the next write. `tell`
-    is given one line when the disk takes no more, one when it does again, and one at the end for what was never written.
+    `open_file` returns the descriptor to append to; it may raise OSError, and is then called again at the next write. `tell`
+    gets one line when the disk takes no more, one when it does again, and one at the end for what was never written.
     """
 
     def __init__(self, name: str, open_file: Callable[[], int], tell: Callable[[str], None]) -> None:
@@ -28,7 +28,7 @@ class RowFile:
         self._kept += data
 
     def flush(self) -> None:
-        """Write what there is, as far as the disk takes it."""
+        """Write the waiting rows, as far as the disk takes them."""
         try:
             if self._file is None:
                 self._file = self._open()

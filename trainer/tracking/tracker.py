@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard and Weights & Biases.
+"""Send a run's metrics to their destinations: the console, `metrics.jsonl`, TensorBoard and Weights & Biases.
 
 `metrics.jsonl` in the run folder is the source of truth and always on. Every destination is a sink behind one small
 protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where a run's numbers go besides the console and `metrics.jsonl`."""
+    """Destinations of a run's metrics besides the console and `metrics.jsonl`."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """Weights & Biases. `auto` obeys WANDB_MODE and WANDB_DISABLED where they are set; otherwise it is online where an API
@@ -73,11 +73,11 @@ class Sink(Protocol):
         return
 
     def weights(self, found: Mapping[str, "Distribution"], step: int, epoch: float) -> None:
-        """How the values of each parameter are distributed, where the destination can show it."""
+        """Show the distribution of each parameter's values, where the destination can."""
         return
 
     def graph(self, layers: list["Layer"]) -> None:
-        """The network that is trained, where the destination can show it."""
+        """Show the network that is trained, where the destination can."""
         return
 
     def close(self, failed: bool) -> None:
@@ -115,7 +115,7 @@ class Tracker:
         self._open_all(resume_step)
 
     def reopen(self, resume_step: int) -> None:
-        """Go on as a run resumed at this step does: without the rows behind it. Raises `UserError`."""
+        """Go on as a run resumed at this step does: without later rows. Raises `UserError`."""
         self.close()
         self._open_all(resume_step)
         self._tell(lambda console: console.open())
@@ -150,11 +150,11 @@ class Tracker:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody pressed Stop on the run's W&B page; only the primary rank knows."""
+        """True where somebody pressed Stop on the run's W&B page; only the primary rank knows."""
         return self._stop.is_set()
 
     def log(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        """One row at a logging interval; `epoch` 2.5 is the middle of the third epoch.
+        """Write one row at a logging interval; `epoch` 2.5 is the middle of the third epoch.
 
         Moves the progress on the console if the row has any of its figures: loss, images/s or data wait.
         """
@@ -164,13 +164,13 @@ class Tracker:
             self.alert(title, text)
 
     def epoch(self, scalars: Mapping[str, float], step: int, epoch: int, best: bool) -> None:
-        """One row and one console line at the end of an epoch, counted from 1; `best`: none before was better."""
+        """Write one row and one console line at the end of an epoch, counted from 1; `best`: none before was better."""
         self._tell(lambda console: console.epoch(scalars, epoch, best))
         self._write(scalars, step, epoch)
         self._alarms.new_epoch()
 
     def weights(self, parameters: Iterable[tuple[str, "Tensor"]], step: int, epoch: int) -> None:
-        """Histogram and norm of each parameter, if they are due at the end of `epoch`, counted from 1, and shown anywhere."""
+        """Show histogram and norm of each parameter, if they are due at the end of `epoch`, from 1, and shown anywhere."""
         if self._pictures and self._cfg.histograms_every and epoch % self._cfg.histograms_every == 0:
             from trainer.tracking.model_summary import distributions
 
@@ -178,7 +178,7 @@ class Tracker:
             self._send(lambda sink: sink.weights(found, step, epoch))
 
     def graph(self, layers: Callable[[], list["Layer"]]) -> None:
-        """The network that is trained; `layers` is called where it is shown anywhere."""
+        """Show the network that is trained; `layers` is called only if it is shown anywhere."""
         if self._pictures:
             try:
                 found = layers()
@@ -189,16 +189,16 @@ class Tracker:
 
     @property
     def _pictures(self) -> bool:
-        """Whether any destination shows more than scalars."""
+        """True where any destination shows more than scalars."""
         return not {*self._sinks} <= {"metrics.jsonl"}
 
     def alert(self, title: str, text: str) -> None:
-        """One console line, and a W&B alert, which reaches people by mail or chat."""
+        """Write one console line, and a W&B alert, which reaches people by mail or chat."""
         self.note(f"{title}: {text}")
         self._send(lambda sink: sink.alert(title, text))
 
     def note(self, text: str) -> None:
-        """One console line, information or a warning, that leaves the progress bar whole."""
+        """Write one console line, information or a warning, without breaking the progress bar."""
         encoding = sys.stdout.encoding or "utf-8"  # a file name in the text may hold what it cannot say
         line = printable(" ".join(text.split())).encode(encoding, "backslashreplace").decode(encoding)
         self._tell(lambda console: console.line(line))
@@ -253,15 +253,15 @@ class Tracker:
             if self._console is not None:
                 act(self._console)
         except (OSError, ValueError) as error:
-            # A closed pipe, file or terminal: nowhere is left to say so. A log on a full disk goes on when there is room.
+            # A closed pipe, file or terminal: there is nowhere left to say so. A log on a full disk goes on when there is room.
             if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self._console = None
 
 
 def wandb_mode(environment: Mapping[str, str]) -> str:
-    """Mode of W&B that the environment asks for, with the words of older versions: online, offline, off or auto.
+    """Read the mode of W&B from the environment, with the words of older versions: online, offline, off or auto.
 
-    Raises `UserError` for a WANDB_MODE that is none.
+    Raises `UserError` for an unknown WANDB_MODE.
     """
     if environment.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off"):
         return "off"
@@ -293,16 +293,16 @@ class JsonLines(Sink):
 
 
 def _open_rows(path: Path, resume_step: int) -> int:
-    """The file of rows up to `resume_step`, to append to. Raises OSError."""
+    """Open the file of rows up to `resume_step`, to append to. Raises OSError."""
     if resume_step and path.exists():
-        # A kill may tear the last line: what is no whole row is dropped too.
+        # A kill may tear the last line: a line that is no whole row is dropped too.
         kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
         replace_file(path, "".join(line + "\n" for line in kept).encode())
     return os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resume_step else os.O_TRUNC), 0o666)
 
 
 def _step(line: str) -> int:
-    """The step of a row of `metrics.jsonl`, or -1 where the line is no whole row."""
+    """Read the step of a row of `metrics.jsonl`; -1 where the line is no whole row."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -310,7 +310,7 @@ def _step(line: str) -> int:
 
 
 class Console:
-    """What a person reads where the output is a file or a pipe: plain lines on stdout, never wrapped, no ANSI codes."""
+    """Output for a file or a pipe: plain lines on stdout, never wrapped, no ANSI codes."""
 
     def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
         self._total_steps, self._epochs = total_steps, epochs
@@ -330,7 +330,7 @@ class Console:
         print(text, flush=True)
 
     def _break_silence(self) -> None:
-        """Say where the training is whenever nothing was said for SILENT_S: a compilation, a long update or validation."""
+        """Print the progress whenever nothing was printed for SILENT_S: a compilation, a long step or validation."""
         from trainer.resilience.watchdog import position
 
         with contextlib.suppress(OSError, ValueError):  # a closed pipe or file
@@ -354,7 +354,7 @@ class Console:
 
 
 class BarConsole(Console):
-    """What a person watches on a terminal: the same lines, above a progress bar instead of progress lines."""
+    """Output on a terminal: the same lines, above a progress bar instead of progress lines."""
 
     def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -403,5 +403,5 @@ _EPOCH = (
 
 
 def _figures(scalars: Mapping[str, float], layout: tuple[tuple[str, str], ...]) -> str:
-    """The scalars that are there, each in its place of the layout."""
+    """Format the existing scalars, each in its place of the layout."""
     return "".join(template.format(scalars[name]) for name, template in layout if name in scalars)

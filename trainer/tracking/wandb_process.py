@@ -17,7 +17,7 @@ from typing import Any
 
 try:
     from wandb.sdk.lib.service import service_process
-except ImportError:  # another wandb: its process stays where it is put
+except ImportError:  # another version of wandb: its process stays in its place
     service_process = None  # type: ignore[assignment]
 
 IDLE_S = 30
@@ -29,7 +29,7 @@ _IN_BETWEEN = "import os, sys\nif os.fork() == 0: os.execv(sys.argv[1], sys.argv
 
 
 class _Apart(subprocess.Popen[bytes]):
-    """wandb-core as wandb sees it: `poll` and `wait` are about it, and not about the process in between."""
+    """wandb-core as wandb sees it: `poll` and `wait` ask about it, and not about the process in between."""
 
     def __init__(self, command: list[str], **options: Any) -> None:
         ended, open_while_it_lives = os.pipe()
@@ -49,7 +49,7 @@ class _Apart(subprocess.Popen[bytes]):
 
 @contextmanager
 def started_apart() -> Iterator[None]:
-    """Whatever wandb starts within it is out of reach of signals to this process and its descendants."""
+    """Keep everything that wandb starts within it out of reach of signals to this process and its descendants."""
     if service_process is None:
         yield
         return

@@ -1,6 +1,6 @@
-"""The Weights & Biases sink: online where there are a key and a server, else offline in the run folder.
+"""Weights & Biases sink: online where there are a key and a server, else offline in the run folder.
 
-wandb itself says nothing (its messages go to its debug log); what a person must know is one line of ours.
+wandb itself prints nothing (its messages go to its debug log); what a person must know is one line of ours.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
 """Longest wait for the last uploads; wandb's own default is to retry for days."""
 CHOSEN = "offline mode"
-"""Why a run is offline that was to be."""
+"""Reason of a run that was meant to be offline."""
 _REMEDY = "run `wandb login`, set WANDB_API_KEY, or give --tracking.wandb offline"
 
 
 class WandbSink:
     """One W&B run for one run folder, whose `wandb_id.txt` keeps its id for every later attempt.
 
-    A first attempt takes the id that WANDB_RUN_ID gives, if it does; in a sweep of W&B's every attempt does.
+    A first attempt takes the id from WANDB_RUN_ID, if it is set; in a W&B sweep every attempt does.
 
     Its configuration is `run_config` and `world_size`, the number of processes. The best weights of a run that has
     trained all its epochs become the artifact `model-ID`.
@@ -150,12 +150,12 @@ class WandbSink:
         if best and store.progress().finished:
             top1 = {"best_top1_pct": store.progress().best_top1_pct}
             artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=top1)
-            artifact.add_file(str(best / WEIGHTS), policy="immutable")  # uploaded from where it lies, without a copy
+            artifact.add_file(str(best / WEIGHTS), policy="immutable")  # uploaded from its place, without a copy
             self._run.log_artifact(artifact, aliases=["best"])
 
 
 def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, Any]) -> tuple[wandb.Run, str]:
-    """The run, and why it is offline ("" when it is online)."""
+    """Start the run. Returns it, and the reason why it is offline ("" when it is online)."""
     why = _why_offline(mode)
     if not why:
         try:
@@ -169,7 +169,7 @@ def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, 
 
 
 def _why_offline(mode: str) -> str:
-    """Why the run must be offline, before any server is asked; "" when it may be online."""
+    """Say why the run must be offline, before any server is asked; "" when it may be online."""
     if mode == "offline":
         return CHOSEN
     settings = wandb.Settings(silent=True)
@@ -187,7 +187,7 @@ def _why_offline(mode: str) -> str:
 
 
 def _run_id(folder: Path) -> str:
-    """Id of the folder's run, or for a first attempt a new one."""
+    """Read the id of the folder's run, or make a new one for a first attempt."""
     path = folder / ID
     known = path.read_text().strip() if path.exists() else ""
     return known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
@@ -203,7 +203,7 @@ def _keep_id(folder: Path, used: str) -> None:
 def _teardown() -> None:
     """End wandb's background process; a dead one raises, here rather than in a traceback at the program's exit.
 
-    Its run stays the current one, and as long as there is one, no key is looked for: a tracker opened anew would find none.
+    Its run stays the current one; while there is one, no key is looked for, so a tracker opened anew would find none.
     """
     with contextlib.suppress(Exception):
         wandb.teardown()
