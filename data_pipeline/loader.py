@@ -187,17 +187,20 @@ class Loader:
 
 
 class _Epoch(Iterator[Batch]):
-    """The batches of one rank from `start` to the end of its epoch, and all that belongs to reading them."""
+    """Batches of one rank from `start` to the end of its epoch; owns pipeline, queue and bad images."""
 
     def __init__(self, loader: Loader, start: Cursor) -> None:
         self._loader, self.start = loader, start
+        # Everything that the position decides: the share of this rank, the order, the size of the images.
         self.sharding = loader._sharding_of(start.epoch)
         self.order = loader._order_of(start.epoch).result()
         self.bad: set[int] = set()
         self._size_px = loader._size_of(start.epoch)
+        # What has been handed out, and what DALI still works on.
         self._read: list[NDArray[np.int64]] = []
         self._in_flight: deque[HostBatch] = deque()
         self._finished = False
+        # Reading and decoding begin now, ahead of the first batch.
         self._pipeline: graph.ImagePipeline | None = loader._take_pipeline(self.sharding.rows, self._size_px)
         self._pipeline.feed(self._inputs())
 
@@ -215,15 +218,15 @@ class _Epoch(Iterator[Batch]):
         return self._hand_out(images, host_batch)
 
     def end(self) -> None:
-        """Give up what is not read yet; what a pipeline has in flight cannot be taken back, so it goes too."""
+        """Give up unread batches; those in flight in a pipeline cannot be taken back, so it is dropped too."""
         self._pipeline = None
 
     def read_ids(self) -> NDArray[np.int64]:
-        """[N] samples of the batches handed out so far, padding left out."""
+        """[N] samples of the batches handed out so far, without padding."""
         return np.concatenate([np.empty(0, np.int64), *self._read])
 
     def _decoded(self, pipeline: graph.ImagePipeline) -> torch.Tensor:
-        """The images of the next batch; of huge ones DALI decodes a few at a time."""
+        """Decode the next batch; of huge images DALI decodes a few at a time."""
         parts: list[torch.Tensor] = []
         damaged = False
         while not parts or len(parts) < len(self._in_flight[0].inputs):
@@ -244,24 +247,24 @@ class _Epoch(Iterator[Batch]):
         self._finished, self._pipeline = True, None
 
     def _hand_out(self, images: torch.Tensor, host_batch: HostBatch) -> Batch:
-        """The batch of `images` [B, H, W, 3] uint8, mixed where that is asked for."""
+        """Make the batch of `images` [B, H, W, 3] uint8, mixed if the options ask for it."""
         loader, micro_batch = self._loader, host_batch.micro_batch
 
-        # Write down what has been read now, and what could not be.
+        # Record which images have been read now, and which could not be.
         loader.cursor = Cursor(self.start.epoch, micro_batch.end)
         self._read.append(host_batch.real_ids)
         for sample, why in host_batch.bad.items():
             self.bad.add(sample)
             loader._bad.setdefault(loader.catalog.paths[sample], why)
 
-        # Mix on the device, with one draw for the whole step, whoever reads its images.
+        # Mix on the device, with one draw for the whole step on all ranks.
         labels, targets = torch.from_numpy(host_batch.labels).to(images.device, non_blocking=True), None
         if loader._mixes:
             drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
             images, labels, targets = mixing.mix(images, labels, len(loader.catalog.classes), drawn)
 
         return Batch(
-            # [B, H, W, 3] seen as [B, 3, H, W]: the same memory, which is what channels-last means.
+            # [B, H, W, 3] seen as [B, 3, H, W] is the same memory: channels-last.
             images=images.permute(0, 3, 1, 2),
             labels=labels,
             ids=torch.from_numpy(host_batch.ids),
@@ -271,7 +274,7 @@ class _Epoch(Iterator[Batch]):
         )
 
     def _inputs(self) -> Iterator[graph.Inputs]:
-        """Inputs of DALI. Their batches stay in flight, and so the bytes alive, until it has handed out the images."""
+        """Yield DALI's inputs. Their batches stay in flight, and so their bytes alive, until DALI has handed out the images."""
 
         def fetch(micro_batch: MicroBatch) -> HostBatch:
             return self._loader._fetcher.fetch(micro_batch, self.start.epoch, self.order, self._size_px)
@@ -282,10 +285,11 @@ class _Epoch(Iterator[Batch]):
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         yield from micro_batches(self.sharding, self.start.seen, len(self.order))
-        self._loader._prepare(self.start.epoch)  # with the last batch under way, and none kept waiting by it
+        self._loader._prepare(self.start.epoch)  # now the last batch is under way, and does not wait for this
 
     def _mend(self, host_batch: HostBatch) -> torch.Tensor:
-        """The images of a batch that DALI gave up, one by one; the damaged ones are black and do not count."""
+        """Decode one by one the images of a batch that DALI gave up; damaged ones are black and do not count."""
+        # A pipeline for single images, as DALI does not tell which image of a batch is damaged.
         pipeline = self._loader._build(1, self._size_px)
         pipeline.feed(
             tuple([values[row]] for values in inputs) for inputs in host_batch.inputs for row in range(len(inputs[0]))

@@ -1,4 +1,4 @@
-"""What `pip install .` installs: all that the commands read lies in the wheel, whatever folder they are called from."""
+"""The wheel of `pip install .` holds all that the commands read, whatever folder they are called from."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Who may import whom: read from the sources, and from what a process has loaded."""
+"""Rules of imports: read from the sources, and from what a process has loaded."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""What the READMEs promise exists: links, commands, options; and the first page stays short."""
+"""Promises of the READMEs exist: links, commands, options; and the first page stays short."""
 
 import re
 from dataclasses import fields, is_dataclass

@@ -23,7 +23,7 @@ def coverage_of(
     start: Cursor = START,
     augment: AugmentConfig | None = None,
 ) -> np.ndarray:
-    """What each process counts that reads the rest of an epoch as rank `ranks[i]` of so many."""
+    """Coverage sums of each process that reads the rest of an epoch as rank `ranks[i]` of so many."""
     rows = []
     for catalog, rank in zip(catalogs, ranks, strict=True):
         cfg = config(folder, batch=12, augment=augment)

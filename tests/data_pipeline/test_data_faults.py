@@ -78,7 +78,7 @@ def assert_lost(loader: Loader, whole: tuple[torch.Tensor, ...], lost: set[int],
 
 
 def test_a_shard_cut_short_while_it_is_read(shards: Path) -> None:
-    """What lies before the cut is read as before; what lies behind it, or across it, is named after its shard."""
+    """Samples before the cut are read as before; those behind it, or across it, are named after their shard."""
     loader = opened(shards)
     whole = epoch_of(loader)
     assert loader.take_bad() == []
@@ -218,7 +218,7 @@ def test_ranks_together_count_each_bad_image_once(folders: Path) -> None:
 def forgetful_lines(
     cache: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> list[str]:
-    """What is said where both splits are scanned twice, and all of their images are found nevertheless."""
+    """Lines that are printed where both splits are scanned twice, although all of their images are found."""
     monkeypatch.setenv("SLUICE_CACHE", str(cache))
     for split, count in (("train", 42), ("val", 14)) * 2:
         assert len(open_catalog(config(folders, batch=6), split)) == count

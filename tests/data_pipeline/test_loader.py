@@ -85,7 +85,7 @@ def window_of(
 
 @pytest.fixture(params=["kernel", "dali"])
 def resizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What resizes on a CPU: our kernel, or DALI where that does not work."""
+    """Resize on a CPU: by our kernel, or by DALI where that does not work."""
     if request.param == "dali":
         monkeypatch.setattr(graph, "cpu_kernel", lambda: None)
 
@@ -400,7 +400,7 @@ def test_loaders_of_the_same_data_do_not_mind_each_other(folder: Path) -> None:
 
 
 def test_an_abandoned_iteration_does_not_count_its_bad_images_to_the_next(copied: Path) -> None:
-    """What threads still read for it is its own."""
+    """An iteration has threads of its own, which still read for it."""
     loader = opened(config(copied, batch=4), epochs=2)
     order = [int(sample) for batch in take(loader) for sample in batch.ids]
     loader.seek(Cursor())

@@ -42,7 +42,7 @@ class Fixed:
 def torchvisions(
     images: torch.Tensor, labels: torch.Tensor, mixing: Mixing, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What its MixUp or CutMix makes of each pair: it mixes a row with the one before, in a batch of two the other."""
+    """Mix each pair by its MixUp or CutMix: it mixes a row with the one before, in a batch of two the other."""
     transform = (v2.CutMix if mixing.cut else v2.MixUp)(num_classes=CLASSES)
     transform._dist = Fixed(mixing.share)
     centre = iter([mixing.x, mixing.y] * len(images))  # in the order in which it draws them

@@ -63,7 +63,7 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(data: bytes, short_side: int) -> Image.Image:
-    """What an image is to look like, by the plainest means."""
+    """Decode and resize an image by the plainest means."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     scale = min(1, short_side / min(image.size))
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What starts a job again, and who will not wait for it: torchrun after a rank has died, and a second signal."""
+"""Restarts of a job, without waiting: by torchrun after a rank has died, and on a second signal."""
 
 import os
 import signal

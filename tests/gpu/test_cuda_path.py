@@ -1,4 +1,4 @@
-"""What can be known of the GPU's path on a machine without one: fake tensors, and the calls that an option leads to.
+"""The GPU's path on a machine without one: fake tensors, and the calls that an option leads to.
 
 The graph of DALI operators is held to in test_loader.py, tests that need a GPU are marked `gpu`.
 """

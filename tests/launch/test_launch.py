@@ -106,7 +106,7 @@ def terminate(launcher: int) -> None:
 def test_wrong_commands_are_refused(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is no SLURM."""
+    """Commands on a machine without SLURM."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(sys, "argv", ["launch", *arguments])
@@ -149,7 +149,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_every_command_has_help(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where there is no SLURM."""
+    """Commands on a machine without SLURM."""
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(sys, "argv", ["launch", command, "--help"])
     with suppress(SystemExit):

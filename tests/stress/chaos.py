@@ -125,7 +125,7 @@ class Start:
         return text.count(b"\n") - text.count(b"[]\n")
 
     def phase(self) -> str:
-        """What the run is doing, or did when it was killed."""
+        """Phase of the run, now or when it was killed."""
         read = records(self.folder / "0.jsonl")
         if not read:
             return "start-up"
@@ -142,7 +142,7 @@ class Start:
 
 
 def saving(run: Path) -> bool:
-    """Whether a checkpoint is begun and not completed."""
+    """Return True where a checkpoint is begun and not completed."""
     return any((run / "checkpoints").glob(f"{PARTIAL}-*"))
 
 
@@ -161,7 +161,7 @@ def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
 class Kill(NamedTuple):
     kind: str
     phase: str
-    """What the run was doing."""
+    """Phase of the run."""
     step: int
     """Updates of the run that were begun."""
 

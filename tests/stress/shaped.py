@@ -56,7 +56,7 @@ CASES = [Case(100), Case(100, "bf16"), Case(200), Case(300), Case(500), Case(100
 
 
 def possible() -> bool:
-    """Whether this process may make namespaces and shape what they send."""
+    """Return True where this process may make namespaces and shape their traffic."""
     return os.geteuid() == 0 and all(which(tool) for tool in TOOLS)
 
 
@@ -70,7 +70,7 @@ class Ranks:
         self.options, self.processes = options, processes
 
     def all(self, *order: object) -> list[Any]:
-        """What each rank answers to `order`, given to all of them at once."""
+        """Send `order` to all ranks at once, and return each rank's answer."""
         for process in self.processes:
             assert process.stdin
             process.stdin.write(json.dumps(order) + "\n")
@@ -175,7 +175,7 @@ def serve(options: list[str]) -> None:
 
 
 class Bench:
-    """What a rank can be told to do."""
+    """Orders that a rank obeys."""
 
     def __init__(self, cfg: Config, ctx: DistContext) -> None:
         self.cfg, self.ctx = cfg, ctx

@@ -34,7 +34,7 @@ MAY_GROW = {"memory_mib": (0.03, 0.0), "files": (0.0, 1.0), "threads": (0.0, 1.0
 
 
 class Usage(NamedTuple):
-    """What a rank takes at a moment."""
+    """Resources that a rank takes at a moment."""
 
     minute: float
     rank: int

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tormented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What two kills in each series leave behind, and what is said about them."""
+    """Two kills in each series: the files that they leave behind, and the lines about them."""
     out = tmp_path_factory.mktemp("chaos") / "out"
     command = [sys.executable, "-m", "tests.stress.chaos", "--kills", "2", "--out", str(out)]
     ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)

@@ -81,7 +81,7 @@ class Cluster:
         return "\n".join(file.read_text() for file in sorted(self.submission(run).folder.glob("*.log")))
 
     def state(self, run: Path, which: str = "%T") -> str:
-        """What squeue tells of the run's job: its state, or %r why it waits."""
+        """Ask squeue for the run's job: its state, or with %r the reason for waiting."""
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={self.job(run)}", f"--format={which}").strip()
 
     def restarts(self, run: Path) -> int:

@@ -1,4 +1,4 @@
-"""What a training run read, found and left behind, written down beside it and compared with a run that nobody disturbed.
+"""Record what a training run reads, finds and leaves behind, and compare it with an undisturbed run.
 
 Each start of a run has a folder "NUMBER RANKS" in "RUN starts": of each rank a line for each batch (R.jsonl; of a validation
 batch an empty one) and for each update's loss (R.loss).
@@ -66,7 +66,7 @@ def judged(folder: Path, step: Callable[[DdpEngine, list[Batch], float], Tensor]
 
 
 def train_recorded(folder: Path, arguments: list[str]) -> None:
-    """What each rank does: `python -m trainer` with these arguments, what it reads and finds written down in `folder`."""
+    """Run `python -m trainer` with these arguments on each rank, and record in `folder` what it reads and finds."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, it has the agent's handler
     Loader.__iter__ = recorded(folder, Loader.__iter__)  # type: ignore[method-assign]
     DdpEngine.step = judged(folder, DdpEngine.step)  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ def starts(run: Path) -> list[Path]:
 
 
 def records(file: Path) -> list[Any]:
-    """What a rank has written down; a line cut short by its death is none."""
+    """Read a rank's record, without a line that its death cut short."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 

@@ -189,7 +189,7 @@ def settings_of(base: Path, run: Path, epochs: int = EPOCHS) -> dict[str, str]:
 
 
 def unhurried(text: str) -> str:
-    """What a command says but for the lines that tell how long it has taken, which a busy machine brings about."""
+    """Drop the lines that tell how long a command has taken, which a busy machine causes."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.endswith(" s so far\n"))
 
 

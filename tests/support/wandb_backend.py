@@ -31,7 +31,7 @@ ENTITY = "me"
 
 @dataclass
 class SentRun:
-    """What the server knows about one run."""
+    """One run as the server knows it."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """Key -> value, wandb's own facts left out."""
@@ -41,12 +41,12 @@ class SentRun:
     alerts: list[tuple[str, str]] = field(default_factory=list)
     """Title and text."""
     starts: int = 0
-    """How often the client asked whether the run is there, which it does once an attempt."""
+    """Times that the client asked for the run: once an attempt."""
     exit_code: int | None = None
     display_name: str = ""
     project: str = ""
     system: dict[str, float] = field(default_factory=dict)
-    """What the client last measured of the machine."""
+    """Last measurement of the machine by the client."""
 
 
 class Backend(http.server.ThreadingHTTPServer):
@@ -65,11 +65,11 @@ class Backend(http.server.ThreadingHTTPServer):
         self.views: dict[str, dict[str, Any]] = {}
         """Id -> workspace or report."""
         self.stopped = False
-        """Whether somebody has pressed Stop."""
+        """True where somebody has pressed Stop."""
         self.status = 200
         """Of every answer: 503 is a server that dies."""
         self.faults: list[str] = []
-        """What went wrong here rather than there; a test that passes has none."""
+        """Errors of this server rather than the client; a test that passes has none."""
 
     @property
     def run(self) -> SentRun:

@@ -122,7 +122,7 @@ def _run(
     cwd: str,
     umask: int,
 ) -> None:
-    """What the forked process does."""
+    """Run the forked process."""
     multiprocessing.current_process().daemon = False  # it may have children of its own
     os.environ.clear()
     os.environ.update(environment)

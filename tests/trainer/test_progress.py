@@ -1,4 +1,4 @@
-"""What a command says of its progress, on a terminal and where there is none, and that it stays silent for no longer."""
+"""Progress of a command, on a terminal and without one; it stays silent for no longer than promised."""
 
 import os
 import pty

@@ -1,4 +1,4 @@
-"""How a run is begun and gone on with, in this process: small networks' first steps, of one rank."""
+"""Starts and resumptions of a run in this process: small networks' first steps, of one rank."""
 
 import shutil
 from collections.abc import Iterator

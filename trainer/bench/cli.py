@@ -106,6 +106,7 @@ def measure(
 
     `profile` is a folder for a trace of three optimizer steps after the measurement.
     """
+    # Make everything before the first turn, so that no start-up is measured: data, other trainers, ours, the limits.
     deadline_s = time.monotonic() + 60 * minutes
     with ExitStack() as stack:
         stack.enter_context(progress("preparing"))
@@ -141,6 +142,7 @@ def measure(
                     row = {"world": ctx.world, "repeat": 0, "round": number, "part": name}
                     into.rows.append(row | {"rate": turn.of(few_steps).rate})
                     advance(1)
+        # A profile slows down what it traces, so it comes after the turns.
         if profile:
             with Trace(range(1, 4), profile, ctx) as trace:
                 for number in (1, 2, 3):

@@ -155,6 +155,7 @@ def _lightning(race: Race) -> Training:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
+    # A plain module, as Lightning's examples have it; the callback hands the turn back after each batch.
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -177,6 +178,7 @@ def _lightning(race: Race) -> Training:
     ctx = race.ctx
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     baton = _Baton()
+    # Logs, checkpoints and bars are off: they are no part of the comparison.
     trainer = lightning.Trainer(
         accelerator="gpu" if ctx.device.type == "cuda" else "cpu",
         devices=local_world,

@@ -344,6 +344,7 @@ def all_reduce() -> str:
 @item("kill and resume")
 def kill_and_resume() -> str:
     with small_dataset(128 if not ON_GPU else 2048) as folder, TemporaryDirectory() as runs:
+        # A run that is soon at its first checkpoint, and has more to do.
         run = Path(runs) / "run"
         options = {
             "data.path": folder,
@@ -361,11 +362,13 @@ def kill_and_resume() -> str:
         first = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=importable()
         )
+        # Kill it without warning, as a lost node dies, once there is something to go on from.
         while first.poll() is None and not (run / "checkpoints/last").exists():
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
         _, complaint = first.communicate()
         assert (run / "checkpoints/last").exists(), (complaint.strip().splitlines() or ["no checkpoint came"])[-1]
+        # The same command must go on, and the result must be usable.
         again = subprocess.run(command, capture_output=True, text=True, env=importable())
         assert again.returncode == 0, (again.stderr.strip().splitlines() or ["it said nothing"])[-1]
         assert "resuming" in again.stdout, "it began anew"

@@ -70,6 +70,7 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
     if not checkpoint.is_dir():
         return "it is no folder"
     file = checkpoint / MANIFEST
+    # The manifest is written last, so a checkpoint with one was once complete; then its files must match it.
     try:
         manifest = {name: Stamp(**stamp) for name, stamp in _read_json(file).items()}
         for name, stamp in manifest.items():
@@ -87,6 +88,7 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
         return f"{MANIFEST} is damaged"
     if PROGRESS not in manifest:
         return f"{MANIFEST} is damaged"
+    # Whole, but perhaps of another version.
     try:
         read_progress(checkpoint)
     except (OSError, ValueError, TypeError, KeyError):

@@ -47,6 +47,7 @@ class DataParallel(ABC):
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
         counted = torch.zeros(4, dtype=torch.float64, device=self.ctx.device)
+        # Passes over the chunks; gradients are averaged over the ranks in the last one alone.
         chunks = self._chunks(micro_batches)
         for number, batch in enumerate(chunks, start=1):
             with self.early_statistics(), self._accumulating(last=number == len(chunks)):
@@ -57,6 +58,7 @@ class DataParallel(ABC):
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole update.
                     self._backward(losses * self.ctx.world / batch.total)
             counted += count(logits.detach(), batch.labels, losses.detach())
+        # Only now do the weights change, and their average with them.
         with Phase("update"):
             norm = self._update()
             if self.ema:

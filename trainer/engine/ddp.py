@@ -50,6 +50,7 @@ class DdpEngine(DataParallel):
         self.ddp_model: nn.Module = self.module
         self.powersgd: PowerSGDState | None = None
         if ctx.world > 1:
+            # Buckets are ordered now, so that a resumed run sums in the same order.
             self.ddp_model = DistributedDataParallel(
                 self.module,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -59,6 +60,7 @@ class DdpEngine(DataParallel):
             )
             self._settle_buckets()
             self.powersgd = gradient_compression.compress(self.ddp_model, cfg.compression)
+        # One network runs through DDP, the other bypasses it while some parameters are frozen.
         self._forward = compiled(self.ddp_model, cfg, device)
         self._lone_forward = compiled(self.module, cfg, device) if ctx.world > 1 else self._forward
         self.chunks_per_micro_batch = 1  # of a micro-batch, each with a forward and a backward pass of its own

@@ -144,6 +144,7 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
 
     Raises `UserError`; nothing is then written.
     """
+    # Refuse before the network is opened and converted, which takes long.
     kept = out.with_name(f"{out.name}.json")
     for file in (out, kept):
         require(not file.exists(), f"--out: {file} exists; give another file")
@@ -155,12 +156,14 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
         foreign is None or name not in ("torchvision", "safetensors"),
         f"--format: {name} is for torchvision's networks, of which none has {foreign}; give onnx or torch_export",
     )
+    # Pack, run the packed content as another program would, and compare: only a file that agrees is written.
     source = open_source(folder, cfg)
     catalog = _some_images(cfg.data, source.classes)
     images = _inputs(cfg.data, catalog)
     content = FORMATS[name].pack(source, images)
     difference = largest_difference(source, FORMATS[name].run(content, source), images)
     about = json.dumps(preprocessing(cfg.data, source), indent=1, ensure_ascii=False)
+    # The description first: a file without it could not be used.
     try:
         replace_file(kept, f"{about}\n".encode())
         replace_file(out, content)

@@ -35,6 +35,7 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
     section 2.2).
     """
     assert 0 <= step < total_steps, f"update {step} of {total_steps}"
+    # Warm-up: a straight line up to the peak. Afterwards `progress` runs from 0 to below 1.
     peak = max(round(cfg.warmup * total_steps) - 1, 0)
     if step < peak:
         return cfg.lr * (step + 1) / (peak + 1)

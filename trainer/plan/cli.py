@@ -110,6 +110,7 @@ class Prediction(NamedTuple):
 
 def predict(parts: Parts, cluster: Cluster) -> Prediction:
     """Predict the speed of training on `cluster`; its epochs are whole steps."""
+    # The times of the parts, each as if it were alone.
     step, measured = _step_of(parts.steps, cluster.gpu_images)
     times_s = [cluster.all_reduce_s(bucket.sent_bytes) for bucket in parts.buckets]
     exposed_s = _exposed_s(step.backward_s, [bucket.ready for bucket in parts.buckets], times_s)
@@ -124,6 +125,7 @@ def predict(parts: Parts, cluster: Cluster) -> Prediction:
     else:
         step_s = max(step.compute_s + exposed_s, loader_s)
         busy_s = {"compute": step.compute_s, "loader": loader_s, "network": network_s}
+    # Compare with GPUs that only compute: that is what more of them could bring at best.
     batch = cluster.gpus * cluster.gpu_images
     best_images_per_s = max(step.images / step.compute_s for step in parts.steps)
     return Prediction(

@@ -89,10 +89,12 @@ def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node:
     The ranks measure at once, so that they compete for what they share, but wait for nobody in between. Several ranks
     also measure the link that joins them.
     """
+    # The link first, while no loader or computation is busy.
     catalog = ctx.raise_together(lambda: open_catalog(cfg.data, "train"))
     hosts = len(ctx.gather(torch.tensor(zlib.crc32(socket.gethostname().encode()))).unique())
     link = measure_link(ctx) if ctx.world > 1 else None
     host_s_per_byte = host_seconds_per_byte(ctx) if ctx.world > 1 else 0.0
+    # Each process then measures as if it were alone; a cluster's time is modelled from that.
     alone = replace(ctx, rank=0, world=1)
     sizes, on_cpu = sorted(set(gpu_images)), ctx.device.type == "cpu"
     with progress("measuring", (len(sizes) + 1) * (ROUNDS + 1), unit="rounds") as advance:
@@ -101,6 +103,7 @@ def measure(cfg: Config, ctx: DistContext, gpu_images: list[int], gpus_per_node:
             cores = ctx.cores * ctx.world // hosts
             alone = replace(alone, cores=max(1, cores // gpus_per_node))
         loader_s = _measure_loader(cfg, catalog, alone, sizes[-1], advance)
+    # The slowest rank decides: in training the others wait for it.
     precision = resolve_precision(cfg.engine.precision, ctx.device)
     return Parts(
         measured_on=f"{socket.gethostname()}, {_processor(ctx)}, {precision}",
@@ -131,6 +134,7 @@ def measure_step(
     backward pass at its buckets; the duration, in steps as the recipe wants them.
     """
     torch.compiler.reset()  # otherwise it would compile for any size after two sizes
+    # Two networks: one as the recipe wants it, for the duration, and one whose phases can be seen.
     wanted = build_engine(cfg, classes, alone)
     plain = build_engine(replace(cfg, engine=replace(cfg.engine, compile="off")), classes, alone)
     clock, batches = _Clock(alone.device), synthetic(cfg, classes, alone, images)
@@ -149,6 +153,7 @@ def measure_step(
             splits.append([marks[0] / marks[2], (marks[1] - marks[0]) / marks[2], (marks[2] - marks[1]) / marks[2]])
             ready.append(watch.gradients())
         advance(1)
+    # The phases' shares of the plain step divide the duration of the wanted one.
     shares = np.median(splits, axis=0)
     step = Step(images, *(median(taken_s) * shares / shares.sum()).tolist())
     return step, bucket_up(watch.parameters, np.median(ready, axis=0).tolist(), cfg.engine.compression)

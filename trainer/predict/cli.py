@@ -55,6 +55,7 @@ def predict_all(
     `predict` takes images [B, 3, H, W] uint8 to logits [B, classes]. Images that cannot be read are named on stderr.
     """
     torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, so not always the same
+    # Fixed batches, dealt to the ranks in turn: so no result depends on the number of ranks.
     count, batch = len(catalog), min(BATCH, len(catalog))
     batches = [list(range(first, min(first + batch, count))) for first in range(0, count, batch)]
     own = batches[ctx.rank :: ctx.world]
@@ -73,6 +74,7 @@ def predict_all(
                 read[places] += 1
                 advance(ctx.world * len(places))  # the other ranks are about as far
         unreadable[_name_unreadable(loader, catalog)] = 1
+    # Each rank has filled its own rows, so sums join them; the count shows a row read twice or never.
     for sums in (probabilities, read, unreadable):
         ctx.sum(sums)
     assert (read == 1).all(), "every image is of one rank"

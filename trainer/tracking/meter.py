@@ -104,6 +104,7 @@ class Meter:
 
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
         """Compute scores and speed since the last call, and add `counts` up over the ranks along the way. Collective."""
+        # One reduction serves scores, waiting and the caller's counts: the only time that the host waits for the device.
         steps = len(self._step_s)
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
@@ -113,11 +114,13 @@ class Meter:
         sums = StepSums(*totals[: len(StepSums._fields)])
         sums = sums._replace(grad_norm=sums.grad_norm / self.ctx.world)  # every rank has the same gradient
         wait_s, *counted = totals[len(sums) :]
+        # Time and sums go on from interval to interval; an epoch's are added up beside them.
         elapsed_s = time.perf_counter() - self._start
         self.train_s += elapsed_s
         self._epoch_s += elapsed_s
         self._epoch_images += sums.images
         self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, sums, strict=True)]
+        # Rates are of all ranks: they step together, so this rank's clock serves.
         scalars = {}
         if steps:
             times_ms = sorted(1e3 * s for s in self._step_s)

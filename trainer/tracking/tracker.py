@@ -121,6 +121,7 @@ class Tracker:
         self._tell(lambda console: console.open())
 
     def _open_all(self, resume_step: int) -> None:
+        # Rank 0 alone has destinations.
         self._alarms = Alarms()
         if not self._primary:
             return

@@ -61,6 +61,7 @@ class WandbSink:
         note: Callable[[str], None],
         on_stop: Callable[[], None],
     ) -> None:
+        # One run on the server for a run folder: its id is kept, so that a resumed run continues the same curves.
         settings = wandb.Settings(
             project=project,
             entity=entity,

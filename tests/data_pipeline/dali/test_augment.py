@@ -90,7 +90,7 @@ def table(rows: int, seed: int = 0) -> NDArray[np.float64]:
 
 
 def magnitude(name: str, bin: int, negative: bool) -> float:
-    """What TrivialAugmentWide gives the operation in torchvision, whose translation is meant for 224 pixels."""
+    """Magnitude that TrivialAugmentWide gives the operation in torchvision, whose translation is meant for 224 pixels."""
     values, signed = autoaugment.TrivialAugmentWide()._augmentation_space(BINS)[name]
     value = float(values[bin]) if values.ndim else 0.0
     if name.startswith("Translate"):
@@ -138,7 +138,7 @@ def test_operations_on_levels_are_near_torchvisions(
 def test_operations_differ_in_few_pixels(
     name: str, share: float, differences: dict[str, list[NDArray[np.int64]]]
 ) -> None:
-    """Where a pixel lies between two sources, and where a level lies between two thresholds (256 levels or 255)."""
+    """Pixels between two sources, and levels between two thresholds (256 levels or 255)."""
     assert all((difference > 0).mean() <= share for difference in differences[name])
 
 
@@ -455,7 +455,7 @@ def test_the_last_images_of_an_epoch_are_no_others_than_in_the_middle(folder: Pa
 
 
 def test_a_damaged_image_changes_no_pixel_but_of_its_pair(folder: Path, tmp_path: Path) -> None:
-    """What is found to be damaged only in decoding is mixed with nothing; all others are as if it were whole."""
+    """An image found to be damaged only in decoding is mixed with nothing; all others are as if it were whole."""
     root = Path(shutil.copytree(folder, tmp_path / "data"))
     cfg = DataConfig(str(root), batch=8, size_px=32, augment=AugmentConfig(**EVERYTHING["all"]))  # type: ignore[arg-type]
     loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(), training=True, seed=7)
@@ -496,7 +496,7 @@ def test_each_augmentation_changes_pixels(folder: Path) -> None:
 # The graph
 
 OPERATORS = ("Rotate", "Split", "BrightnessContrast", "ColorTwist", "Erase")
-"""What the graph is made of where rotation, policy, brightness or contrast, saturation or hue, and erasing are on."""
+"""Operators of the graph where rotation, policy, brightness or contrast, saturation or hue, and erasing are on."""
 
 
 def graph_of(cfg: DataConfig, on_gpu: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""What a stream claims to be, against PIL; and that DALI survives whatever is accepted."""
+"""Headers of streams against PIL; and DALI survives every stream that is accepted."""
 
 import io
 import pickle

@@ -33,7 +33,7 @@ from trainer.optim.optimizer import OptimConfig
 
 
 def ignore(line: str) -> None:
-    """Where nobody listens."""
+    """A listener that hears nothing."""
 
 
 def saver(run: Path, ctx: DistContext = SOLO, tell: Callable[[str], None] = ignore) -> Saver:

@@ -552,7 +552,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> 
 
 
 def start(run: Path, config: str) -> int:
-    """What a start does in a process of its own, and its exit code: 0 if it may train, 2 if it is refused."""
+    """Start in a process of its own; its exit code is 0 if it may train, 2 if it is refused."""
     child = os.fork()
     if not child:
         code = 1

@@ -1,4 +1,4 @@
-"""What is measured and in which order, what is made of it, and the command on one process and on two."""
+"""Measurements of the benchmark, their order and report, and the command on one process and on two."""
 
 import json
 import re

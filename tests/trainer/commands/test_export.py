@@ -57,7 +57,7 @@ def torchvision_of(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def opened(name: str, file: Path) -> Callable[[Tensor], Tensor]:
-    """What another program would make of the file."""
+    """Use the file as another program would."""
     if name == "torchvision":
         return torchvision_of(torch.load(file, weights_only=True))
     if name == "safetensors":

@@ -202,7 +202,7 @@ def test_parts_survive_a_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What `python -m trainer.plan` prints with these arguments, here in this process."""
+    """Output of `python -m trainer.plan` with these arguments, here in this process."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["plan", *arguments])

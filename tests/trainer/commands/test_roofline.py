@@ -1,4 +1,4 @@
-"""What a machine can do, counted by other means, and the sentence about what holds a run back."""
+"""Limits of a machine, counted by other means, and the sentence about what holds a run back."""
 
 import re
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""What torch.compile keeps is code that the next start runs: only from a folder of one's own, and only if it is whole."""
+"""The compile cache is code that the next start runs: only from a folder of one's own, and only if it is whole."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What every engine owes: the same weights from the same images, by one rank or two, stopped and resumed or not."""
+"""Duties of every engine: the same weights from the same images, by one rank or two, stopped and resumed or not."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -118,7 +118,7 @@ def check_overflow(folder: Path) -> None:
 
 
 def check_layout(folder: Path) -> None:
-    """What flows through the network is channels-last at every stage, whatever DeepSpeed makes of the weights."""
+    """Maps in the network are channels-last at every stage, whatever DeepSpeed makes of the weights."""
     for stage in range(4):
         engine = zero(stage, SGD, net())
         maps: list[bool] = []

@@ -189,7 +189,7 @@ def test_padding_does_not_count() -> None:
 
 
 def test_an_update_of_padding_alone_only_decays() -> None:
-    """What a rank does whose share of the last micro-batch is empty: no gradient, no hits, no NaN."""
+    """A rank whose share of the last micro-batch is empty: no gradient, no hits, no NaN."""
     engine = build(small_net(), OptimConfig(lr=0.1, weight_decay=0.0))
     before = parameters(engine)
     empty = batch(4, total=1)._replace(labels=torch.full((4,), IGNORE_LABEL), num_real=0)
@@ -408,7 +408,7 @@ def test_no_thread_of_gloo_outlives_the_interpreter() -> None:
 
 
 def out_of_memory_above(rows: int, module: nn.Module) -> None:
-    """What a GPU does: allocations fail, here those of a forward pass over more images than `rows`."""
+    """Fail as a GPU does: allocations fail, here those of a forward pass over more images than `rows`."""
 
     def refuse(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if len(inputs[0]) > rows:

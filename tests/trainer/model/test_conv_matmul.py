@@ -42,7 +42,7 @@ def test_output_and_gradients_are_torchs(kernel: int, stride: int, size: tuple[i
 
 
 def graph(convolution: nn.Conv2d, pixels: Tensor) -> str:
-    """How an output says it was made."""
+    """Operation that made an output."""
     return type(convolution(pixels).grad_fn).__name__
 
 

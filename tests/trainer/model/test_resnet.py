@@ -300,7 +300,7 @@ def test_every_option_of_a_network_is_tried() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_weights_that_load_into_torchvision_mean_the_same_there(option: str, name: ModelName) -> None:
-    """Where an option leaves torchvision's networks a strict load fails, and we say so; else the logits are equal."""
+    """With an option that leaves torchvision's networks a strict load fails, and we say so; else the logits are equal."""
     cfg = ModelConfig(name, **{option: OPTIONS[option]})
     network = build_resnet(cfg, CLASSES)
     network(torch.randn(4, 3, 64, 64))  # so that statistics are not those of the start

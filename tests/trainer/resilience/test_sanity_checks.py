@@ -124,7 +124,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def is_bad(micro_batches: list[Batch]) -> bool:
-    """Whether this is update BAD_STEP, by the image that its first row begins with."""
+    """Return True for step BAD_STEP, recognised by the image that its first row begins with."""
     firsts = [sampling.order(0, epoch, TRAIN)[seen] for epoch in range(EPOCHS) for seen in range(0, TRAIN, BATCH)]
     assert firsts.count(firsts[BAD_STEP - 1]) == 1
     return int(micro_batches[0].ids[0]) == firsts[BAD_STEP - 1]
