@@ -128,7 +128,8 @@ class DataConfig:
     label_column: str | None = None
     """Column of a table with the classes. If not given: found by its usual names, or the only column left."""
     split_column: str | None = None
-    """Column of a table with train or val. If not given: one named "split" or alike, else val_share decides."""
+    """Column of a table with train or val. If not given: one named "split" or alike, one whose cells all name splits, or a flag
+    such as is_train; else the images' folders where these are splits; else val_share decides."""
     val_share: float = 0.1
     """Share of each class held out for validation where the data has no validation part: those whose paths have the
     smallest hashes, and at least one image of a class of two or more."""
