@@ -19,7 +19,7 @@ from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.submission import Submission, find, newest
-from trainer.checkpoint.store import read_job
+from trainer.checkpoint.run_folder import read_job
 
 POLL_S = 0.5
 ETA_ROWS, GAP_S = 50, 600.0

@@ -18,7 +18,8 @@ from data_pipeline.sources.torchvision_sets import NAMED
 from data_pipeline.summary import refuse_single_class, summary
 from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.files import read_metadata
-from trainer.checkpoint.store import Progress, Store, check_run, claim_run, read_progress, record_job, record_run
+from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
+from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config, first_difference, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.arithmetic import choose_arithmetic

@@ -27,7 +27,8 @@ from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.job import train, train_node
 from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
-from trainer.checkpoint.store import Store, check_run, claim_run, record_run
+from trainer.checkpoint.run_folder import check_run, claim_run, record_run
+from trainer.checkpoint.store import Store
 from trainer.config import Config, first_difference, load, load_run, to_yaml
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,8 @@ from launch.slurm.commands import queue, run_slurm
 from launch.slurm.profile import Request, parse, request_of, request_parser
 from launch.slurm.submit import active_job, check_free, submit_runs
 from launch.sweep.settings import Member, Setting, Sweep, read_sweep
-from trainer.checkpoint.store import Store, check_run
+from trainer.checkpoint.run_folder import check_run
+from trainer.checkpoint.store import Store
 from trainer.config import Config, first_difference, may_change
 from trainer.resilience.signals import SIGNALS
 

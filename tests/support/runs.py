@@ -20,7 +20,8 @@ from PIL import Image
 from torch import nn
 
 from tests.support.warm import Warm
-from trainer.checkpoint.store import Progress, Store, record_run, write_stamped
+from trainer.checkpoint.run_folder import record_run
+from trainer.checkpoint.store import Progress, Store, write_stamped
 from trainer.config import Config, to_yaml
 from trainer.distributed import DistContext
 

@@ -20,19 +20,8 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Cursor
 from tests.support.runs import ROOT, tree
-from trainer.checkpoint.store import (
-    PARTIAL,
-    Progress,
-    Stamp,
-    StateWriter,
-    Store,
-    check_run,
-    claim_run,
-    fault,
-    read_progress,
-    record_run,
-    write_stamped,
-)
+from trainer.checkpoint.run_folder import check_run, claim_run, record_run
+from trainer.checkpoint.store import PARTIAL, Progress, Stamp, StateWriter, Store, fault, read_progress, write_stamped
 
 FILES = {"model.safetensors", "training.pt", "progress.json", "manifest.json"}
 
@@ -583,7 +572,7 @@ def test_starts_at_once(tmp_path: Path, folder: str) -> None:
 
 def test_a_run_is_claimed_by_one_process_at_a_time(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from trainer.checkpoint.store import claim_run\n"
+        "import sys; from pathlib import Path; from trainer.checkpoint.run_folder import claim_run\n"
         "with claim_run(Path(sys.argv[1])): pass"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
