@@ -179,7 +179,7 @@ def cpu_kernel() -> "Addresses | None":
         from data_pipeline.dali import cpu_resize as kernel
 
         return kernel.compiled()
-    except Exception as error:  # numba raises a hundred kinds, and none is worth a run
+    except Exception as error:  # numba raises a hundred kinds of errors, and DALI's resize works too
         why = " ".join(f"{type(error).__name__}: {error}".split())
         warn_on_rank0(f"numba does not work here, so DALI resizes, which takes longer ({why})")
         return None

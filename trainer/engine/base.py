@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
-        """One whole update. Returns this rank's sums [5] float64 on the device (see StepSums); nothing waits for them."""
+        """Make one optimizer step. Returns this rank's sums [5] float64 on the device (see StepSums); nothing waits for them."""
         ...
 
     def sync_buffers(self) -> None:

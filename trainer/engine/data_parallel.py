@@ -55,7 +55,7 @@ class DataParallel(ABC):
                     logits = self._logits(batch.images)
                 losses = training_loss(logits, batch, self.optim)
                 with Phase("backward"):
-                    # Gradients are averaged over ranks; this makes it the mean over the images of the whole update.
+                    # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)
             counted += count(logits.detach(), batch.labels, losses.detach())
         # Only now do the weights change, and their average with them.
@@ -75,7 +75,7 @@ class DataParallel(ABC):
 
     @abstractmethod
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the passes of a chunk; after the last of an update, gradients are averaged over the ranks."""
+        """Wrap the passes of a chunk; after the last one of a step, gradients are averaged over the ranks."""
 
     @abstractmethod
     def _logits(self, images: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class DdpEngine(DataParallel):
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if optim.name == "sgd" and optim.momentum > 0:
             # The fused kernel asks for momentum of all or of none, so not of the head alone at first; and would leave it
-            # as it finds it in memory where the very first update overflows.
+            # as it finds it in memory where the very first step overflows.
             for parameter in self.trained:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.ddp_model: nn.Module = self.module

@@ -22,7 +22,7 @@ class Trace:
 
         with Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step) as trace:
             for ...:
-                ...  # an update, from fetching its data on
+                ...  # an optimizer step, from fetching its data on
                 trace.step(number)
 
     `steps` are counted from 1, and none of them profile nothing; `done` is the number of steps made before. If the
