@@ -75,9 +75,10 @@ def flowers102() -> dict[str, Archive | bytes]:
         matlab.savemat(stream, arrays, do_compression=True)
         return stream.getvalue()
 
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(1, 103), 3))
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(1, 103), 4))
     ids = {int(label): (np.flatnonzero(labels == label) + 1).tolist() for label in np.unique(labels)}
-    parts = {key: [ids[label][at] for label in ids] for at, key in enumerate(("trnid", "valid", "tstid"))}
+    places = {"trnid": (0, 1), "valid": (2,), "tstid": (3,)}
+    parts = {key: [ids[label][at] for label in ids for at in ats] for key, ats in places.items()}
     return {
         "102flowers.tgz": {f"jpg/image_{number:05d}.jpg": jpeg(number) for number in range(1, len(labels) + 1)},
         "imagelabels.mat": mat(labels=labels.tolist()),
