@@ -238,7 +238,7 @@ def pixels(catalog: Catalog, row: int) -> np.ndarray:
 SPLITS: dict[str, dict[str, dict[str, object]]] = {
     "imagenette": {"train": {"split": "train", "size": "320px"}, "val": {"split": "val", "size": "320px"}},
     "cifar10": {"train": {"train": True}, "val": {"train": False}},
-    "flowers102": {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}},
+    "flowers102": {"train": {"split": "train"}, "val": {"split": "val"}},
     "oxford_pets": {"train": {"split": "trainval"}, "val": {"split": "test"}},
     "food101": {"train": {"split": "train"}, "val": {"split": "test"}},
 }
