@@ -9,6 +9,7 @@ summary.png           best top-1 of each run, a line for each setting
 
 import io
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -34,13 +35,21 @@ def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: floa
 
     Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (True
     where training reached its requested end), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows
-    of metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions.
+    of metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions. A run that cannot be read
+    is left out, with a line on stderr. Raises `UserError` where no run can be read.
     """
     options = dict.fromkeys(key for setting in record.settings.values() for key in setting)
-    rows = []
+    rows, errors = [], []
     for name, setting in record.settings.items():
         own = {key: shown(setting[key]) if key in setting else "" for key in options}
-        rows.append({"run": name, **own, **_figures(folder / name, record.failed.get(name), jobs, now_s)})
+        try:
+            rows.append({"run": name, **own, **_figures(folder / name, record.failed.get(name), jobs, now_s)})
+        except (UserError, OSError) as error:
+            errors.append(error)
+    if errors and not rows:
+        raise UserError(str(errors[0]))
+    for why in errors:
+        print(f"left out: {printable(str(why))}", file=sys.stderr)
     return pd.DataFrame(rows)
 
 

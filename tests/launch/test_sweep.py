@@ -331,6 +331,18 @@ def test_the_summary_is_written_once(
         summary(["nobody"])
 
 
+def test_a_run_that_cannot_be_read_is_left_out(found: tuple[Path, Record], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, record = found
+    hostile, *others = record.settings
+    (folder / hostile / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+    assert list(summarise(folder, record, {}, now_s=1e9).run) == others
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out: RUNS: {folder / hostile / 'metrics.jsonl'} cannot be read (")
+    assert said.count("\n") == 1
+    with pytest.raises(UserError, match="cannot be read"):
+        summarise(folder, Record({}, {hostile: record.settings[hostile]}), {}, now_s=1e9)
+
+
 def test_the_plot_grows_with_the_settings(found: tuple[Path, Record]) -> None:
     table = summarise(*found, {}, now_s=1e9)
     few, many = (
