@@ -23,17 +23,17 @@ COMMANDS = {
 MODULES = {
     "train": ("trainer.__main__", "train a ResNet, in one process; under torchrun, in many"),
     "evaluate": ("trainer.evaluate", "scores of a run on validation images"),
-    "predict": ("trainer.predict.cli", "classes of images, for people or for Kaggle"),
-    "report": ("trainer.report.cli", "a page about one run: confusion, worst images"),
-    "compare": ("trainer.compare.cli", "a page that compares runs"),
-    "export": ("trainer.export.cli", "a run's network for other programs"),
-    "bench": ("trainer.bench.cli", "how fast this machine trains, and what holds it up"),
-    "plan": ("trainer.plan.cli", "what more GPUs would bring"),
-    "check": ("trainer.check.cli", "accept a machine, item by item"),
-    "pack": ("data_pipeline.pack.cli", "images at the size that training needs, in few files"),
-    "verify": ("data_pipeline.verify.cli", "find the images that cannot be read"),
-    "show": ("data_pipeline.show.cli", "a sheet of images as the model sees them"),
-    "data-bench": ("data_pipeline.bench.cli", "how fast images are loaded"),
+    "predict": ("trainer.predict.__main__", "classes of images, for people or for Kaggle"),
+    "report": ("trainer.report.__main__", "a page about one run: confusion, worst images"),
+    "compare": ("trainer.compare.__main__", "a page that compares runs"),
+    "export": ("trainer.export.__main__", "a run's network for other programs"),
+    "bench": ("trainer.bench.__main__", "how fast this machine trains, and what holds it up"),
+    "plan": ("trainer.plan.__main__", "what more GPUs would bring"),
+    "check": ("trainer.check.__main__", "accept a machine, item by item"),
+    "pack": ("data_pipeline.pack.__main__", "images at the size that training needs, in few files"),
+    "verify": ("data_pipeline.verify.__main__", "find the images that cannot be read"),
+    "show": ("data_pipeline.show.__main__", "a sheet of images as the model sees them"),
+    "data-bench": ("data_pipeline.bench.__main__", "how fast images are loaded"),
 }
 """Module of each further command of `sluice`, which has a function `main`; and a line for the index."""
 

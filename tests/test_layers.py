@@ -5,8 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
+from trainer.config import load, to_yaml
 
 LAYERS = ("data_pipeline", "trainer", "launch")  # each may import itself and those before it
 HEAVY = {
@@ -145,6 +149,40 @@ def packages_loaded_by(statement: str) -> set[str]:
 def test_options_are_read_before_anything_heavy_is_loaded() -> None:
     loaded = packages_loaded_by("import trainer.__main__; from trainer.config import load; load(['--run.epochs', '3'])")
     assert "trainer" in loaded and not loaded & {"torch", "torchvision", "nvidia", "numpy", "pandas", "rich", *HEAVY}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "trainer --lr 3",
+        "trainer.evaluate nowhere",
+        "trainer.evaluate RUN --data.pth x",
+        "trainer.predict RUN tests --out README.md",
+        "trainer.report RUN --out tests",
+        "trainer.export RUN --format onnx --out README.md",
+        "trainer.plan --nodes 0",
+        "trainer.plan --gpus_per_node 1 --inside_us 3",
+        "trainer.bench --rounds 0",
+        "trainer.check --only nope",
+        "trainer.compare nowhere nowhere",
+        "data_pipeline.show --out README.md",
+        "data_pipeline.bench --out README.md",
+        "data_pipeline.pack tests tests",
+        "data_pipeline.verify tests --workers many",
+    ],
+)
+def test_a_mistake_is_told_before_anything_heavy_is_loaded(command: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load([])))
+    name, *arguments = (str(tmp_path) if word == "RUN" else word for word in command.split())
+    program = (
+        "import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); sys.argv[0] = sys.argv.pop(1)\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, name, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (ended.returncode, ended.stderr[:7], ended.stderr.count("\n")) == (2, "error: ", 1), ended.stderr
+    assert not {"torch", "nvidia"} & set(ended.stdout.split())
 
 
 def test_training_starts_without_heavy_packages() -> None:

@@ -16,10 +16,10 @@ from data_pipeline.sources.listing import UNLABELLED
 from trainer.config import Config
 from trainer.config import load_run as read_config
 from trainer.distributed import DistContext, open_dist_context
-from trainer.evaluate import Trained, open_trained
 from trainer.loop import fit
 from trainer.predict.cli import View, predict_all
 from trainer.resilience.signals import StopFlag
+from trainer.scoring import Trained, open_trained
 
 ImageLike = str | Path | NDArray[np.uint8]
 """A JPEG, PNG, WebP or BMP file, or RGB pixels [H, W, 3] uint8."""

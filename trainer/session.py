@@ -15,10 +15,10 @@ from trainer.checkpoint.store import Progress, Store
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine
-from trainer.evaluate import evaluate
 from trainer.model.resnet import freeze
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
 from trainer.resilience.watchdog import heartbeat
+from trainer.scoring import evaluate
 from trainer.tracking.meter import Meter
 from trainer.tracking.profiler import Trace
 from trainer.tracking.tracker import Tracker

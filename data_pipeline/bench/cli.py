@@ -24,15 +24,13 @@ from typing import Any, NamedTuple, Self
 import pandas as pd
 import torch
 
-from data_pipeline.bench.peers import CONTESTANTS, MINUTES, OURS, Task, copy_sample, reported, rounds_within
+from data_pipeline.bench.budget import MINUTES, reported, rounds_within
+from data_pipeline.bench.peers import CONTESTANTS, OURS, Task, copy_sample
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse
-from data_pipeline.common.errors import UserError, require
+from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
-from data_pipeline.options import CHOOSING, command_line
 
-SIZES_PX = "224,128,64"
 SAMPLE, ROUNDS, TURN = 4096, 9, 640  # images copied; turns of each; images in a turn
 # Imported once by the process that the contestants are forked from, not by each of them.
 _PRELOADED = ["pandas", "data_pipeline.common.cli", "data_pipeline.bench.peers"]
@@ -280,33 +278,11 @@ def write(turns: pd.DataFrame, out: Path) -> None:
     replace_file(out / "bench.png", plot(summary(turns)))
 
 
-def sizes_of(text: str) -> list[int]:
-    """Parse sides in pixels, such as "224,128,64". Raises `UserError`."""
-    parts = text.split(",")
-    require(
-        all(part.isdecimal() and 8 <= int(part) <= 4096 for part in parts) and len(set(parts)) == len(parts),
-        f"--sizes: {text} does not fit; give different sides of 8 to 4096 pixels, as {SIZES_PX}",
-    )
-    return [int(part) for part in parts]
-
-
-def main() -> None:
-    parser = command_line("python -m data_pipeline.bench", "Compare data loaders on this machine.", ("path", *CHOOSING))
-    parser.add_argument("--sizes", default=SIZES_PX, help="Sides of the images in pixels, with commas between.")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="Longest time: rounds become fewer to end in it."
-    )
-    parser.add_argument("--out", help="A folder for bench.csv and bench.png; nothing is written if not given.")
-    args = parse(parser, sys.argv[1:])
-    sizes_px, out = sizes_of(args.sizes), Path(args.out) if args.out else None
-    if out:
-        require(out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
-        for name in ("bench.csv", "bench.png"):
-            require(not (out / name).exists(), f"--out: {out / name} exists; give another folder")
-    require(args.minutes > 0, f"--minutes: {args.minutes:g} is not positive; give a time such as {MINUTES:g}")
+def bench(cfg: DataConfig, sizes_px: list[int], out: Path | None, minutes: float) -> None:
+    """Measure, print, and write to the folder `out` if given. Raises `UserError`."""
     rows: list[Row] = []
     with reported(lambda why: report(rows, out, why)):
-        measure(DataConfig(**args.data), sizes_px, rows, minutes=args.minutes)
+        measure(cfg, sizes_px, rows, minutes=minutes)
 
 
 def report(rows: list[Row], out: Path | None, why: str) -> None:

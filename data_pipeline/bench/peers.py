@@ -2,13 +2,10 @@
 
 import importlib.util
 import io
-import signal
-import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,8 +23,6 @@ from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
 
-MINUTES = 5.0
-"""Longest time of a benchmark, besides its preparation and one round."""
 BATCH = 64
 OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
 _SHARDS = 16
@@ -37,41 +32,6 @@ _RATIO = (1 / _AUGMENT.max_ratio, _AUGMENT.max_ratio)
 
 
 T = TypeVar("T")
-
-
-def rounds_within(
-    rounds: int, deadline_s: float, agree: Callable[[Callable[[], bool]], bool] = lambda fits: fits()
-) -> Iterator[int]:
-    """Yield at most `rounds` numbers, while one more round, as long as the longest, would end before `deadline_s`.
-
-    `deadline_s` is a value of `time.monotonic`; the first round always runs. `agree` makes several processes decide alike.
-    """
-    longest_s = 0.0
-    for number in range(rounds):
-        begin_s = time.monotonic()
-        if number and not agree(lambda: time.monotonic() + longest_s <= deadline_s):  # noqa: B023 - called at once
-            return
-        yield number
-        longest_s = max(longest_s, time.monotonic() - begin_s)
-
-
-@contextmanager
-def reported(report: Callable[[str], None]) -> Iterator[None]:
-    """Call `report` when the measurement within ends: with "", or with the signal or crash that broke it off."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised as an exception
-    why = ""
-    try:
-        yield
-    except BaseException as error:
-        for number in before:  # a launcher sends more than one
-            signal.signal(number, signal.SIG_IGN)
-        why = f"broken off by {type(error).__name__}; what was measured until then is kept"
-        raise
-    finally:
-        report(why)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Task(NamedTuple):

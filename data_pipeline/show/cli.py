@@ -5,9 +5,8 @@ pixel as in a run with these options and this seed. Below each stand the epoch a
 """
 
 import io
-import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +16,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
-from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
-from data_pipeline.options import command_line
 from data_pipeline.sampling import order
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -131,27 +128,10 @@ def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFo
     return text + "..."
 
 
-def main() -> None:
-    every = tuple(field.name for field in fields(DataConfig))
-    parser = command_line("python -m data_pipeline.show", "Draw what the model will see in training.", every)
-    parser.add_argument("--out", default="sheet.png", help="The PNG to write.")
-    parser.add_argument("--force", action="store_true", help="Replace it if it exists.")
-    parser.add_argument("--epoch", type=int, default=0, help="The epoch to begin with, from 0.")
-    parser.add_argument(
-        "--epochs", type=int, default=8, help="run.epochs, over which sizes in data.size_px are shared."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="run.seed, which decides order and augmentation.")
-    args = parse(parser, sys.argv[1:])
-    cfg = DataConfig(**{**args.data, "augment": AugmentConfig(**vars(args.data["augment"]))})
-    out = Path(args.out)
-    require(out.suffix.lower() == ".png", f"--out: {out} is no PNG; give a name that ends in .png")
-    require(args.force or not out.exists(), f"--out: {out} exists; give another file, or --force to replace it")
-    require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
-    require(args.epoch >= 0, f"--epoch: {args.epoch} is negative; give a number from 0")
-    require(args.epochs > 0, f"--epochs: {args.epochs} is not positive; give the number of passes")
-    require(0 <= args.seed < 2**63, f"--seed: {args.seed} is out of range; give a number from 0 to 2^63")
-    _write(sheet(cfg, epoch=args.epoch, seed=args.seed, epochs=args.epochs), out)
-    print(f"{printable(str(out))}: training images, and how epochs {args.epoch} and later show them")
+def draw(cfg: DataConfig, out: Path, *, epoch: int, seed: int, epochs: int) -> None:
+    """Write the `sheet` as the PNG `out`, and say so. Raises `UserError`."""
+    _write(sheet(cfg, epoch=epoch, seed=seed, epochs=epochs), out)
+    print(f"{printable(str(out))}: training images, and how epochs {epoch} and later show them")
 
 
 def _write(image: Image.Image, out: Path) -> None:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from data_pipeline.bench import cli as bench
 from data_pipeline.bench import peers
+from data_pipeline.bench.__main__ import main
+from data_pipeline.bench.options import sizes_of
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from tests.conftest import encode, picture
@@ -136,7 +138,7 @@ def test_a_loader_that_fails_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "64,", "big", "64,64", "4", "64,5000", "-64"])
 def test_sizes_that_do_not_fit_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^--sizes: "):
-        bench.sizes_of(text)
+        sizes_of(text)
 
 
 def test_mistakes_are_found_at_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,5 +153,5 @@ def test_mistakes_are_found_at_once(images: Path, tmp_path: Path, monkeypatch: p
     ):
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-            bench.main()
+            main()
     assert (tmp_path / "bench.csv").read_text() == "precious"

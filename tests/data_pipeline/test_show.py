@@ -16,6 +16,7 @@ from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sampling import order
 from data_pipeline.sharding import RankInfo
 from data_pipeline.show import cli as show
+from data_pipeline.show.__main__ import main
 from data_pipeline.sources.catalog import open_catalog
 from tests.conftest import take
 
@@ -81,7 +82,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(show, "ROWS", 2)
     monkeypatch.setattr(show, "COLUMNS", 2)
     monkeypatch.setattr(sys, "argv", ["show", *arguments])
-    show.main()
+    main()
 
 
 def test_command_writes_and_replaces_only_when_told(

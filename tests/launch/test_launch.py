@@ -166,7 +166,11 @@ def test_one_name_has_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         sluice()
     said = capsys.readouterr().out
     assert ended.value.code == 0 and all(f"  {command} " in said for command in (*MODULES, *COMMANDS))
-    modules = {"trainer.__main__", "trainer.evaluate", *(f"{package}.cli" for package in packages_with_a_command())}
+    modules = {
+        "trainer.__main__",
+        "trainer.evaluate",
+        *(f"{package}.__main__" for package in packages_with_a_command()),
+    }
     assert {module for module, _ in MODULES.values()} == modules, "every `python -m` is there"
     for command, words in (
         ("train --lr 1", "did you mean --optim.lr"),

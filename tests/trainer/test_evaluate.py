@@ -26,9 +26,10 @@ from trainer.config import load, load_run, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig
 from trainer.engine.prediction import Predictor
-from trainer.evaluate import Trained, evaluate, main, open_scored, scored_on, with_mirror
+from trainer.evaluate import main
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import build_resnet
+from trainer.scoring import Trained, evaluate, open_scored, scored_on, with_mirror
 from trainer.tracking.meter import Scores
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config import RECIPES, Config, load, recipes
 from trainer.optim.optimizer import lr_at
-from trainer.plan import cli as plan
+from trainer.plan import __main__ as plan
 
 IMAGES = 1_281_167  # to train on in ImageNet-1k
 GPUS = 8  # of a node

@@ -11,14 +11,12 @@ shorter and rounds fewer, down to one round of one step. A benchmark that is bro
 """
 
 import argparse
-import io
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,16 +28,17 @@ import pandas as pd
 import torch
 from torch.profiler import record_function
 
-from data_pipeline.bench.peers import MINUTES, copy_sample, reported, rounds_within
-from data_pipeline.common.errors import UserError, require
-from data_pipeline.common.launcher import launched_rank
+from data_pipeline.bench.budget import MINUTES, reported, rounds_within
+from data_pipeline.bench.peers import copy_sample
+from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.bench import results, roofline
+from trainer.bench.options import ROUNDS, worlds_of
 from trainer.bench.peers import Peer, Race, open_peers
 from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE, report
-from trainer.config import Config, load
+from trainer.config import Config
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
@@ -48,11 +47,7 @@ from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.setup import build_engine, training_loader
 from trainer.tracking.profiler import Trace
 
-ROUNDS, STEPS, SKIPPED = (
-    9,
-    8,
-    4,
-)  # turns of each part; optimizer steps in a turn that count; steps before them that do not
+STEPS, SKIPPED = 8, 4  # optimizer steps of a turn that count; optimizer steps before those
 FEW = 3  # rounds for which turns are shortened where time is short; after that there are fewer rounds
 BRIEF = 8  # times as many calls in a turn of a part that takes little time
 REPEATS = 3  # times that each number of processes is started
@@ -318,81 +313,26 @@ def _torchrun(world: int, options: list[str]) -> None:
         raise UserError(f"--worlds: {processes} ended with exit code {process.returncode}, as said above")
 
 
-def worlds_of(text: str) -> list[int]:
-    """Parse numbers of processes, such as "1,2". Raises `UserError`."""
-    parts = text.split(",")
-    require(
-        all(part.isdecimal() and int(part) > 0 for part in parts) and len(set(parts)) == len(parts),
-        f"--worlds: {text} does not fit; give different numbers of processes, such as 1,2",
-    )
-    return sorted(int(part) for part in parts)
-
-
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options of this command; the recipe's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
-        prog="trainer.bench",
-        description="Say what a recipe reaches on this machine and what holds it back.",
-        epilog="Besides, every option of python -m trainer; see python -m trainer --help.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.csv, bench.json and scaling.png")
-    parser.add_argument("--peers", action="store_true", help="let other trainers compete, where they are installed")
-    parser.add_argument("--worlds", metavar="1,2", help="numbers of processes to start in turn, without torchrun")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each part (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="longest time: turns are shortened to it (default: %(default)s)"
-    )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three updates")
-    parser.add_argument("--wandb", action="store_true", help="log the medians to Weights & Biases; needs --out")
-    quiet = launched_rank() > 0
-    try:
-        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
-            return parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).removeprefix("argument ").split())) from None
-
-
-def _check(args: argparse.Namespace, cfg: Config) -> None:
-    """Check the options before the measurement begins. Raises `UserError`."""
-    require(not args.out or args.out.is_dir() or not args.out.exists(), f"--out: {args.out} is a file; give a folder")
-    require(args.rounds > 0, f"--rounds: {args.rounds} is not positive; give a number of turns such as {ROUNDS}")
-    require(args.minutes > 0, f"--minutes: {args.minutes:g} is not positive; give a time such as {MINUTES}")
-    for name in ("bench.csv", "bench.json", "scaling.png") if args.out else ():
-        require(not (args.out / name).exists(), f"--out: {args.out / name} exists; give another folder")
-    if args.wandb:
-        require(args.out is not None, "--wandb: W&B keeps files in a folder; give --out DIR")
-        results.wandb_mode(cfg)
-    if args.worlds:
-        require("WORLD_SIZE" not in os.environ, "--worlds: it starts the processes itself; call it without torchrun")
-        require(not args.profile, "--worlds: no trace is made of several numbers of processes; leave out --profile")
-
-
-def main() -> None:
-    args, options = _parse(sys.argv[1:])
-    cfg = load(options)
+def bench(args: argparse.Namespace, options: list[str], cfg: Config) -> None:
+    """Measure and report as the command's options say; `options` are those of the recipe. Raises `UserError`."""
     measured = Measured()
     kept = reported(lambda why: _report(measured, cfg, args, why))
     if args.worlds:
-        _check(args, cfg)
         rounds = -(-args.rounds // REPEATS)
         own = [*options, "--rounds", str(rounds), *["--peers"] * args.peers]
         with kept:
             measure_worlds(worlds_of(args.worlds), own, args.minutes, measured)
         return
-    with open_dist_context() as ctx:
-        ctx.run_on_rank0(lambda: _check(args, cfg))
-        with kept if ctx.primary else nullcontext():
-            measure(
-                cfg,
-                ctx,
-                measured,
-                rounds=args.rounds,
-                minutes=args.minutes,
-                peers=args.peers,
-                profile=args.profile,
-            )
+    with open_dist_context() as ctx, kept if ctx.primary else nullcontext():
+        measure(
+            cfg,
+            ctx,
+            measured,
+            rounds=args.rounds,
+            minutes=args.minutes,
+            peers=args.peers,
+            profile=args.profile,
+        )
 
 
 def _report(measured: Measured, cfg: Config, args: argparse.Namespace, why: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.errors import require
 from trainer.bench import roofline
+from trainer.bench.options import wandb_mode
 from trainer.bench.peers import CONTESTANTS, PLAIN_STEP
 from trainer.config import Config
 
@@ -281,15 +281,6 @@ def _command() -> str:
     world = os.environ.get("WORLD_SIZE")
     launcher = ["torchrun", f"--nproc_per_node={world}"] if world else ["python"]
     return shlex.join([*launcher, "-m", "trainer.bench", *sys.argv[1:]])
-
-
-def wandb_mode(cfg: Config) -> str:
-    """Choose auto, online or offline. Raises `UserError` where W&B is off."""
-    mode = os.environ.get("WANDB_MODE") or "auto" if cfg.tracking.wandb == "auto" else cfg.tracking.wandb
-    require(
-        mode not in ("off", "disabled"), f"--wandb: tracking.wandb is {mode}; give --tracking.wandb offline or online"
-    )
-    return mode
 
 
 def log_to_wandb(turns: pd.DataFrame, cfg: Config, out: Path) -> None:

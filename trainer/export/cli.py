@@ -11,7 +11,6 @@ All take normalised images and give logits, in batches of any size. PATH.json de
 names the classes.
 """
 
-import argparse
 import io
 import json
 import os
@@ -19,7 +18,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError, printable, require
-from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from trainer.config import Config, load_run, run_folder
+from trainer.config import Config
 from trainer.distributed import DistContext
-from trainer.evaluate import open_trained
+from trainer.export.options import beside
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import unknown_to_torchvision
+from trainer.scoring import open_trained
 
 HERE = DistContext(torch.device("cpu"), rank=0, world=1, cores=len(os.sched_getaffinity(0)))
 """A GPU is not needed, and its sums differ from a CPU's."""
@@ -145,12 +142,7 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
     Raises `UserError`; nothing is then written.
     """
     # Refuse before the network is opened and converted, which takes long.
-    kept = out.with_name(f"{out.name}.json")
-    for file in (out, kept):
-        require(not file.exists(), f"--out: {file} exists; give another file")
-    require(out.parent.is_dir(), f"--out: {out.parent} is not a folder; make it, or give another file")
-    missing = [module for module in ("onnx", "onnxscript", "onnxruntime") if name == "onnx" and not find_spec(module)]
-    require(not missing, f"--format: onnx needs {', '.join(missing)}; run pip install 'sluice-train[export]'")
+    kept = beside(out)
     foreign = unknown_to_torchvision(cfg.model)
     require(
         foreign is None or name not in ("torchvision", "safetensors"),
@@ -232,29 +224,3 @@ def preprocessing(cfg: DataConfig, source: Source) -> dict[str, object]:
         "std": cfg.std,
         "classes": source.classes,
     }
-
-
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.export",
-        description="Write a run's best weights for other programs.",
-        epilog="Besides, --data.path FOLDER and the other options of python -m trainer: the images of the check.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
-    parser.add_argument("--format", choices=FORMATS, help="What to write.")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="The file to write; PATH.json comes beside it.")
-    args, rest = parse_known(parser, arguments)
-    run_folder(arguments, parser.prog)
-    require(args.format is not None, f"--format: it is missing; give one of {', '.join(FORMATS)}")
-    require(args.out is not None, "--out: it is missing; give the file to write, such as model.onnx")
-    return args, rest
-
-
-def main() -> None:
-    args, overrides = _parse(sys.argv[1:])
-    folder = Path(args.run)
-    with progress(f"exporting to {args.format}"):
-        export(folder, load_run(folder, overrides), args.format, args.out)

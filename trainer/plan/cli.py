@@ -14,28 +14,22 @@ evaluation, checkpoints and what compressing takes are left out, and so is what 
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
-from trainer.config import Config, load
+from trainer.config import Config
 from trainer.distributed import open_dist_context
 from trainer.plan import measurements as parts_of
 from trainer.plan.allreduce_model import Link, ring_seconds, tree_seconds
 from trainer.plan.measurements import Parts, Step, measure, recipe_of
-
-AllReduce = Literal["ring", "tree", "best"]
-
-NODES = (1, 2, 4, 8)
-"""Numbers of nodes that are planned by default, as far as their GPUs can share the batch evenly."""
+from trainer.plan.options import AllReduce, Layout
 
 ASSUMED = {
     ("inside", False): Link(10e-6, 200e9),  # NVLink
@@ -218,100 +212,11 @@ def origins(parts: Parts, cluster: Cluster) -> str:
     )
 
 
-def gpu_images_of(cfg: Config, gpus: list[int], gpu_images: int | None) -> list[int]:
-    """Images per GPU and step on each number of `gpus`. Raises `UserError` where the batch cannot be shared."""
-    batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
-    if gpu_images is not None:
-        require(
-            gpu_images > 0 and gpu_images % micro_batches == 0,
-            f"--gpu_batch: {gpu_images} images cannot be shared by {micro_batches} micro-batches; give a multiple of it",
-        )
-        return [gpu_images] * len(gpus)
-    shares = math.lcm(*gpus) * micro_batches
-    require(
-        batch % shares == 0,
-        f"data.batch: {batch} images cannot be shared by {', '.join(map(str, gpus))} GPUs x {micro_batches} micro-batches; "
-        f"choose a multiple of {shares}, or give --gpu_batch",
-    )
-    return [batch // number for number in gpus]
-
-
-def _arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Parse the planner's own options; the rest of the command line is returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.plan",
-        description="Predict speed, time and cost of a recipe on more GPUs. Options of python -m trainer are known too.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--nodes",
-        metavar="N,N",
-        help="Numbers of nodes, one row each. Default: those of 1,2,4,8 whose GPUs can share the batch evenly.",
-    )
-    add(
-        "--gpus_per_node",
-        type=int,
-        default=8,
-        metavar="N",
-        help="Default: %(default)s. On CPUs: processes as this one.",
-    )
-    add(
-        "--gpu_batch",
-        type=int,
-        metavar="IMAGES",
-        help="Images per GPU and update, so that the batch grows with the GPUs (weak scaling). If not given, data.batch is "
-        "divided among the GPUs, as python -m trainer does (strong scaling): the same training, sooner.",
-    )
-    for name, what in (
-        ("inside", "from GPU to GPU in a node"),
-        ("between", "between nodes, all adapters of one together"),
-    ):
-        add(f"--{name}_us", type=float, metavar="US", help=f"Latency {what}, in microseconds.")
-        add(
-            f"--{name}_gb_per_s",
-            type=float,
-            metavar="GB",
-            help=f"Bandwidth {what}, in 10^9 bytes a second and direction.",
-        )
-    add(
-        "--all_reduce",
-        choices=get_args(AllReduce),
-        help="Algorithm. Default: best on GPUs, as NCCL; ring on CPUs, as gloo.",
-    )
-    add("--price_per_gpu_hour", type=float, metavar="PRICE", help="Adds the cost of an epoch, in the same currency.")
-    add("--parts", metavar="FILE", help="Plan with what --save_parts wrote; nothing is measured.")
-    add("--save_parts", metavar="FILE", help="Write what was measured here.")
-    add("--out", metavar="DIR", help="A folder for plan.csv and plan.json.")
-    return parse_known(parser, sys.argv[1:])
-
-
-def _default_nodes(cfg: Config, gpus_per_node: int, gpu_images: int | None) -> list[int]:
-    """Choose the numbers of nodes to plan where none are given: at least one."""
-    batch, micro_batches = cfg.data.batch_at(cfg.run.epochs - 1, cfg.run.epochs), cfg.optim.accumulate
-    fits = [nodes for nodes in NODES if gpu_images or batch % (nodes * gpus_per_node * micro_batches) == 0]
-    return fits or [1]
-
-
-def _node_counts(text: str) -> list[int]:
-    counts = text.split(",")
-    require(
-        all(count.isdecimal() and int(count) > 0 for count in counts),
-        f"--nodes: {text} does not fit; give numbers of nodes with commas between, as 1,2,4,8",
-    )
-    return [int(count) for count in counts]
-
-
 def _link(args: argparse.Namespace, name: str, measured: Link | None, assumed: Link | None) -> Link | None:
-    """Choose the link: the given one, else the measured, else the assumed. Raises `UserError` for an invalid one."""
+    """Choose the link: the given one, else the measured, else the assumed."""
     latency_us, gb_per_s = getattr(args, f"{name}_us"), getattr(args, f"{name}_gb_per_s")
     if latency_us is None and gb_per_s is None:
         return measured or assumed
-    if latency_us is None or gb_per_s is None or latency_us < 0 or gb_per_s <= 0:
-        raise UserError(
-            f"--{name}_us, --{name}_gb_per_s: {latency_us}, {gb_per_s} are no link; give both, the bandwidth above 0"
-        )
     return Link(latency_us / 1e6, gb_per_s * 1e9)
 
 
@@ -325,26 +230,11 @@ def _read(file: Path, cfg: Config) -> Parts:
     return parts
 
 
-def _refuse_present(*files: Path | None) -> None:
-    for file in files:
-        require(file is None or not file.exists(), f"{file} exists and is kept; give another name")
-
-
-def main() -> None:
-    args, rest = _arguments()
-    cfg = load(rest)
-    require(cfg.engine.name == "ddp", f"engine.name: {cfg.engine.name} cannot be planned; give ddp")
-    gpus_per_node = args.gpus_per_node
-    require(gpus_per_node > 0, f"--gpus_per_node: {gpus_per_node} is not positive; give the GPUs of a node")
-    nodes = _node_counts(args.nodes) if args.nodes else _default_nodes(cfg, gpus_per_node, args.gpu_batch)
-    price = args.price_per_gpu_hour
-    require(price is None or price > 0, f"--price_per_gpu_hour: {price} is not positive; leave it out for no cost")
-    images = gpu_images_of(cfg, [gpus_per_node * count for count in nodes], args.gpu_batch)
+def plan_nodes(args: argparse.Namespace, cfg: Config, layout: Layout) -> None:
+    """Measure, plan and print, as the command's options say. Collective. Raises `UserError`."""
+    nodes, gpus_per_node, images = layout
     out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
-    require(not out or out.is_dir() or not out.exists(), f"--out: {out} is a file; give a folder")
-    files = [out / name for name in ("plan.csv", "plan.json")] if out else []
     with progress("opening the data"), open_dist_context() as ctx:
-        ctx.run_on_rank0(lambda: _refuse_present(*files, kept))
         parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, ctx, images, gpus_per_node)
     if not ctx.primary:
         return
@@ -358,7 +248,7 @@ def main() -> None:
         Cluster(count, gpus_per_node, share, inside, between, all_reduce)
         for count, share in zip(nodes, images, strict=True)
     ]
-    planned = plan(parts, clusters, price)
+    planned = plan(parts, clusters, args.price_per_gpu_hour)
     print(table(planned), origins(parts, clusters[-1]), sep="\n")
     if out:
         _write(planned, parts, clusters, out)

@@ -1,7 +1,23 @@
-"""The command `python -m trainer.predict`; see `cli`."""
+"""The command `python -m trainer.predict`: options and their mistakes first, then what takes seconds to import."""
+
+import sys
+from pathlib import Path
 
 from data_pipeline.common.entry_point import run_command
-from trainer.predict.cli import main
+from data_pipeline.common.worker_pool import progress
+from trainer.config import load_run
+from trainer.predict.options import parse
+
+
+def main() -> None:
+    args, overrides = parse(sys.argv[1:])
+    # The images are others than the run's own, and so is where a table of them has their names.
+    theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
+    cfg = load_run(Path(args.run), [*theirs, *overrides])
+    with progress("starting"):
+        from trainer.predict.cli import write_predictions
+    write_predictions(args, cfg)
+
 
 if __name__ == "__main__":
     run_command(main)

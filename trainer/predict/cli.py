@@ -20,18 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_images
 from data_pipeline.sources.tables.manifest import table_images
-from data_pipeline.sources.tables.text_table import TABLES, is_table
-from trainer.config import load_run, run_folder
+from trainer.config import Config
 from trainer.distributed import DistContext, open_dist_context
-from trainer.evaluate import Trained, open_trained
 from trainer.predict import kaggle_submission as sample
+from trainer.scoring import Trained, open_trained
 
 BATCH = 64
 """Images that a rank predicts at once. Their grouping is the same at any number of ranks, because the last digits of a
@@ -147,56 +145,6 @@ def _refuse_unreadable(found: Predictions, catalog: Catalog) -> None:
         )
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.predict",
-        description="Predict the classes of images without labels.",
-        epilog="Besides, --data.images FOLDER (of the images that a table names), --data.image_column NAME and the other "
-        "options of python -m trainer.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
-    parser.add_argument("images", metavar="IMAGES", nargs="?", help="A folder of images, or a table that names them.")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="The CSV file to write.")
-    parser.add_argument("--force", action="store_true", help="Replace it if it exists.")
-    parser.add_argument("--sample", type=Path, metavar="FILE", help="A CSV whose columns, ids and order to follow.")
-    parser.add_argument("--topk", type=int, default=1, metavar="K", help="The K likeliest classes of each image.")
-    parser.add_argument("--probabilities", action="store_true", help="A column for each class, too.")
-    parser.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")
-    parser.add_argument(
-        "--crops", type=int, default=1, choices=(1, 5), help="Average over so many crops of each image."
-    )
-    parser.add_argument("--fallback", metavar="CLASS", help="What images that cannot be read are; else they end it.")
-    args, rest = parse_known(parser, arguments)
-    run_folder(arguments, parser.prog)
-    require(
-        len(arguments) > 1 and not arguments[1].startswith("-"),
-        "IMAGES: they are missing behind the run folder; give a folder of images, or a table that names them",
-    )
-    _check(args)
-    return args, rest
-
-
-def _check(args: argparse.Namespace) -> None:
-    images = Path(args.images)
-    require(
-        images.is_dir() or (images.is_file() and is_table(images)),
-        f"IMAGES: {images} is neither a folder nor a table ({', '.join(TABLES)}); give one",
-    )
-    require(args.out is not None, "--out: it is missing; give the file to write, such as submission.csv")
-    require(
-        args.force or not args.out.exists(), f"--out: {args.out} exists; give another file, or --force to replace it"
-    )
-    require(args.out.parent.is_dir(), f"--out: {args.out.parent} is not a folder; make it, or give another file")
-    require(args.topk >= 1, f"--topk: {args.topk} is below 1; give a number of classes")
-    require(
-        args.sample is None or not args.probabilities,
-        "--probabilities: --sample decides which columns there are; leave one of them out",
-    )
-
-
 def _view(args: argparse.Namespace, cfg: DataConfig) -> View:
     require(
         args.crops == 1 or cfg.eval_crop < 1,
@@ -231,11 +179,8 @@ def _table(
     return table
 
 
-def main() -> None:
-    args, overrides = _parse(sys.argv[1:])
-    # The images are not the run's own; so the name column of a table of them may be another.
-    theirs = ["--data.path", args.images, "--data.images=null", "--data.image_column=null"]
-    cfg = load_run(Path(args.run), [*theirs, *overrides])
+def write_predictions(args: argparse.Namespace, cfg: Config) -> None:
+    """Predict the images that `cfg.data` names, as the command's options say. Collective. Raises `UserError`."""
     view = _view(args, cfg.data)
     with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(Path(args.run), cfg, ctx))

@@ -11,7 +11,6 @@ calibration.csv, reliability.png   share of right predictions for each confidenc
 scores.json        accuracy, loss and calibration error
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,15 +20,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_known
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.sources.catalog import Catalog
-from trainer.config import load_run, run_folder
+from trainer.config import Config
 from trainer.distributed import open_dist_context
-from trainer.evaluate import open_scored, open_trained, scored_on
 from trainer.predict.cli import View, csv, predict_all
 from trainer.report import plots
+from trainer.scoring import open_scored, open_trained, scored_on
 from trainer.tracking.meter import Scores
 
 BINS = 15
@@ -196,34 +194,8 @@ def print_report(report: Report, title: str, out: Path) -> None:
     )
 
 
-def _parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
-    """Parse the run folder, the options of the run, and the output folder. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.report",
-        description="Report where a run is right and wrong on its validation images, or on those of another folder.",
-        epilog="Besides, --data.path FOLDER and the other options of python -m trainer: other images.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="The folder to write; RUN/report if not given.")
-    parser.add_argument("--force", action="store_true", help="Replace the report that is there.")
-    args, rest = parse_known(parser, arguments)
-    folder, _ = run_folder(arguments, parser.prog)
-    out = args.out or folder / "report"
-    require(not out.exists() or out.is_dir(), f"--out: {out} is a file; give a folder")
-    mine = (out / "scores.json").is_file()  # the first file of a report
-    remedy = "--force to replace the report in it, or another folder" if mine else "another folder"
-    require(
-        not out.is_dir() or not any(out.iterdir()) or (args.force and mine),
-        f"--out: {out} is not empty; give {remedy}",
-    )
-    return folder, rest, out
-
-
-def main() -> None:
-    folder, overrides, out = _parse(sys.argv[1:])
-    cfg = load_run(folder, overrides)
+def report_run(folder: Path, cfg: Config, out: Path) -> None:
+    """Score the run in `folder` and write its report to `out`. Collective. Raises `UserError`."""
     with progress("opening the run"), open_dist_context() as ctx:
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         classes = trained.classes

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.bench.peers import rounds_within
+from data_pipeline.bench.budget import rounds_within
 from data_pipeline.common.errors import UserError
 from tests.conftest import picture
 from tests.support.runs import SOLO, Job, descendants, dotted, state_of
 from tests.trainer.tracking.test_tracker import inspect
 from trainer.bench import cli as bench
 from trainer.bench import results
+from trainer.bench.__main__ import main
 from trainer.bench.peers import CONTESTANTS, PLAIN_LOOP, PLAIN_STEP
 from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE
 from trainer.config import Config, load
@@ -259,7 +260,7 @@ def test_rounds_end_before_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    bench.main()
+    main()
 
 
 @pytest.mark.slow

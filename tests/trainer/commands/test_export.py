@@ -21,7 +21,9 @@ from tests.conftest import ROOT
 from tests.support.runs import TINTS, VAL, Job, dotted, images, place_checkpoint, settings_of, tree, unhurried
 from trainer.checkpoint.store import Store
 from trainer.config import load, load_run
-from trainer.export.cli import FORMATS, export, largest_difference, main, open_source
+from trainer.export import options
+from trainer.export.__main__ import main
+from trainer.export.cli import FORMATS, export, largest_difference, open_source
 from trainer.model.resnet import build_resnet
 
 
@@ -112,6 +114,10 @@ def test_what_stands_beside(exported: dict[str, Path]) -> None:
         "std": [0.229, 0.224, 0.225],
         "classes": sorted(TINTS),
     }
+
+
+def test_the_command_offers_every_format() -> None:
+    assert tuple(FORMATS) == options.FORMATS
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -16,8 +16,9 @@ from tests.stress import shaped
 from tests.support.runs import SOLO, dotted, images
 from trainer.config import load
 from trainer.model.resnet import ModelConfig, build_resnet
+from trainer.plan.__main__ import main
 from trainer.plan.allreduce_model import Link, fit_ring, ring_seconds, tree_seconds
-from trainer.plan.cli import Cluster, gpu_images_of, main, plan, predict
+from trainer.plan.cli import Cluster, plan, predict
 from trainer.plan.measurements import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
@@ -29,6 +30,7 @@ from trainer.plan.measurements import (
     read,
     save,
 )
+from trainer.plan.options import gpu_images_of
 
 LINK = Link(2e-5, 1e9)
 PARTS = Parts(

@@ -22,6 +22,7 @@ from tests.support.runs import QUICK, SOLO, TINTS, Job, dotted, images, referenc
 from trainer.config import load_run
 from trainer.predict import cli as predict
 from trainer.predict import kaggle_submission as sample
+from trainer.predict.__main__ import main
 from trainer.predict.cli import View, predict_all
 
 CLASSES = sorted(TINTS)
@@ -54,7 +55,7 @@ def kaggle(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-    predict.main()
+    main()
 
 
 def text(path: Path) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from tests.support.runs import SOLO, TINTS, VAL, Job, images, reference, tree
 from tests.trainer.test_evaluate import scored
 from trainer.report import cli as report
 from trainer.report import plots
+from trainer.report.__main__ import main
 
 CLASSES = sorted(TINTS)
 FILES = {
@@ -105,7 +106,7 @@ def test_command_reports_what_evaluation_finds(base: Path, tmp_path: Path) -> No
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    report.main()
+    main()
 
 
 def test_a_report_is_replaced_only_when_told(
