@@ -315,7 +315,6 @@ def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     cluster.until(run, lambda: cluster.restarts(run) == 1)
     saved = Store(run).progress()
     cluster.script("start-node", "127.0.1.2")
-    # Not in a hurry: what was left of the first start shall have ended.
     cluster.until(run, lambda: cluster.state(run) in ("COMPLETED", "FAILED"))
     assert f"resuming {run} at step {saved.step} of {STEPS}" in cluster.said(run)
     assert Store(run).progress().finished

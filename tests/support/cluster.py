@@ -90,24 +90,16 @@ class Cluster:
 
     def wait(self, run: Path, *states: str) -> None:
         """Until the job is in one of `states`."""
-        hurry = "PENDING" not in states
-        self.until(run, lambda: self.state(run) in states, hurry)
+        self.until(run, lambda: self.state(run) in states)
 
     def wait_for_step(self, run: Path, step: int, restarts: int = 0) -> None:
         """Until the run reports `step`, after so many restarts of its job."""
-        self.until(run, lambda: self.restarts(run) >= restarts and self.state(run) == "RUNNING", hurry=True)
+        self.until(run, lambda: self.restarts(run) >= restarts and self.state(run) == "RUNNING")
         start_s = time.time()
         self.until(run, lambda: any(row["step"] >= step and row["time"] > start_s for row in rows(run)[-1:]))
 
-    def until(self, run: Path, reached: Callable[[], bool], hurry: bool = False) -> None:
-        """`hurry` starts the job at once where it was queued again, which SLURM puts off for some ten seconds."""
-
-        def hurried() -> bool:
-            if hurry and self.state(run, "%r") == "BeginTime":
-                self.attempt("scontrol", "update", f"JobId={self.job(run)}", "StartTime=now")
-            return reached()
-
-        self.eventually(hurried, lambda: f"{self.state(run)}: {self.said(run)}")
+    def until(self, run: Path, reached: Callable[[], bool]) -> None:
+        self.eventually(reached, lambda: f"{self.state(run)}: {self.said(run)}")
 
     def eventually(self, reached: Callable[[], bool], explain: Callable[[], str]) -> None:
         end_s = time.monotonic() + WAIT_S
