@@ -25,6 +25,12 @@ _AHEAD = 4  # pieces that a worker may be ahead of the next one: bounds the memo
 _work: Callable[[Any], Any]
 
 
+def check_workers(count: int | None) -> None:
+    """Raise `UserError` for a number of processes that cannot be."""
+    if count is not None and count < 1:
+        raise UserError(f"--workers: {count} is not positive; leave it out to use the processors there are")
+
+
 class Workers(Generic[Piece, Result]):
     """Processes that apply `work` to pieces. `work` is inherited, not pickled, so it may close over a whole catalog.
 
@@ -32,8 +38,7 @@ class Workers(Generic[Piece, Result]):
     """
 
     def __init__(self, work: Callable[[Piece], Result], count: int | None) -> None:
-        if count is not None and count < 1:
-            raise UserError(f"--workers: {count} is not positive; leave it out to use the processors there are")
+        check_workers(count)
         self.count = count or len(os.sched_getaffinity(0))
         self._pool = ProcessPoolExecutor(self.count, get_context("fork"), initializer=_begin, initargs=(work,))
         self._pool.submit(os.getpid).result()  # forks all of them now, while this process has no other threads

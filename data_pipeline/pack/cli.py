@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
-from data_pipeline.common.worker_pool import Workers, progress
+from data_pipeline.common.worker_pool import Workers, check_workers, progress
 from data_pipeline.config import DataConfig
 from data_pipeline.options import command_line
 from data_pipeline.pack.writer import Note, Shard, Workshop, refuse_foreign
@@ -266,5 +266,6 @@ def main() -> None:
     args = parse(parser, sys.argv[1:])
     options = PackConfig(args.short_side, args.quality, args.shard_size)
     dst = Path(args.dst)
+    check_workers(args.workers)
     manifest, faults = pack(DataConfig(path=args.src, **args.data), dst, options, args.workers)
     _print_outcome(dst, manifest, faults)

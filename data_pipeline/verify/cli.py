@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
-from data_pipeline.common.worker_pool import Workers, progress
+from data_pipeline.common.worker_pool import Workers, check_workers, progress
 from data_pipeline.config import DataConfig
 from data_pipeline.options import CHOOSING, command_line
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -176,6 +176,7 @@ def main() -> None:
     args = parse(parser, sys.argv[1:])
     if args.quarantine:
         _require_new(Path(args.quarantine))
+    check_workers(args.workers)
     outcome = verify(DataConfig(path=args.path, **args.data), args.workers)
     wrong = outcome.faults + outcome.damage
     print(

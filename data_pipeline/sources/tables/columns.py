@@ -248,6 +248,14 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
+def require_named(table: TextTable, file: Path, cfg: DataConfig) -> None:
+    """Raise `UserError` where an option names a column that is not there."""
+    for option in ("image_column", "label_column", "split_column"):
+        column = getattr(cfg, option)
+        if column is not None:
+            _require_column(table, column, f"data.{option}", file)
+
+
 def _require_column(table: TextTable, column: str, option: str, file: Path) -> None:
     require(column in table.columns, f"{option}: {file} has no column {column}; {_there(table)}")
 

@@ -17,6 +17,7 @@ from data_pipeline.sources.tables.columns import (
     class_column,
     image_column,
     in_order,
+    require_named,
     split_by_folder,
     split_column,
 )
@@ -27,6 +28,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     """List the samples of `split` in a table; labels follow `classes`, or the classes of training. Raises `UserError`."""
     # Choose the rows of the split first: images and classes are then checked for these alone.
     whole, root = _read(file), _root(file, cfg)
+    require_named(whole, file, cfg)
     parts = split_column(whole, file, cfg)
     if not parts.column:
         parts = split_by_folder(image_column(whole, file, root, cfg, role_of(file.stem) or "train").located.paths)

@@ -39,10 +39,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of a recipe that grows to 32 px in two epochs, for 70 images of two classes."""
+    """Of a recipe that grows to 32 px in two epochs, for 70 images of two classes, and two to validate on."""
     root = tmp_path_factory.mktemp("some images")
-    for number in range(70):
-        path = root / f"train/{number % 2}/{number}.jpg"
+    for number in range(72):
+        path = root / f"{'train' if number < 70 else 'val'}/{number % 2}/{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(40, 50, seed=number).save(path)
     settings = {"data.path": str(root), "data.batch": str(BATCH), "data.size_px": "[16,32]", "run.epochs": "2"}
