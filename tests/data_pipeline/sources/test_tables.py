@@ -281,7 +281,7 @@ def test_what_is_not_certain_is_refused(data: Path, head: str, row: Callable[[in
 def test_a_column_that_is_named_is_taken(data: Path) -> None:
     text = lines("image,label,breed", lambda n: f"{n:04},{n % 2},{n % 4}")
     assert opened(write(data, text), label_column="breed")[0].classes == ["0", "1", "2", "3"]
-    says = "data.label_column: FILE has no column colour; it has label, breed"
+    says = "data.label_column: FILE has no column colour; it has image, label, breed"
     assert refused(write(data, text), label_column="colour") == says
 
 
