@@ -207,8 +207,8 @@ def test_webdataset_reads_it(packed: Path) -> None:
 
 def test_index_keeps_any_name(tmp_path: Path) -> None:
     names = ["", "ü/猫.jpg", "a\nb", os.fsdecode(b"\xff\xfe.jpg"), "'\"\\"]
-    numbers = np.arange(len(names))
-    index = Index(numbers, numbers, numbers, numbers, numbers, numbers, names, ["x"])  # type: ignore[arg-type]
+    numbers, label = np.arange(len(names)), np.zeros(len(names), int)
+    index = Index(numbers, numbers, numbers, label, numbers, numbers, names, ["x"])  # type: ignore[arg-type]
     (tmp_path / "index.npz").write_bytes(index.to_bytes())
     again = Index.load(tmp_path / "index.npz")
     assert (again.paths, again.classes, again.offset.tolist()) == (names, ["x"], numbers.tolist())

@@ -142,10 +142,6 @@ def no_training_folder(folder: Path) -> None:
     shutil.rmtree(folder / "train")
 
 
-def no_validation_folder(folder: Path) -> None:
-    shutil.rmtree(folder / "val")
-
-
 def no_classes(folder: Path) -> None:
     shutil.rmtree(folder / "train")
     (folder / "train").mkdir()
@@ -171,7 +167,6 @@ def class_in_val_alone(folder: Path) -> None:
         no_folder,
         empty_folder,
         no_training_folder,
-        no_validation_folder,
         no_classes,
         no_images,
         no_readable_images,

@@ -36,7 +36,7 @@ MISTAKES = {
     "trainer --batch-size 3": "--batch-size: no such option; did you mean --data.batch?",
     "trainer '--\x1b[31m' 1": "--\\x1b[31m: no such option; see --help",
     "trainer --zzz 1": "--zzz: no such option; see --help",
-    "trainer --optim.lr": "--optim.lr: expected one argument",
+    "trainer --optim.lr": "--optim.lr: expected one argument; see python -m trainer --help",
     "trainer --optim.lr -1": "optim.lr: -1.0 is not positive; give a learning rate above 0",
     "trainer --model.shortcut max": "model.shortcut: max does not fit; give one of 'conv', 'pool'",
     "trainer --model.stem deep": "model.stem: deep does not fit; give one of 'conv', 'patch'",
@@ -72,13 +72,13 @@ MISTAKES = {
     "trainer --data.augment.policy rand": "data.augment.policy: rand does not fit; "
     "give one of 'none', 'randaugment', 'trivialaugment', 'autoaugment'",
     "trainer --data.augment.color_jitter '[1,2]'": "data.augment.color_jitter: [1, 2] does not fit; "
-    "give tuple with 4 elements",
+    "give a list of 4 values",
     "trainer --engine.name deepspeed --engine.sync_bn true": "engine.sync_bn: it is for DDP only; leave it out, "
     "or set engine.name to ddp",
     "trainer --tracking.project ''": "tracking.project: '' is no W&B project name; give 1 to 128 characters, "
     "none of /\\#?%:",
     # recipes
-    "trainer --config": "--config: expected one argument",
+    "trainer --config": "--config: expected one argument; see python -m trainer --help",
     "trainer --config nope": f"--config: nope is neither a file nor a recipe; the recipes are {RECIPE_NAMES}",
     "trainer --config /": f"--config: / is neither a file nor a recipe; the recipes are {RECIPE_NAMES}",
     "trainer --config builtin --optim.lr 1 --config=builtin": "--config: it comes after other options and would undo "
@@ -212,7 +212,7 @@ MISTAKES = {
     "launch overview photos": "RUNS: photos holds no run, that is no config.yaml; give run folders, or one of them",
     "launch overview unfinished --out file.txt": "--out: file.txt exists; give another file, or --force to replace it",
     "launch dashboard --entity": "--entity: expected one argument; see python -m launch dashboard --help",
-    "launch dashboard --entity a --nope": "unrecognized arguments: --nope; see python -m launch dashboard --help",
+    "launch dashboard --entity a --nope": "--nope: no such option; see python -m launch dashboard --help",
 }
 """Command -> the line that it answers with."""
 
