@@ -12,10 +12,13 @@ BYTES, DEPTH, NODES = 1 << 20, 20, 10_000
 def load_yaml(text: str) -> Any:
     """Parse YAML into plain values. Raises `yaml.YAMLError`, also where it is too long, too deep, or refers to itself."""
     _check_length(text)
+    loader = _Bounded(text)  # a safe loader
     try:
-        return yaml.load(text, _Bounded)  # a safe loader
+        return loader.get_single_data()
     except (ValueError, OverflowError) as error:  # of a date in month 13, or a number of thousands of digits
         raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
 
 
 def compose_yaml(text: str) -> yaml.Node | None:

@@ -356,7 +356,7 @@ def test_hostile_names_stay_whole(cluster: Cluster, name: str, tmp_path: Path, m
     subprocess.run(["bash", "-c", harmless], check=True)
     said = submission.script_log.read_text()
     assert said.startswith(name)
-    assert said.endswith(f"\nlaunch.after\n{submission.folder}\n0\n")
+    assert said.endswith(f"\nlaunch.slurm.after\n{submission.folder}\n0\n")
     job = run_slurm("sbatch", "--parsable", "--hold", stdin=script).strip()
     shown = run_slurm("scontrol", "show", "job", job)
     run_slurm("scancel", job)

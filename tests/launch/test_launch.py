@@ -233,7 +233,7 @@ def test_one_process_a_gpu() -> None:
         (["--nodes", "many"], "nodes: many does not fit; give a whole number"),
         (["--gpus_per_node", "8", "--tasks_per_node", "4"], "tasks_per_node: 4 beside gpus_per_node 8"),
         (["--time", "90"], "time: '90' is no time"),
-        (["--node", "2"], "--node 2"),
+        (["--node", "2"], "--node: no such option of a job"),
         (["--comment", "a\n#SBATCH --uid=0"], "comment: 'a\\n#SBATCH --uid=0' has a line break"),
         (["--env.HF_TOKEN", "x"], "env: HF_TOKEN would be written into the job's script"),
         (["--env", '{"A;rm": "x"}'], "env: 'A;rm' is no name of a variable"),
