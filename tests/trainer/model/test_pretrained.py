@@ -222,7 +222,8 @@ def test_another_head_is_left_out(kind: str, tmp_path: Path) -> None:
     assert told == f"starting from {source}; {left.get(kind, 'it has no head')}, so the one for 5 starts anew"
     fresh = ours().state_dict()
     for name, value in network.state_dict().items():
-        assert torch.equal(value, fresh[name] if name.startswith("fc.") else state[name]), name
+        if not name.endswith("num_batches_tracked"):  # raised, so that their statistics count as settled
+            assert torch.equal(value, fresh[name] if name.startswith("fc.") else state[name]), name
 
 
 # Mistakes
@@ -516,7 +517,8 @@ def prove_ranks(rank: int, folder: Path) -> None:
     told = load_weights_to_start(network, ModelConfig(weights=str(weights)), CLASSES, ctx)
     assert told == (f"starting from {weights}, head included" if rank == 0 else "")
     for name, value in torchvisions().state_dict().items():
-        assert torch.equal(network.state_dict()[name], value), name
+        if not name.endswith("num_batches_tracked"):  # raised on every rank, so that their statistics count as settled
+            assert torch.equal(network.state_dict()[name], value), name
     with pytest.raises(UserError, match="does not exist"):
         load_weights_to_start(network, ModelConfig(weights=str(folder / "no.pth")), CLASSES, ctx)
 
