@@ -15,6 +15,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
 def trained(base: Path, run: Path, **options: str) -> dict[str, torch.Tensor]:
     settings = {**QUICK, "data.path": str(images(base)), "run.dir": str(run), "run.epochs": "2", **options}
     job = Job(1, run.with_suffix(".log"), "trainer", *dotted(settings), cold=True)
