@@ -1,21 +1,18 @@
 """Score a run: python -m trainer.evaluate RUN [--flip] [--data.path FOLDER]; the work is in `scoring`."""
 
-import argparse
 import sys
 
-from data_pipeline.common.cli import parse_known
+from data_pipeline.common.cli import parse_known, plain_parser
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.worker_pool import progress
 from trainer.config import load_run, run_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.evaluate",
         description="Score a run's best weights on its validation images, or on those of another folder.",
         epilog="Besides, --data.path FOLDER and the other options of python -m trainer.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("--flip", action="store_true", help="Average over each image and its mirror image.")

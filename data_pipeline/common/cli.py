@@ -31,6 +31,13 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     return parsed
 
 
+def plain_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a command's own options, whose mistakes `parse_plain` and `parse_known` say in one line."""
+    return argparse.ArgumentParser(
+        prog, description=description, epilog=epilog, allow_abbrev=False, exit_on_error=False
+    )
+
+
 def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """Parse the options of a command that has none of `DataConfig`. Raises `UserError`."""
     try:

@@ -7,6 +7,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from data_pipeline.bench.budget import MINUTES
+from data_pipeline.common.cli import plain_parser
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
 from trainer.config import Config
@@ -17,12 +18,10 @@ ROUNDS = 9
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options of this command; the recipe's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="trainer.bench",
         description="Say what a recipe reaches on this machine and what holds it back.",
         epilog="Besides, every option of python -m trainer; see python -m trainer --help.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.csv, bench.json and scaling.png")
     parser.add_argument("--peers", action="store_true", help="let other trainers compete, where they are installed")

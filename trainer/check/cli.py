@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError
 
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
@@ -40,11 +40,9 @@ class Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.check",
         description="Accept a machine: decode, train, save, resume and measure here, in a few minutes.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--only", nargs="+", metavar="ITEM", help="These items alone.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="A folder for check.json and check.md.")

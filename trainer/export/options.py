@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_pipeline.common.cli import parse_known
+from data_pipeline.common.cli import parse_known, plain_parser
 from data_pipeline.common.errors import require
 from trainer.config import run_folder
 
@@ -14,12 +14,10 @@ FORMATS = ("torchvision", "safetensors", "onnx", "torch_export")
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.export",
         description="Write a run's best weights for other programs.",
         epilog="Besides, --data.path FOLDER and the other options of python -m trainer: the images of the check.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("--format", choices=FORMATS, help="What to write.")

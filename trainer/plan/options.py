@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from data_pipeline.common.cli import parse_known
+from data_pipeline.common.cli import parse_known, plain_parser
 from data_pipeline.common.errors import UserError, require
 from trainer.config import Config
 
@@ -26,11 +26,9 @@ class Layout(NamedTuple):
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the planner's own options; the rest of the command line is returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.plan",
         description="Predict speed, time and cost of a recipe on more GPUs. Options of python -m trainer are known too.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

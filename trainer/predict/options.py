@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data_pipeline.common.cli import parse_known
+from data_pipeline.common.cli import parse_known, plain_parser
 from data_pipeline.common.errors import require
 from data_pipeline.sources.tables.text_table import TABLES, is_table
 from trainer.config import run_folder
@@ -11,13 +11,11 @@ from trainer.config import run_folder
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options of this command; the run's are returned beside them. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.predict",
         description="Predict the classes of images without labels.",
         epilog="Besides, --data.images FOLDER (of the images that a table names), --data.image_column NAME and the other "
         "options of python -m trainer.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("images", metavar="IMAGES", nargs="?", help="A folder of images, or a table that names them.")

@@ -1,21 +1,18 @@
 """Options of `python -m trainer.report`, and their mistakes."""
 
-import argparse
 from pathlib import Path
 
-from data_pipeline.common.cli import parse_known
+from data_pipeline.common.cli import parse_known, plain_parser
 from data_pipeline.common.errors import require
 from trainer.config import run_folder
 
 
 def parse(arguments: list[str]) -> tuple[Path, list[str], Path]:
     """Parse the run folder, the options of the run, and the output folder. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog="python -m trainer.report",
         description="Report where a run is right and wrong on its validation images, or on those of another folder.",
         epilog="Besides, --data.path FOLDER and the other options of python -m trainer: other images.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="The run folder; it comes first.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="The folder to write; RUN/report if not given.")
