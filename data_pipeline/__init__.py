@@ -14,19 +14,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline.batch import IGNORE_LABEL, Batch
     from data_pipeline.common.errors import UserError
     from data_pipeline.config import AugmentConfig, DataConfig
-    from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
+    from data_pipeline.cursor import Cursor
+    from data_pipeline.loader import Loader
     from data_pipeline.sharding import RankInfo
     from data_pipeline.sources.catalog import Catalog, open_catalog
 
 _HOMES = {
     "AugmentConfig": "config",
-    "Batch": "loader",
+    "Batch": "batch",
     "Catalog": "sources.catalog",
-    "Cursor": "loader",
+    "Cursor": "cursor",
     "DataConfig": "config",
-    "IGNORE_LABEL": "loader",
+    "IGNORE_LABEL": "batch",
     "Loader": "loader",
     "RankInfo": "sharding",
     "UserError": "common.errors",

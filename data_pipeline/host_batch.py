@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline import sampling
+from data_pipeline.batch import IGNORE_LABEL
 from data_pipeline.config import DataConfig
 from data_pipeline.dali import augment, graph
 from data_pipeline.sharding import MicroBatch
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.image_headers import BadImage, Size
 
-IGNORE_LABEL = -1  # label of a row that counts in no loss and no score
 _MOST_PIXELS = 1 << 28  # pixels that a rank decodes at once at most, 0.8 GB: three times as many are in flight
 
 

@@ -9,17 +9,17 @@ device (see `mixing`).
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data_pipeline import coverage, mixing, sampling
+from data_pipeline.batch import IGNORE_LABEL, Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.cursor import Cursor
 from data_pipeline.dali import graph
-from data_pipeline.host_batch import IGNORE_LABEL, Fetcher, HostBatch
+from data_pipeline.host_batch import Fetcher, HostBatch
 from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.sharding import (
     BatchSharding,
@@ -32,23 +32,6 @@ from data_pipeline.sharding import (
     steps_per_epoch,
 )
 from data_pipeline.sources.catalog import Catalog, open_catalog
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank, B rows, of which the first `num_real` are samples and the rest padding."""
-
-    images: torch.Tensor
-    """[B, 3, H, W] RGB in channels-last memory on the rank's device, uint8; float32 in 0..255 where mixup blends."""
-    labels: torch.Tensor
-    """[B] int64 on the rank's device; IGNORE_LABEL for padding and for images that could not be read."""
-    ids: torch.Tensor
-    """[B] int64 on the CPU: row in the catalog."""
-    num_real: int
-    total: int
-    """Samples in the whole optimizer step, over its micro-batches and all ranks: what a mean loss is divided by."""
-    targets: torch.Tensor | None = None
-    """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
-    `ids` the image that the row began with."""
 
 
 class Loader:

@@ -2,9 +2,11 @@
 
 from dataclasses import fields
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from data_pipeline.config import DataConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 CHOOSING = ("val_share", "images", "image_column", "label_column", "split_column", "quarantine")
 """Fields of `DataConfig` that decide which images a split has."""

@@ -191,6 +191,20 @@ def test_training_starts_without_heavy_packages() -> None:
     assert not loaded & {*HEAVY, "tensorboard", "launch"}
 
 
+def test_an_engine_needs_torch_alone() -> None:
+    """`trainer.check` tries the engine on machines without network, where little else is installed."""
+    loaded = modules_loaded_by("import trainer.engine.ddp, trainer.check.cli")
+    assert "trainer.engine.ddp" in loaded and "nvidia.dali" not in loaded
+    assert not {name.split(".")[0] for name in loaded} & {
+        *HEAVY,
+        "jsonargparse",
+        "yaml",
+        "pandas",
+        "timm",
+        "safetensors",
+    }
+
+
 def test_layers_lie_where_they_should() -> None:
     there = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert there <= {*LAYERS, "tests"}

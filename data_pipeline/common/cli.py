@@ -2,14 +2,14 @@
 
 import argparse
 import re
+from argparse import ArgumentError
 from collections.abc import Callable
-from typing import Any
-
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import UserError
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser  # a command without options of `DataConfig` works without it
 
 _WORDS = {
     "int": "a whole number",
@@ -21,7 +21,7 @@ _WORDS = {
 }
 
 
-def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
+def parse(parser: "ArgumentParser", arguments: list[str]) -> Any:
     """Parse the options, `data` among them as a dictionary. Raises `UserError`."""
     try:
         parsed = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.bench.peers import CONTESTANTS, LIMIT, Task
 from trainer.distributed import DistContext
 from trainer.engine.config import Precision
 from trainer.model.resnet import ModelConfig, build_resnet
@@ -39,6 +38,8 @@ def matmul(precision: Precision, ctx: DistContext) -> Callable[[], float]:
 
 def decode(folder: Path, size_px: int, ctx: DistContext) -> Callable[[], float]:
     """Make a function that decodes a batch of `folder`'s train/CLASS/*.jpg on this rank's cores and returns their number."""
+    from data_pipeline.bench.peers import CONTESTANTS, LIMIT, Task  # here, for it needs DALI
+
     delivery = CONTESTANTS[LIMIT].deliver(Task(folder, size_px, ctx.cores))
     return lambda: next(delivery)
 

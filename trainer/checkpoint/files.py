@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.common.errors import UserError
@@ -20,6 +18,8 @@ METADATA = "sluice"
 
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights strictly. Raises `UserError` where they belong to another module."""
+    from safetensors.torch import load_file  # here, so that an engine without checkpoints needs no more than torch
+
     with _reading(folder / WEIGHTS):
         module.load_state_dict(load_file(folder / WEIGHTS))
 
@@ -42,6 +42,8 @@ def read_metadata(folder: Path) -> dict[str, str]:
 
     Raises `UserError` where they cannot be read.
     """
+    from safetensors import safe_open
+
     with _reading(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from trainer.checkpoint.files import METADATA
@@ -71,6 +70,8 @@ class HostCopy:
 
 def packed_weights(weights: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     """Pack every tensor under its name into a file for `files.load_weights` and `files.read_metadata`."""
+    from safetensors.torch import save  # here, so that an engine without checkpoints needs no more than torch
+
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     # A single entry, as safetensors writes several in random order: equal weights must make equal files.
     return save(whole, {METADATA: json.dumps(metadata)})

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
 from trainer.checkpoint.store import StateWriter
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
 from trainer.checkpoint.files import STATE, WEIGHTS, load_weights
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights
 from trainer.distributed import DistContext

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
+from data_pipeline.batch import Batch
 from data_pipeline.common.errors import require
-from data_pipeline.loader import Batch
 from trainer.checkpoint.files import STATE, load_state
 from trainer.checkpoint.host_copy import Content, writer
 from trainer.checkpoint.store import StateWriter

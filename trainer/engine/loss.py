@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.loader import IGNORE_LABEL, Batch
+from data_pipeline.batch import IGNORE_LABEL, Batch
 from trainer.optim.config import OptimConfig
 
 PRESENT = 0.2

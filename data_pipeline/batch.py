@@ -1,0 +1,24 @@
+"""The form in which a loader hands images out. Without DALI, so that an engine can be imported where there is none."""
+
+from typing import NamedTuple
+
+import torch
+
+IGNORE_LABEL = -1  # label of a row that counts in no loss and no score
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, B rows, of which the first `num_real` are samples and the rest padding."""
+
+    images: torch.Tensor
+    """[B, 3, H, W] RGB in channels-last memory on the rank's device, uint8; float32 in 0..255 where mixup blends."""
+    labels: torch.Tensor
+    """[B] int64 on the rank's device; IGNORE_LABEL for padding and for images that could not be read."""
+    ids: torch.Tensor
+    """[B] int64 on the CPU: row in the catalog."""
+    num_real: int
+    total: int
+    """Samples in the whole optimizer step, over its micro-batches and all ranks: what a mean loss is divided by."""
+    targets: torch.Tensor | None = None
+    """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
+    `ids` the image that the row began with."""
