@@ -197,7 +197,7 @@ def test_a_sweep(cluster: Cluster, base: Path) -> None:
     array = cluster.job(saved).partition("_")[0]
     assert [cluster.job(run) for run in runs] == [f"{array}_{number}" for number in range(4)]
     assert "ArrayTaskThrottle=2" in cluster.run("scontrol", "show", "job", array)
-    assert "(JobArrayTaskLimit)" in line_of(cluster, waiting)
+    cluster.until(waiting, lambda: "(JobArrayTaskLimit)" in line_of(cluster, waiting))  # once SLURM has looked at it
     assert cluster.launch("cancel", f"{file.stem}/{waiting.name}").returncode == 0
 
     cluster.wait_for_step(saved, 1)

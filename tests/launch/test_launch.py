@@ -22,7 +22,7 @@ from launch.slurm.job import rank_variables
 from launch.slurm.profile import PROFILES, Profile, parse_request
 from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
 from tests.support import warm
-from tests.support.runs import ROOT, descendants, dotted, environment, rows, settings_of, unhurried
+from tests.support.runs import ROOT, descendants, dotted, environment, rows, settings_of
 from trainer.checkpoint.store import Store
 
 PROFILE_NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
@@ -43,7 +43,7 @@ def launch(*arguments: str, cwd: Path, **variables: str) -> subprocess.Completed
 def test_local_run_of_two_processes(base: Path, tmp_path: Path) -> None:
     run = tmp_path / "it's a run"
     done = launch("local", "-n", "2", *dotted(settings_of(base, run)), "--run.max_steps", "2", cwd=tmp_path)
-    assert (done.returncode, unhurried(done.stderr)) == (0, ""), done
+    assert (done.returncode, done.stderr) == (0, ""), done
     assert "stopped after run.max_steps: 2 of 15 steps" in done.stdout
     assert Store(run).progress().step == 2
 

@@ -87,7 +87,10 @@ class Warm:
 def run(
     module: str, *arguments: str, environment: dict[str, str], cwd: Path | None = None, timeout: float = 300
 ) -> "subprocess.CompletedProcess[str]":
-    """`python -m module arguments` to its end, as `subprocess.run` does it with what it says in two texts."""
+    """`python -m module arguments` to its end, as `subprocess.run` does it with what it says in two texts.
+
+    Lines that tell how long it has taken, which a busy machine causes, are left out of stderr.
+    """
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         process = Warm(module, *arguments, stdout=stdout, stderr=stderr, environment=environment, cwd=cwd)
@@ -95,7 +98,8 @@ def run(
             code = process.wait(timeout)
         finally:
             process.send_signal(signal.SIGKILL)
-        return subprocess.CompletedProcess([module, *arguments], code, stdout.read_text(), stderr.read_text())
+        errors = [line for line in stderr.read_text().splitlines(keepends=True) if not line.endswith(" s so far\n")]
+        return subprocess.CompletedProcess([module, *arguments], code, stdout.read_text(), "".join(errors))
 
 
 def start_ranks(act: Callable[..., None], arguments: tuple[object, ...], ranks: int) -> None:

@@ -11,7 +11,7 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import wandb
@@ -160,13 +160,20 @@ def _start(mode: str, settings: wandb.Settings, folder: Path, config: dict[str, 
     why = _why_offline(mode)
     if not why:
         try:
-            return wandb.init(mode="online", dir=folder, config=config, settings=settings), ""
+            return _init("online", settings, folder, config), ""
         except wandb.Error as error:
             why = " ".join(str(error).split())
             if mode == "online" and re.search(r"error 40[13]\b", why):
                 raise UserError(f"tracking.wandb: the server refused the API key ({why}); {_REMEDY}") from None
             _teardown()  # the failed attempt would answer for the next one
-    return wandb.init(mode="offline", dir=folder, config=config, settings=settings), why
+    return _init("offline", settings, folder, config), why
+
+
+def _init(
+    mode: Literal["online", "offline"], settings: wandb.Settings, folder: Path, config: dict[str, Any]
+) -> wandb.Run:
+    wandb.setup(wandb.Settings(silent=True))  # a run's own `silent` does not cover what wandb prints at its end
+    return wandb.init(mode=mode, dir=folder, config=config, settings=settings)
 
 
 def _why_offline(mode: str) -> str:
