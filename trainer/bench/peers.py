@@ -125,8 +125,12 @@ def _timm(race: Race) -> Training:
     data, optim, ctx = race.cfg.data, race.cfg.optim, race.ctx
     model = create_model(race.cfg.model.name, num_classes=race.classes).to(ctx.device)
     optimizer = create_optimizer_v2(model, "sgd", lr=_LR, weight_decay=optim.weight_decay, momentum=optim.momentum)
+
+    # The images as often as an epoch needs them, so that no loader starts anew within a turn.
     dataset = create_dataset("", root=str(race.folder), split="train", is_training=True)
     dataset.reader.samples *= -(-_EPOCH // len(dataset.reader.samples))
+
+    # The same crops and flips as ours, and nothing else.
     loader = create_loader(
         dataset,
         input_size=(3, race.size_px, race.size_px),

@@ -192,6 +192,8 @@ def plot(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> 
     speed, gain = figure.subplots(1, 2)
     summed, scaled = summary(turns), scaling(turns)
     worlds = [int(world) for world in scaled.columns]
+
+    # On the left: images per second of each part, from the slowest turn to the fastest.
     for part, marker in ((LOADER, "s"), (COMPUTE, "^"), (JOINED, "D"), (BOTH, "o")):
         rows = summed[summed.part == part].sort_values("world")
         whiskers = [rows["median"] - rows["min"], rows["max"] - rows["median"]]
@@ -200,6 +202,7 @@ def plot(turns: pd.DataFrame, facts: dict[int, dict[str, Any]], cfg: Config) -> 
     _whole_numbers(speed.yaxis)
     speed.legend()
 
+    # On the right: how many times as fast as the fewest processes, against what this hardware allows.
     first, ideal = worlds[0], ideal_scaling(facts, worlds)
     medians, least, most = scaled.to_numpy()
     gain.plot(worlds, [*ideal.values()], "k:", label="ideal on the hardware used")

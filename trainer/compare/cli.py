@@ -241,6 +241,8 @@ def main() -> None:
         ours = (out / page.PAGE).exists()
         empty = not any(out.iterdir())
         require(empty or (force and ours), f"--out: {out} exists; give another folder" + ", or --force" * ours)
+
+    # Runs that differ in their seed alone are one setting.
     settings = settings_of(runs)
     table = run_table(settings)
     classes, notes = class_table(settings)
@@ -250,10 +252,12 @@ def main() -> None:
         targets=target_table(settings, targets or usual_targets(table)),
         options=option_table(settings),
         epochs=_stacked(settings, epoch_table),
-        updates=_stacked(settings, rate_table),
+        steps=_stacked(settings, rate_table),
         classes=classes,
         notes=notes,
     )
+
+    # Files of an earlier comparison that this one does not have must not stand beside it.
     files = comparison.files()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Predict speed, time and cost of a recipe on more GPUs. Options of python -m trainer are known too.",
     )
     add = parser.add_argument
+
+    # The machines.
     add(
         "--nodes",
         metavar="N,N",
@@ -47,9 +49,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--gpu_batch",
         type=int,
         metavar="IMAGES",
-        help="Images per GPU and update, so that the batch grows with the GPUs (weak scaling). If not given, data.batch is "
+        help="Images per GPU and step, so that the batch grows with the GPUs (weak scaling). If not given, data.batch is "
         "divided among the GPUs, as python -m trainer does (strong scaling): the same training, sooner.",
     )
+
+    # The network between them, of which nothing is known here.
     for name, what in (
         ("inside", "from GPU to GPU in a node"),
         ("between", "between nodes, all adapters of one together"),
@@ -66,6 +70,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         choices=get_args(AllReduce),
         help="Algorithm. Default: best on GPUs, as NCCL; ring on CPUs, as gloo.",
     )
+
+    # What is read and written.
     add("--price_per_gpu_hour", type=float, metavar="PRICE", help="Adds the cost of an epoch, in the same currency.")
     add("--parts", metavar="FILE", help="Plan with what --save_parts wrote; nothing is measured.")
     add("--save_parts", metavar="FILE", help="Write what was measured here.")

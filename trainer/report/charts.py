@@ -57,7 +57,7 @@ VAL_TOP1 = Panel("Validation top-1", "%", "val/top1_pct", "share")
 TRAIN_TOP1 = Panel("Training top-1", "%", "train/top1_pct", "share")
 VAL_LOSS = Panel("Validation loss", "nats", "val/loss", "loss")
 TRAIN_LOSS = Panel("Training loss", "nats", "train/loss", "loss")
-RATE = Panel("Learning rate", "per update", "train/lr", "rate")
+RATE = Panel("Learning rate", "per optimizer step", "train/lr", "rate")
 SPEED = Panel("Throughput", "images/s", "perf/images_per_s", "rate")
 DATA_WAIT = Panel("Data wait", "% of the training time", "perf/data_wait_pct", "rate")
 
@@ -82,6 +82,8 @@ def draw(axes: "Axes", panel: Panel, curves: list[Curve], over: str) -> None:
     curves = [curve._replace(points=thinned(curve.points)) for curve in curves]
     values = np.array([y for curve in curves for _, y in curve.points])
     bottom, top, logarithmic, note = limits(values[np.isfinite(values)], panel.kind)
+
+    # A thin line is one of several seeds. By its id a curve shows its name under the pointer.
     for number, curve in enumerate(curves):
         x, y = np.array(curve.points or [(0.0, math.nan)]).T
         (line,) = axes.plot(x, np.clip(y, bottom, top), color=colour(curve.colour), linestyle=linestyle(curve.dashes))
@@ -89,6 +91,8 @@ def draw(axes: "Axes", panel: Panel, curves: list[Curve], over: str) -> None:
         if not curve.thin:
             line.set(marker="o", markersize=4, markevery=_dotted(y))
         line.set_gid(f"curve{number}")
+
+    # Titles, and axes that begin at nought unless they are logarithmic.
     axes.set_title(panel.title, loc="left", fontweight="bold", color=INK)
     axes.set_title(panel.unit + note, loc="right", color=SOFT)
     axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}[over])

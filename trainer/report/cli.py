@@ -149,6 +149,8 @@ def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str,
         "confusion.png": plots.confusion_matrix(report.matrix, report.classes, title),
         "reliability.png": plots.reliability(report.bins, scores["expected_calibration_error_pct"], title),
     }
+
+    # A sheet of the mistakes that the network was surest of, if it made any.
     wrong = report.surest_mistakes(plots.SHEET)
     if len(wrong):
         captions = [
@@ -161,6 +163,8 @@ def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str,
         ]
         files["mistakes.png"] = plots.contact_sheet(catalog, rows[wrong].tolist(), captions)
     files |= {name: csv(table) for name, table in report.tables().items()}
+
+    # What an earlier report left must not stand beside this one's files.
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / PREDICTIONS).unlink(missing_ok=True)
