@@ -179,7 +179,7 @@ class DataConfig:
         require(0 < self.val_share <= 1, f"data.val_share: {self.val_share} is not a share; give a number in (0, 1]")
         require(
             len(self.batches) > 0 and min(self.batches) > 0,
-            f"data.batch: {self.batch} is not positive; give the number of images per update",
+            f"data.batch: {self.batch} is not positive; give the number of images per optimizer step",
         )
         sizes = self.sizes_px + ([] if self.eval_size_px is None else [self.eval_size_px])
         require(

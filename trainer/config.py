@@ -91,8 +91,8 @@ class RunConfig:
             self.max_steps is None or self.max_steps > 0,
             f"run.max_steps: {self.max_steps} is not positive; leave it out to train all epochs",
         )
-        require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of updates")
-        require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of updates")
+        require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of steps")
+        require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of steps")
         require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
         require(
             self.keep_every is None or self.keep_every > 0,
@@ -116,7 +116,7 @@ def chosen_steps(text: str) -> range:
     """Parse optimizer steps, counted from 1, such as "10-12" or "10". Raises `UserError`."""
     parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
-    require(0 < first <= last, f"run.profile: {text!r} names no updates; give the first and the last, such as 10-12")
+    require(0 < first <= last, f"run.profile: {text!r} names no steps; give the first and the last, such as 10-12")
     return range(first, last + 1)
 
 

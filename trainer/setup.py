@@ -204,7 +204,7 @@ def step_back(session: Session, found: NonFinite) -> None:
     tracker, ctx, store = session.tracker, session.ctx, session.store
     tracker.alert("bad update", str(found))
     if session.cfg.run.on_nonfinite == "stop":
-        raise UserError(f"{found}; {remedy}, or pass over such updates by run.on_nonfinite back") from None
+        raise UserError(f"{found}; {remedy}, or pass over such steps by run.on_nonfinite back") from None
     session.wait_for_checkpoint()
     newest = ctx.raise_together(lambda: store.newest() if ctx.primary else None)
     newest, progress = ctx.broadcast_from_rank0(lambda: (newest, read_progress(newest) if newest else Progress()))

@@ -63,7 +63,7 @@ SECTIONS = (
         "How fast is it, and what takes the time?",
         (
             Panel("Images per second", "images/s", ("perf/images_per_s",)),
-            Panel("Time of an update, median and 95th percentile", "ms", ("perf/step_ms_p50", "perf/step_ms_p95")),
+            Panel("Time of a step, median and 95th percentile", "ms", ("perf/step_ms_p50", "perf/step_ms_p95")),
             Panel("Time of an epoch", "s", ("perf/epoch_s",), "epoch"),
             Panel("Checkpoint: the wait for its copy, and its writing", "s", ("perf/ckpt_save_s", "perf/ckpt_write_s")),
         ),
@@ -80,7 +80,7 @@ SECTIONS = (
         "Learning rate",
         "Is the schedule as intended, and are the gradients sound?",
         (
-            Panel("Learning rate", "per update", ("train/lr",)),
+            Panel("Learning rate", "per optimizer step", ("train/lr",)),
             Panel("Norm of the gradient", "", ("train/grad_norm",)),
         ),
     ),

@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="longest time: turns are shortened to it (default: %(default)s)"
     )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three updates")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three optimizer steps")
     parser.add_argument("--wandb", action="store_true", help="log the medians to Weights & Biases; needs --out")
     quiet = launched_rank() > 0
     try:

@@ -98,7 +98,7 @@ class Comparison:
     targets: pd.DataFrame
     options: pd.DataFrame
     epochs: pd.DataFrame
-    updates: pd.DataFrame
+    steps: pd.DataFrame
     """Learning rates, which change within an epoch, so `epochs` cannot show them; not written to a file."""
     classes: pd.DataFrame
     notes: list[str]
@@ -108,8 +108,8 @@ class Comparison:
         tables = {name: getattr(self, name) for name in TABLES}
         files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items() if len(table)}
         if len(self.epochs):
-            files["curves-epochs.png"] = curves_png(self.epochs, self.updates, "epoch")
-            files["curves-minutes.png"] = curves_png(self.epochs, self.updates, "minutes")
+            files["curves-epochs.png"] = curves_png(self.epochs, self.steps, "epoch")
+            files["curves-minutes.png"] = curves_png(self.epochs, self.steps, "minutes")
         if len(self.classes):
             files["classes.png"] = classes_png(self.classes)
         return {**files, PAGE: self._page().encode()}
@@ -148,6 +148,7 @@ class Comparison:
         return pd.DataFrame([{"setting": setting, **row} for setting, row in rows.items()])
 
     def _page(self) -> str:
+        # Settings that were each trained once have no spread, and so no table of it.
         tables = {
             "runs": self.runs,
             "spread": self.spread if self.repeated else self.runs[:0],
@@ -155,7 +156,7 @@ class Comparison:
             "options": self.options,
         }
         drawn = [
-            (title, [charts.chart(panel, lines(panel, self.epochs, self.updates, over), over) for panel in PANELS])
+            (title, [charts.chart(panel, lines(panel, self.epochs, self.steps, over), over) for panel in PANELS])
             for over, title in (("epoch", "Curves over epochs"), ("minutes", "Curves over minutes"))
             if len(self.epochs)
         ]
@@ -210,9 +211,9 @@ def _settings(epochs: pd.DataFrame) -> list[str]:
     return [str(name) for name in epochs.setting.unique()] if len(epochs) else []
 
 
-def lines(panel: Panel, epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> list[Curve]:
+def lines(panel: Panel, epochs: pd.DataFrame, steps: pd.DataFrame, over: str) -> list[Curve]:
     """Draw a line for each setting over "epoch" or "minutes": the mean of its runs as far as all have come, over the runs."""
-    source = updates if panel.metric in updates else epochs
+    source = steps if panel.metric in steps else epochs
     found = []
     for number, (setting, rows) in enumerate(source.groupby("setting", sort=False)):
         runs = list(rows.groupby("folder", sort=False))
@@ -232,7 +233,7 @@ def _points(rows: pd.DataFrame, over: str, metric: str) -> list[tuple[float, flo
     return list(zip(rows[over].astype(float).tolist(), rows[metric].astype(float).tolist(), strict=True))
 
 
-def curves_png(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
+def curves_png(epochs: pd.DataFrame, steps: pd.DataFrame, over: str) -> bytes:
     """Plot all PANELS over "epoch" or "minutes", each setting by colour and dashes, so that a print tells them apart too."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -241,7 +242,7 @@ def curves_png(epochs: pd.DataFrame, updates: pd.DataFrame, over: str) -> bytes:
     with charts.styled():
         figure = Figure(figsize=(10, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         for axes, panel in zip(figure.subplots(3, 2).flatten(), PANELS, strict=True):
-            charts.draw(axes, panel, lines(panel, epochs, updates, over), over)
+            charts.draw(axes, panel, lines(panel, epochs, steps, over), over)
         names = _settings(epochs)
         handles = [
             Line2D([], [], color=charts.colour(n), linestyle=charts.linestyle(n), linewidth=1.8)

@@ -15,12 +15,12 @@ NEWEST = 20
 class EarlyStatistics:
     """Makes running statistics follow the weights while these move fast, and forget their start.
 
-    torch's begin at mean 0 and variance 1 and move by one momentum m for ever. After a few dozen updates they describe weights
+    torch's begin at mean 0 and variance 1 and move by one momentum m for ever. After a few dozen steps they describe weights
     of long ago, and validation is of a network that never was. Here batch n has the weight max(20 / (n + 19), m): all at first,
     half at n = 21, and with m = 0.1 torch's own from n = 181 on. It is `ema_decay_at` for statistics. A cumulative average,
     1 / n, forgets the start but is slower still. Validation loss of ResNet-18 where exact statistics give
 
-                                              2.0 after 24 updates of 60    1.6 after 37 of 128 by Muon
+                                              2.0 after 24 steps of 60      1.6 after 37 of 128 by Muon
         torch's                                       14.6                          22.5
         1 / n                                         15.6                          24.9
         10 / (n + 9)                                   2.2                           5.2

@@ -122,7 +122,7 @@ class OptimConfig:
             ("loss", self.loss in get_args(Loss), f"is unknown; choose one of {_listed(Loss)}"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
-            ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per update"),
+            ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per optimizer step"),
         )
         for option, holds, fault in rules:
             if not holds:

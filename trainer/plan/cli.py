@@ -194,7 +194,7 @@ def table(planned: pd.DataFrame) -> str:
 def origins(parts: Parts, cluster: Cluster) -> str:
     """Say in one line each where the figures come from."""
     sizes = ", ".join(str(step.images) for step in parts.steps)
-    lines = [f"compute, loader: measured on {parts.measured_on}: {parts.recipe}, {sizes} images per GPU and update"]
+    lines = [f"compute, loader: measured on {parts.measured_on}: {parts.recipe}, {sizes} images per GPU and step"]
     for name, link, measured in (
         ("inside", cluster.inside, parts.inside),
         ("between", cluster.between, parts.between),

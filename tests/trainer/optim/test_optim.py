@@ -468,7 +468,7 @@ def test_ema_decay_rises_to_its_limit() -> None:
         ({"clip_norm": -1.0}, "optim.clip_norm: -1.0 is out of range; give a norm above 0, or 0 for none"),
         ({"label_smoothing": 1.0}, "optim.label_smoothing: 1.0 is out of range; give a share from 0 to below 1"),
         ({"ema_decay": 1.0}, "optim.ema_decay: 1.0 is out of range; give a decay below 1, or 0 for no average"),
-        ({"accumulate": 0}, "optim.accumulate: 0 is not positive; give 1 or more micro-batches per update"),
+        ({"accumulate": 0}, "optim.accumulate: 0 is not positive; give 1 or more micro-batches per optimizer step"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:

@@ -100,5 +100,5 @@ def test_updates_are_counted_from_one_with_both_ends(text: str, steps: list[int]
 
 @pytest.mark.parametrize("text", ["", "0", "0-3", "5-4", "-3", "3-", "1,2", "ten", "1.5", "3-4-5"])
 def test_other_texts_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^run\.profile: .* names no updates"):
+    with pytest.raises(UserError, match=r"^run\.profile: .* names no steps"):
         chosen_steps(text)
