@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentParser
 
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.submission import Submission, find, newest
@@ -65,7 +64,9 @@ def status(arguments: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    parser = _parser("status", "A table of the runs that SLURM has, or has had, and of how far they are.")
+    parser = plain_parser(
+        "python -m launch status", "A table of the runs that SLURM has, or has had, and of how far they are."
+    )
     parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="Of run folders. Default: runs.")
     folder = Path(parse_plain(parser, arguments).folder)
     rows = table(folder, queue(), time.time())
@@ -170,15 +171,11 @@ def _figure(value: float | None, layout: str) -> str:
     return "" if value is None else format(value, layout)
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog=f"python -m launch {command}", description=description, exit_on_error=False, allow_abbrev=False
-    )
-
-
 def logs(arguments: list[str]) -> None:
     """Print the output of a run's rank 0; with -f, until the job has ended. Raises `UserError`."""
-    parser = _parser("logs", "What rank 0 of a submitted run says; every rank has a file, in RUN/slurm/.")
+    parser = plain_parser(
+        "python -m launch logs", "What rank 0 of a submitted run says; every rank has a file, in RUN/slurm/."
+    )
     parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
     parser.add_argument("-f", "--follow", action="store_true", help="Go on until the job has ended.")
     args = parse_plain(parser, arguments)
@@ -211,7 +208,7 @@ def tail(files: tuple[Path, ...], goes_on: Callable[[], bool]) -> Iterator[str]:
 
 def cancel(arguments: list[str]) -> None:
     """End a run's job for good; if it is running, it saves first. Raises `UserError`."""
-    parser = _parser("cancel", "End a run's job for good; where it trains, it saves first.")
+    parser = plain_parser("python -m launch cancel", "End a run's job for good; where it trains, it saves first.")
     parser.add_argument("run", metavar="RUN", help="Name of a run in runs/, or its folder.")
     name = parse_plain(parser, arguments).run
     run, submission = find(name)

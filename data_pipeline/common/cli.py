@@ -4,7 +4,7 @@ import argparse
 import re
 from argparse import ArgumentError
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.common.errors import UserError
 
@@ -33,9 +33,13 @@ def parse(parser: "ArgumentParser", arguments: list[str]) -> Any:
 
 def plain_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser of a command's own options, whose mistakes `parse_plain` and `parse_known` say in one line."""
-    return argparse.ArgumentParser(
-        prog, description=description, epilog=epilog, allow_abbrev=False, exit_on_error=False
-    )
+    return _PlainParser(prog, description=description, epilog=epilog, allow_abbrev=False, exit_on_error=False)
+
+
+class _PlainParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise where `exit_on_error` does not reach before Python 3.12: an argument that is missing or unknown."""
+        raise ArgumentError(None, message)
 
 
 def parse_plain(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

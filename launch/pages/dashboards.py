@@ -10,9 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jsonargparse import ArgumentParser
-
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, require
 from trainer.tracking.tracker import TrackingConfig
@@ -249,12 +247,7 @@ def publish(entity: str, project: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="python -m launch dashboard",
-        description="Make or update the team's W&B workspace and report.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = plain_parser("python -m launch dashboard", "Make or update the team's W&B workspace and report.")
     parser.add_argument("--entity", required=True, help="W&B team or user that owns the project.")
     parser.add_argument("--project", default=TrackingConfig().project, help="W&B project.")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the specification as JSON instead.")

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from markupsafe import Markup
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, printable, require
 from trainer.report import charts, html_page
@@ -121,12 +120,7 @@ def _readable(folders: list[Path]) -> list[Run]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="python -m launch overview",
-        description="Write one HTML page about runs.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = plain_parser("python -m launch overview", "Write one HTML page about runs.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="Run folders, or folders of them such as runs.")
     parser.add_argument("--out", default="overview.html", help="The page to write.")
     parser.add_argument("--force", action="store_true", help="Replace it if it exists.")

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from jsonargparse import ArgumentParser
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError, printable, printable_lines, require
 from launch.runs import state_of
 from launch.slurm.commands import Queued, queue
@@ -171,12 +170,7 @@ def jobs_if_any() -> dict[str, Queued]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="python -m launch summary",
-        description="Print and write what a sweep has found.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = plain_parser("python -m launch summary", "Print and write what a sweep has found.")
     parser.add_argument("sweep", metavar="SWEEP", help="The sweep's folder, or its name in runs/.")
     parser.add_argument("--out", help="The folder to write to; the sweep's own if not given.")
     parser.add_argument("--force", action="store_true", help="Replace the files if they exist.")

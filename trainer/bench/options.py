@@ -7,8 +7,8 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from data_pipeline.bench.budget import MINUTES
-from data_pipeline.common.cli import plain_parser
-from data_pipeline.common.errors import UserError, require
+from data_pipeline.common.cli import parse_known, plain_parser
+from data_pipeline.common.errors import require
 from data_pipeline.common.launcher import launched_rank
 from trainer.config import Config
 
@@ -19,7 +19,7 @@ ROUNDS = 9
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options of this command; the recipe's are returned beside them. Raises `UserError`."""
     parser = plain_parser(
-        prog="trainer.bench",
+        prog="python -m trainer.bench",
         description="Say what a recipe reaches on this machine and what holds it back.",
         epilog="Besides, every option of python -m trainer; see python -m trainer --help.",
     )
@@ -33,11 +33,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a trace of three optimizer steps")
     parser.add_argument("--wandb", action="store_true", help="log the medians to Weights & Biases; needs --out")
     quiet = launched_rank() > 0
-    try:
-        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
-            return parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).removeprefix("argument ").split())) from None
+    with redirect_stdout(io.StringIO()) if quiet else nullcontext():  # so that --help is printed once
+        return parse_known(parser, arguments)
 
 
 def check(args: argparse.Namespace, cfg: Config) -> None:

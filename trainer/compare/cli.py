@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from jsonargparse import ArgumentParser
 
 from data_pipeline.common.atomic_io import replace_file
-from data_pipeline.common.cli import parse_plain
+from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError, printable, require
 from trainer.compare import page
 from trainer.compare.mcnemar import PREDICTIONS, per_class, read_predictions
@@ -208,12 +207,7 @@ def class_table(settings: list[Setting]) -> tuple[pd.DataFrame, list[str]]:
 
 def parse(arguments: list[str]) -> tuple[list[Run], Path, list[float], bool]:
     """Parse the runs, the output folder, the targets in % and if files may be replaced. Raises `UserError`."""
-    parser = ArgumentParser(
-        prog="python -m trainer.compare",
-        description="Put runs side by side: tables, curves, a report.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = plain_parser("python -m trainer.compare", "Put runs side by side: tables, curves, a report.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, two or more.")
     parser.add_argument("--out", default="comparison", help="The folder to write to.")
     parser.add_argument("--targets", help="Validation top-1 in %%, as 75,84.2,90; what the runs reach if not given.")
