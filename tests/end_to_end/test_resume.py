@@ -76,6 +76,7 @@ def test_killed_run_of_two_ranks(base: Path, tmp_path: Path) -> None:
     assert_same_end(run, reference(base, 2))
 
 
+@pytest.mark.slow
 def test_killed_run_of_four_ranks(base: Path, tmp_path: Path) -> None:
     """Sums over more than two ranks depend on their order, which DDP would choose anew in a resumed run."""
     run = tmp_path / "a run"

@@ -24,6 +24,8 @@ from tests.support.runs import ROOT, checkpoint, dotted, render_images, rows, se
 from tests.support.wandb_backend import wandb_rows
 from trainer.checkpoint.store import Store
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS = 2, 10
 SLOWLY = {"model.width": "1"}
 """SLURM takes seconds to act on a job, which shall not have ended by then."""
@@ -101,7 +103,6 @@ def test_two_nodes_to_the_end(cluster: Cluster, undisturbed: Path) -> None:
     assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "is finished" in again.stderr
 
 
-@pytest.mark.slow
 def test_preempted_in_mid_epoch(cluster: Cluster, base: Path, undisturbed: Path) -> None:
     """A job of the high partition needs both nodes; the run saves, makes room, and goes on by itself."""
     run = base / "preempted"
@@ -119,7 +120,6 @@ def test_preempted_in_mid_epoch(cluster: Cluster, base: Path, undisturbed: Path)
     assert_same_end(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, base: Path) -> None:
     """W&B has every row, though SLURM's signals go to each process of a job."""
     run = base / "requeued"
@@ -158,7 +158,6 @@ def test_requeued_cancelled_and_resubmitted_to_fewer_nodes(cluster: Cluster, bas
     assert len(segments) == 3 and list(dict.fromkeys(steps)) == [*range(1, 2 * STEPS + 1)]
 
 
-@pytest.mark.slow
 def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, undisturbed: Path) -> None:
     """As many ranks on fewer nodes go on in mid-epoch with the images that were next: the end is the same to the bit."""
     run = base / "from two nodes to one"
@@ -176,7 +175,6 @@ def test_resubmitted_to_another_number_of_nodes(cluster: Cluster, base: Path, un
     assert_events_once(run)
 
 
-@pytest.mark.slow
 def test_a_sweep(cluster: Cluster, base: Path) -> None:
     """One array: of its runs one is requeued, one fails, one is cancelled and handed in again, and none minds the others."""
     options = settings_of(base, base, EPOCHS) | SLOWLY
@@ -234,7 +232,6 @@ def line_of(cluster: Cluster, run: Path) -> str:
     return next(line for line in shown.stdout.splitlines() if run.name in line)
 
 
-@pytest.mark.slow
 def test_crashes_have_a_limit(cluster: Cluster, base: Path) -> None:
     """The first crash, a killed process, brings the job back; the second, images that have gone meanwhile, ends it."""
     run, images = base / "crashing", render_images(base / "images to lose")
@@ -278,7 +275,6 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
     assert len(written) >= 5 and not any(b"a,b" in path.read_bytes() for path in written)
 
 
-@pytest.mark.slow
 def test_time_limit(cluster: Cluster, base: Path) -> None:
     """SLURM's own warning, which may come while the training is still starting; the job is queued again."""
     run = base / "long"
@@ -291,7 +287,6 @@ def test_time_limit(cluster: Cluster, base: Path) -> None:
     assert cluster.state(run) == "CANCELLED"
 
 
-@pytest.mark.slow
 def test_torchrun_warned_before_the_time_limit(cluster: Cluster, base: Path, undisturbed: Path) -> None:
     """SIGUSR2 to all processes, as SLURM sends it then."""
     run = base / "by torchrun"
@@ -304,7 +299,6 @@ def test_torchrun_warned_before_the_time_limit(cluster: Cluster, base: Path, und
     assert_same_end(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     """Nobody is told: SLURM finds out, and starts the job anew from its last checkpoint."""
     run = base / "on a lost node"
@@ -321,7 +315,6 @@ def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     assert_events_once(run)
 
 
-@pytest.mark.slow
 def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
     run = base / "by sbatch"
     log = base / "by sbatch.log"

@@ -55,6 +55,7 @@ def test_local_mistake_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: data.path: /no where is not a folder") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_local_crash_and_signal(base: Path, tmp_path: Path) -> None:
     """A killed rank takes the others along; SIGTERM has the run saved first."""
     run = tmp_path / "run"

@@ -185,6 +185,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, monkeypatch: 
 # On this machine
 
 
+@pytest.mark.slow
 def test_one_after_another_on_this_machine(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One that fails is named at the end and keeps none of the others; the same command tries it again, and only it."""
     there, late = images(tmp_path_factory.getbasetemp()), tmp_path / "late images"

@@ -285,7 +285,14 @@ def test_two_processes_with_peers(
     assert said.count("holds this run back") == 1 and f"ours / {PLAIN_LOOP}: " in said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("worn out"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("worn out"),
+        pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow),
+        pytest.param(SystemExit(143), marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_measured_is_kept_when_it_is_broken_off(
     error: BaseException,
     options: list[str],

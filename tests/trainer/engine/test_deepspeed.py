@@ -178,6 +178,7 @@ def start(ranks: int, base: Path, run: Path, stage: int, **options: str) -> Job:
     return Job(ranks, run.with_name(run.name + ".log"), "trainer", *dotted(settings | options))
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_an_undisturbed_one(base: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "a run"
     job = start(2, base, whole, 2)
@@ -196,6 +197,7 @@ def test_killed_run_ends_as_an_undisturbed_one(base: Path, tmp_path: Path) -> No
         assert ours[name] == theirs[name], f"{name} differs"
 
 
+@pytest.mark.slow
 def test_run_without_a_launcher_or_a_compiler(base: Path, tmp_path: Path) -> None:
     """One process, its batch norms' statistics in the saved weights, and not a word of DeepSpeed's."""
     tools = tmp_path / "tools"

@@ -304,6 +304,7 @@ def prove_two_ranks(rank: int, base: Path, folder: Path) -> None:
     stopped_again_and_again(run, ctx)
 
 
+@pytest.mark.slow
 def test_stopped_run_of_two_ranks(base: Path, tmp_path: Path) -> None:
     """And a killed one."""
     options(base, tmp_path / "first")  # so that the weights are there

@@ -230,6 +230,7 @@ def faulty(engine: str, base: Path, run: Path, **options: str) -> Job:
     )
 
 
+@pytest.mark.slow
 def test_a_step_back_of_two_ranks_that_are_killed(base: Path, tmp_path: Path) -> None:
     """After the step back, and before the next checkpoint; then after that."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -363,13 +363,12 @@ def test_signals_to_all_of_a_job_lose_no_row(folder: Path, capfd: pytest.Capture
     assert "dropped" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_training_are_kept(folder: Path) -> None:
     program = """
 import os, signal, sys
 from pathlib import Path
 from tests.trainer.tracking.test_tracker import OFFLINE, log_steps, open_tracker
-from trainer.tracking import wandb_process
-wandb_process.IDLE_S = 1
 with open_tracker(Path(sys.argv[1]), OFFLINE) as tracker:
     log_steps(tracker, range(1, 7))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -377,8 +376,8 @@ with open_tracker(Path(sys.argv[1]), OFFLINE) as tracker:
     done = subprocess.run([sys.executable, "-c", program, folder], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     (segment,) = folder.glob("wandb/offline-run-*/*.wandb")
-    wanted, end_s = [(step, step) for step in range(1, 7)], time.monotonic() + 30
-    # wandb's process writes them when it sees that nobody is connected any more.
+    # wandb's process writes them some 15 s later. Told to leave within one second, it now and then left without.
+    wanted, end_s = [(step, step) for step in range(1, 7)], time.monotonic() + 60
     while segment.stat().st_size < 100 or history(inspect(segment)) != wanted:
         assert time.monotonic() < end_s
         time.sleep(0.3)
