@@ -132,7 +132,7 @@ MISTAKES = {
     "not a resnet34",
     # bench
     "trainer.bench --rounds 0": "--rounds: 0 is not positive; give a number of turns such as 9",
-    "trainer.bench --rounds many": "--rounds: invalid int value: 'many'",
+    "trainer.bench --rounds many": "--rounds: invalid int value: 'many'; see python -m trainer.bench --help",
     "trainer.bench --worlds 1,1": "--worlds: 1,1 does not fit; give different numbers of processes, such as 1,2",
     "trainer.bench --worlds 1,2 --profile new": "--worlds: no trace is made of several numbers of processes; "
     "leave out --profile",
@@ -201,13 +201,13 @@ MISTAKES = {
     "launch submit -- --run.dir new": "no sbatch here: this machine has no SLURM; `python -m launch local` trains on "
     "this machine alone",
     "launch status": "no squeue here: this machine has no SLURM; `python -m launch local` trains on this machine alone",
-    "launch logs": "following arguments are required: run; see python -m launch logs --help",
+    "launch logs": "following arguments are required: RUN; see python -m launch logs --help",
     "launch logs nope": f"nope: {NO_SUBMISSION}",
-    "launch cancel": "following arguments are required: run; see python -m launch cancel --help",
+    "launch cancel": "following arguments are required: RUN; see python -m launch cancel --help",
     "launch cancel nope": f"nope: {NO_SUBMISSION}",
     "launch resubmit": "RUN: no run given; call python -m launch resubmit RUN [--nodes N ...]",
     "launch resubmit unfinished": f"unfinished: {NO_SUBMISSION}",
-    "launch overview": "following arguments are required: runs; see python -m launch overview --help",
+    "launch overview": "following arguments are required: RUNS; see python -m launch overview --help",
     "launch overview nowhere": "RUNS: nowhere is not a folder; give run folders, or one of them such as runs",
     "launch overview photos": "RUNS: photos holds no run, that is no config.yaml; give run folders, or one of them",
     "launch overview unfinished --out file.txt": "--out: file.txt exists; give another file, or --force to replace it",

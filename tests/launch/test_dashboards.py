@@ -119,7 +119,7 @@ def test_pages_are_made_once_and_then_updated(backend: Backend) -> None:
 
 
 def test_mistakes_are_told_in_one_line(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="required: entity; see"):
+    with pytest.raises(UserError, match="required: --entity; see"):
         main([])
     backend.status = 401
     with pytest.raises(UserError, match="--entity: W&B does not take the pages of me/sluice") as raised:

@@ -96,7 +96,7 @@ def terminate(launcher: int) -> None:
         (["submit", "--run.name", "a"], "put the trainer's options after --"),
         (["submit", "--", "--optim.lr", "fast"], "optim.lr: fast does not fit"),
         (["status"], "no squeue here: this machine has no SLURM"),
-        (["logs"], "following arguments are required: run; see python -m launch logs --help"),
+        (["logs"], "following arguments are required: RUN; see python -m launch logs --help"),
         (["local", "--lr", "3"], "--lr: no such option; did you mean --optim.lr?"),
         (["logs", "nobody"], "nobody: no run of that name was submitted"),
         (["cancel", "nobody"], "nobody: no run of that name was submitted"),

@@ -252,7 +252,7 @@ def test_command_writes_once_and_says_what_is_wrong(tmp_path: Path, capsys: pyte
     (tmp_path / "empty").mkdir()
     torn = made(tmp_path / "torn", [])
     for arguments, message in (
-        ([], "required: runs; see"),
+        ([], "required: RUNS; see"),
         ([str(tmp_path / "none")], "none is not a folder"),
         ([str(tmp_path / "empty")], "holds no run"),
         ([str(run), "--out", str(tmp_path / "no/o.html")], "no is not a folder"),

@@ -188,7 +188,7 @@ def test_mistakes_are_told_in_one_line(study: list[Path], tmp_path: Path, monkey
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
     for arguments, message in (
-        ([], "required: runs; see"),
+        ([], "required: RUN; see"),
         ([study[0], study[0]], "is the only one; give two"),
         ([study[0], tmp_path / "none"], "none is no run folder"),
         ([*study, "--targets", "75,much"], "--targets: 75,much are no percentages"),
