@@ -337,5 +337,10 @@ def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
 def network_layers(cfg: Config, classes: int) -> list[Layer]:
     """List the layers of the run's network for dashboards, for one image. Touches no weights and draws nothing."""
     with torch.device("meta"):
-        size_px = max(cfg.data.sizes_px)
-        return layers(build_resnet(cfg.model, classes), torch.empty(1, 3, size_px, size_px))
+        model = build_resnet(cfg.model, classes)
+    # On the CPU, with zeros: convolutions and norms on the device meta would import `torch._dynamo`, for two seconds.
+    model.load_state_dict(
+        {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}, assign=True
+    )
+    size_px = max(cfg.data.sizes_px)
+    return layers(model, torch.zeros(1, 3, size_px, size_px))

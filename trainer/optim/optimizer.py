@@ -130,13 +130,13 @@ def _uncompiled(optimizer: type[Optimizer]) -> type[Optimizer]:
 
 def state_share(cfg: OptimConfig) -> float:
     """Bytes that the optimiser keeps for each byte of weights, as one step on a small layer shows."""
-    layer = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, bias=False)
-    nn.init.ones_(layer.weight)
-    layer.weight.grad = torch.ones_like(layer.weight)
+    layer, weight = nn.Module(), nn.Parameter(torch.ones(16, 16, 3, 3))
+    layer.register_parameter("weight", weight)
+    weight.grad = torch.ones_like(weight)
     optimizer = build_optimizer(layer, cfg)
     optimizer.step()
-    kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
-    return sum(value.nbytes for value in kept) / layer.weight.nbytes
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.ndim]
+    return sum(value.nbytes for value in kept) / weight.nbytes
 
 
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:

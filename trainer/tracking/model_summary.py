@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 BINS = 64
 
@@ -49,15 +48,26 @@ class _Tracer(fx.Tracer):
         return next(m.children(), None) is None
 
 
-def layers(network: nn.Module, images: Tensor) -> list[Layer]:
-    """The layers of a network in evaluation, in the order of their computation, for `images` [B,3,H,W].
+class _Shapes(fx.Interpreter):
+    """Notes the shape of each computation's output; torch's own `ShapeProp` imports sympy, for a second."""
 
-    Both may be on the device meta: no weights are needed, and nothing is drawn.
-    """
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.of: dict[fx.Node, list[int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        output = super().run_node(n)
+        self.of[n] = list(output.shape)
+        return output
+
+
+def layers(network: nn.Module, images: Tensor) -> list[Layer]:
+    """The layers of a network in evaluation, in the order of their computation, for `images` [B,3,H,W]."""
     tracer = _Tracer()
     graph = tracer.trace(network.eval())
+    shapes = _Shapes(fx.GraphModule(network, graph))
     with torch.no_grad():
-        ShapeProp(fx.GraphModule(network, graph)).propagate(images)
+        shapes.run(images)
     names: dict[fx.Node, str] = {}
     found = []
     for node in graph.nodes:
@@ -68,7 +78,7 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
         names[node] = node.target if module else _fresh(_within(node, kind), {*names.values()})
         parameters = {name: list(p.shape) for name, p in module.named_parameters()} if module else {}
         inputs = [names[source] for source in node.all_input_nodes]
-        found.append(Layer(names[node], kind, inputs, list(node.meta["tensor_meta"].shape), parameters))
+        found.append(Layer(names[node], kind, inputs, shapes.of[node], parameters))
     return found
 
 
