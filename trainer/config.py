@@ -33,7 +33,7 @@ from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
 from trainer.option_files import option_kinds, quoted
-from trainer.tracking.tracker import TrackingConfig
+from trainer.tracking.config import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, require
-from trainer.tracking.tracker import TrackingConfig
+from trainer.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr

@@ -12,13 +12,13 @@ from data_pipeline.common import worker_pool
 from data_pipeline.common.worker_pool import Part, progress
 from tests.support.runs import ROOT, environment
 from trainer.resilience import watchdog
-from trainer.tracking import tracker
+from trainer.tracking import console
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "SILENT_S", 0.1)
-    monkeypatch.setattr(tracker, "SILENT_S", 0.1)
+    monkeypatch.setattr(console, "SILENT_S", 0.1)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_terminal_shows_a_bar_and_keeps_stdout_apart() -> None:
 
 
 def test_a_training_that_takes_its_time_says_where_it_is(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    console = tracker.Console(total_steps=120, epochs=4, resume_step=0)
+    shown = console.Console(total_steps=120, epochs=4, resume_step=0)
     watchdog.heartbeat("evaluate", 12)
-    console.open()
+    shown.open()
     time.sleep(0.35)
-    console.close()
+    shown.close()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2 and set(lines) == {"step 12/120  still busy: evaluate"}
     time.sleep(0.25)

@@ -11,77 +11,25 @@ graph and, every few epochs, `weights/PARAMETER` (histograms) and `weight_norm/P
 
 import contextlib
 import errno
-import json
-import math
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable
-from data_pipeline.common.worker_pool import SILENT_S
 from trainer.tracking.alerts import Alarms
-from trainer.tracking.row_file import RowFile
+from trainer.tracking.config import TrackingConfig, wandb_mode
+from trainer.tracking.console import BarConsole, Console
+from trainer.tracking.json_lines import JsonLines
+from trainer.tracking.sink import Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.tracking.model_summary import Distribution, Layer
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Destinations of a run's metrics besides the console and `metrics.jsonl`."""
-
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases. `auto` obeys WANDB_MODE and WANDB_DISABLED where they are set; otherwise it is online where an API
-    key is configured, and offline, to be uploaded later, where none is."""
-    project: str = "sluice"
-    """W&B project."""
-    entity: str | None = None
-    """W&B team or user that owns the project; null means the account's default."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run folder's `tensorboard`."""
-    histograms_every: int = 1
-    """Epochs between two histograms of each layer's weights, with their norms, in TensorBoard and W&B; 0 for none."""
-
-    def __post_init__(self) -> None:
-        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
-            raise UserError(
-                f"tracking.project: {self.project!r} is no W&B project name; give 1 to 128 characters, none of /\\#?%:"
-            )
-        if self.histograms_every < 0:
-            raise UserError(
-                f"tracking.histograms_every: {self.histograms_every} is negative; give a number of epochs, or 0 for none"
-            )
-
-
-class Sink(Protocol):
-    """One destination of rows. Any method may raise: the tracker then drops the sink."""
-
-    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None: ...
-
-    def alert(self, title: str, text: str) -> None:
-        """Tell people who are not looking, where the destination can."""
-        return
-
-    def weights(self, found: Mapping[str, "Distribution"], step: int, epoch: float) -> None:
-        """Show the distribution of each parameter's values, where the destination can."""
-        return
-
-    def graph(self, layers: list["Layer"]) -> None:
-        """Show the network that is trained, where the destination can."""
-        return
-
-    def close(self, failed: bool) -> None:
-        """Flush and let go; `failed` when an exception ends the training."""
+    from trainer.tracking.model_summary import Layer
 
 
 class Tracker:
@@ -249,7 +197,7 @@ class Tracker:
     def _say_dropped(self, name: str, error: Exception) -> None:
         self.note(f"{name} failed and is dropped: {type(error).__name__}: {error}")
 
-    def _tell(self, act: Callable[["Console"], None]) -> None:
+    def _tell(self, act: Callable[[Console], None]) -> None:
         try:
             if self._console is not None:
                 act(self._console)
@@ -257,152 +205,3 @@ class Tracker:
             # A closed pipe, file or terminal: there is nowhere left to say so. A log on a full disk goes on when there is room.
             if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self._console = None
-
-
-def wandb_mode(environment: Mapping[str, str]) -> str:
-    """Read the mode of W&B from the environment, with the words of older versions: online, offline, off or auto.
-
-    Raises `UserError` for an unknown WANDB_MODE.
-    """
-    if environment.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off"):
-        return "off"
-    word = environment.get("WANDB_MODE", "").strip().lower()
-    modes = {"": "auto", "run": "online", "dryrun": "offline", "disabled": "off", "dry-run": "offline"}
-    mode = modes.get(word, word)
-    if mode not in ("auto", "online", "offline", "off"):
-        raise UserError(f"WANDB_MODE: {word!r} is unknown; set online, offline or disabled, or unset it")
-    return mode
-
-
-class JsonLines(Sink):
-    """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
-
-    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
-    """
-
-    def __init__(self, path: Path, resume_step: int, tell: Callable[[str], None]) -> None:
-        self._file = RowFile(path.name, lambda: _open_rows(path, resume_step), tell)
-
-    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-
-    def close(self, failed: bool) -> None:
-        self._file.close()
-
-
-def _open_rows(path: Path, resume_step: int) -> int:
-    """Open the file of rows up to `resume_step`, to append to. Raises OSError."""
-    if resume_step and path.exists():
-        # A kill may tear the last line: a line that is no whole row is dropped too.
-        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
-        replace_file(path, "".join(line + "\n" for line in kept).encode())
-    return os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resume_step else os.O_TRUNC), 0o666)
-
-
-def _step(line: str) -> int:
-    """Read the step of a row of `metrics.jsonl`; -1 where the line is no whole row."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return -1
-
-
-class Console:
-    """Output for a file or a pipe: plain lines on stdout, never wrapped, no ANSI codes."""
-
-    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
-        self._total_steps, self._epochs = total_steps, epochs
-        self._start_step, self._start_s = resume_step, time.monotonic()
-        self._last_s, self._spoke_s = -math.inf, self._start_s
-        self._closed = threading.Event()
-
-    def open(self) -> None:
-        self._spoke_s = time.monotonic()
-        threading.Thread(target=self._break_silence, daemon=True).start()
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def line(self, text: str) -> None:
-        self._spoke_s = time.monotonic()
-        print(text, flush=True)
-
-    def _break_silence(self) -> None:
-        """Print the progress whenever nothing was printed for SILENT_S: a compilation, a long step or validation."""
-        from trainer.resilience.watchdog import position
-
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe or file
-            while not self._closed.wait(max(self._spoke_s + SILENT_S - time.monotonic(), 0.1)):
-                if time.monotonic() - self._spoke_s >= SILENT_S:
-                    here = position()
-                    self.line(f"step {here.step}/{self._total_steps}  still busy: {here.phase}")
-
-    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        figures, now = _figures(scalars, _PROGRESS), time.monotonic()
-        if not figures or now - self._last_s < SILENT_S:
-            return
-        self._last_s = now
-        left_s = (self._total_steps - step) * (now - self._start_s) / max(step - self._start_step, 1)
-        at = f"step {step:{len(str(self._total_steps))}}/{self._total_steps}  epoch {epoch:6.2f}/{self._epochs}"
-        self.line(f"{at}{figures}  eta {timedelta(seconds=round(left_s))}")
-
-    def epoch(self, scalars: Mapping[str, float], epoch: int, best: bool) -> None:
-        at = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
-        self.line(at + _figures(scalars, _EPOCH) + "  best so far" * best)
-
-
-class BarConsole(Console):
-    """Output on a terminal: the same lines, above a progress bar instead of progress lines."""
-
-    def __init__(self, total_steps: int, epochs: int, resume_step: int) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        super().__init__(total_steps, epochs, resume_step)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-        )
-        # Speed over minutes: an estimate over rich's half minute jumps at every evaluation.
-        self._bar = Progress(*columns, expand=True, transient=True, refresh_per_second=2, speed_estimate_period=300)
-        self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step, figures="")
-
-    def open(self) -> None:
-        self._bar.start()
-
-    def close(self) -> None:
-        self._bar.stop()
-
-    def line(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def progress(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        if figures := _figures(scalars, _PROGRESS).strip():
-            description = f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}"
-            self._bar.update(self._task, completed=step, description=description, figures=figures)
-
-
-_PROGRESS = (
-    ("train/loss", "  loss {:6.3f}"),
-    ("perf/images_per_s", "  {:5.0f} img/s"),
-    ("perf/data_wait_pct", "  data wait {:4.1f} %"),
-)
-_EPOCH = (
-    ("train/loss", "  train {:6.3f} loss"),
-    ("train/top1_pct", " {:5.1f} % top-1"),
-    ("val/loss", "  val {:6.3f} loss"),
-    ("val/top1_pct", " {:5.1f} % top-1"),
-    ("val/top5_pct", " {:5.1f} % top-5"),
-    *_PROGRESS[1:],
-)
-
-
-def _figures(scalars: Mapping[str, float], layout: tuple[tuple[str, str], ...]) -> str:
-    """Format the existing scalars, each in its place of the layout."""
-    return "".join(template.format(scalars[name]) for name, template in layout if name in scalars)

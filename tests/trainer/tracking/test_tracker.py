@@ -29,8 +29,9 @@ from tests.support.runs import checkpoint, descendants, dotted, settings_of
 from tests.support.wandb_backend import inspect, train_here, wandb_cores
 from trainer.config import load
 from trainer.model.resnet import ModelConfig, build_resnet
+from trainer.tracking.config import TrackingConfig, wandb_mode
 from trainer.tracking.model_summary import Layer, layers
-from trainer.tracking.tracker import Tracker, TrackingConfig, wandb_mode
+from trainer.tracking.tracker import Tracker
 
 OFF = TrackingConfig(wandb="off", tensorboard=False)
 TENSORBOARD = TrackingConfig(wandb="off")

@@ -19,7 +19,8 @@ from tests.support.runs import EPOCHS, STEPS, dotted, rows, settings_of
 from tests.support.wandb_backend import KEY, Backend, isolate, serving, train_here, wandb_cores
 from trainer.config import Config, load
 from trainer.tracking.alerts import Alarms
-from trainer.tracking.tracker import Tracker, TrackingConfig
+from trainer.tracking.config import TrackingConfig
+from trainer.tracking.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,48 @@
+"""`metrics.jsonl`, the source of truth about a run's metrics."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from data_pipeline.common.atomic_io import replace_file
+from trainer.tracking.row_file import RowFile
+from trainer.tracking.sink import Sink
+
+
+class JsonLines(Sink):
+    """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
+
+    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
+    """
+
+    def __init__(self, path: Path, resume_step: int, tell: Callable[[str], None]) -> None:
+        self._file = RowFile(path.name, lambda: _open_rows(path, resume_step), tell)
+
+    def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+def _open_rows(path: Path, resume_step: int) -> int:
+    """Open the file of rows up to `resume_step`, to append to. Raises OSError."""
+    if resume_step and path.exists():
+        # A kill may tear the last line: a line that is no whole row is dropped too.
+        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resume_step]
+        replace_file(path, "".join(line + "\n" for line in kept).encode())
+    return os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resume_step else os.O_TRUNC), 0o666)
+
+
+def _step(line: str) -> int:
+    """Read the step of a row of `metrics.jsonl`; -1 where the line is no whole row."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
