@@ -92,7 +92,9 @@ class Loader:
         yield from epoch
 
     def coverage_sums(self) -> coverage.CoverageSums:
-        """Counts and checksums of what this rank has read since the last iteration began, and should have, to its epoch's end."""
+        """Counts and checksums of what this rank has read since the last iteration began, of what it should read to the epoch's
+        end, and of what all ranks should.
+        """
         assert self._epoch, "nothing has been read"
         start, order = self._epoch.start, self._epoch.order
         hashes = self._hashes_of_samples().result()

@@ -8,7 +8,7 @@ from data_pipeline.loader import Loader
 from trainer.distributed import DistContext
 
 STEPS_BACK = 3
-"""Most steps back with `run.on_nonfinite` back until a checkpoint has further steps: more mean that not one batch is to blame."""
+"""With `run.on_nonfinite back`: returns to one checkpoint before the run gives up. More mean that no single batch is to blame."""
 
 _OWN = ("running_mean", "running_var")  # statistics of batch normalisation, of each rank's own images
 
