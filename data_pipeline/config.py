@@ -1,8 +1,10 @@
 """Options of the data: its place, its splits, cropping and augmentation, batches."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
+from data_pipeline.common.address import is_address, parse_address
 from data_pipeline.common.errors import require
 
 T = TypeVar("T")
@@ -120,7 +122,10 @@ class DataConfig:
     """Folder with train/CLASS/ and val/CLASS/ (or other usual names), or with CLASS/ folders only (see val_share); or *.tar
     shards in WebDataset layout in place of the CLASS/ folders; a pack; a CSV or Parquet table of images and labels, or a
     folder with one. "builtin" is the built-in set; imagenette, cifar10, flowers102, oxford_pets and food101 are downloaded
-    once, unless a file or folder of that name exists."""
+    once, unless a file or folder of that name exists. Packs are also read from s3://bucket/folder, gs:// and https://."""
+    cache_gb: float = free(50.0)
+    """Most GB on this machine's disk for what is read from such an address, shared by all runs; the least recently used makes
+    room. 0 keeps nothing."""
     images: str | None = free(None)
     """Folder of the images that a table names; the table's own folder if not given, anywhere below it."""
     image_column: str | None = None
@@ -168,6 +173,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.path != "", 'data.path: it is empty; give a folder of images or "builtin"')
+        if is_address(self.path):
+            parse_address(self.path, "data.path")
+        require(
+            0 <= self.cache_gb < math.inf,
+            f"data.cache_gb: {self.cache_gb} is out of range; give GB of disk, or 0 to keep nothing",
+        )
         require(
             self.on_error in ("skip", "fail"), f"data.on_error: {self.on_error!r} is unknown; choose one of skip, fail"
         )

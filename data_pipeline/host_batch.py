@@ -62,9 +62,10 @@ class Fetcher:
         ids = order[positions % len(order)]
         labels = np.where(positions < micro_batch.end, self._catalog.labels[ids], IGNORE_LABEL)
 
-        # Read the bytes. A grey image stands in for one that cannot be read.
+        # Read the bytes, of an address those of the whole batch at once. A grey image stands in for one that cannot be read.
         sizes = np.empty((len(ids), 2), np.int32)
         encoded, bad = [], {}
+        self._catalog.prefetch(ids)
         for row, sample in enumerate(ids.tolist()):
             try:
                 stream, sizes[row] = self._read(sample)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.common.address import is_address
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -73,7 +74,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     """
     # First the cheap checks: reading the images may take minutes.
     check = partial(check_run, cfg.folder, partial(first_difference, cfg=cfg))
-    if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED)):
+    if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED) or is_address(cfg.data.path)):
         ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it raises the error, before any about options
     ctx.run_on_rank0(check)
     check_device(cfg.engine, ctx.device)

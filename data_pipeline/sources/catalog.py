@@ -16,8 +16,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.common.address import Address, place
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
@@ -27,6 +28,7 @@ from data_pipeline.sources.image_headers import BadImage, inspect
 from data_pipeline.sources.layouts import list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
 from data_pipeline.sources.quarantine import quarantined
+from data_pipeline.sources.storage.objects import Objects, open_objects
 from data_pipeline.sources.tables.text_table import TABLES, is_table
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
@@ -58,19 +60,28 @@ class Catalog:
     spans: NDArray[np.int64] = field(default_factory=lambda: _NO_SPANS)
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
     taken: Taken = field(default_factory=Taken)
+    objects: Objects | None = None
+    """The shards, where `root` is an address."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, sample: int) -> bytes:
-        """Read the encoded bytes of one sample. Raises OSError."""
+        """Read the encoded bytes of one sample. Raises OSError, and `UserError` where an object store fails for long."""
         if not self.shards:
             return read_bytes(f"{self.root}/{self.paths[sample]}")
         shard, offset, length = self.spans[sample].tolist()
+        if self.objects:
+            return self.objects.read(shard, offset, length)
         data = read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
         if len(data) < length:
             raise OSError(errno.EIO, "its shard is cut off")
         return data
+
+    def prefetch(self, samples: NDArray[np.int64]) -> None:
+        """Begin to fetch these samples from an object store; local files need none of it. Returns at once."""
+        if self.objects:
+            self.objects.prefetch(self.spans[samples])
 
     def part(self, rows: list[int]) -> "Catalog":
         """Take the samples in these rows, in this order."""
@@ -100,6 +111,8 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     that met a storage error is not cached. Raises `UserError`.
     """
     root = dataset_root(cfg)
+    if isinstance(root, Address):
+        return _without(_from_store(root, cfg, split, classes), quarantined(cfg, root / split))
     try:
         there = root.is_dir() or (root.is_file() and is_table(root))
     except OSError as error:
@@ -111,7 +124,7 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
         )
     # A pack has its own index; anything else is scanned, or taken from the cache under all options that decide the scan.
     if pack_format.is_pack(root):
-        catalog = _from_pack(root, split, classes)
+        catalog = _from_pack(root, cfg, split, classes)
     else:
         key = [str(root.resolve()), split, classes, cfg.val_share, cfg.images, cfg.image_column, cfg.label_column]
         catalog = _remembered([*key, cfg.split_column], lambda: list_samples(root, cfg, split, classes))
@@ -124,12 +137,26 @@ def open_images(cfg: DataConfig) -> Catalog:
     No class is known and every label is UNLABELLED. No image is left out: a loader reports the unreadable ones. Raises
     `UserError`.
     """
-    listing = list_images(dataset_root(cfg), cfg)
+    root = dataset_root(cfg)
+    if isinstance(root, Address):
+        raise UserError(
+            f"data.path: {root} is an address, where only packs and shards are read; copy the images to this machine"
+        )
+    listing = list_images(root, cfg)
     return Catalog(listing.root, listing.paths, np.full(len(listing.paths), UNLABELLED), listing.classes, bad={})
 
 
-def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
-    index = pack_format.Pack.open(root).index(split)
+def _from_store(root: Address, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
+    require(
+        pack_format.is_pack(root),
+        f"data.path: {root} has no {pack_format.MANIFEST}; give the address of a pack (python -m data_pipeline.pack SRC {root})",
+    )
+    return _from_pack(root, cfg, split, classes)
+
+
+def _from_pack(root: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
+    pack = pack_format.Pack.open(root)
+    index = pack.index(split, cfg.cache_gb)
     names = classes or index.classes
     unknown = sorted(set(index.classes) - set(names))
     if unknown:
@@ -138,7 +165,9 @@ def _from_pack(root: Path, split: str, classes: list[str] | None) -> Catalog:
     shards = [pack_format.shard_name(number) for number in range(index.shards)]
     spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
     taken = Taken(f"a pack, {counted(len(shards), 'shard')} in {split}/", "val/")
-    return Catalog(root / split, index.paths, renumbered[index.label], names, {}, shards, spans, taken)
+    base = root / split
+    objects = open_objects(base, shards, cfg.cache_gb, keep=split != "train") if isinstance(base, Address) else None
+    return Catalog(base, index.paths, renumbered[index.label], names, {}, shards, spans, taken, objects)
 
 
 def _without(catalog: Catalog, left_out: set[str]) -> Catalog:
@@ -218,7 +247,7 @@ def _load(file: Path) -> Catalog | None:
             if _changes(map(Path, about["watched"])) != about["watched"]:
                 return None
             return Catalog(
-                Path(about["root"]),
+                place(about["root"]),
                 pack_format.parted(arrays["paths"], arrays["path_ends"]),
                 arrays["labels"],
                 about["classes"],

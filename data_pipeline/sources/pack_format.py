@@ -8,14 +8,17 @@ import tarfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.common.address import Address
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, stays_below
 from data_pipeline.common.errors import UserError, require
+from data_pipeline.sources.storage.objects import open_objects, read_object
+from data_pipeline.sources.storage.store import stat
 
 FORMAT, VERSION = "sluice-pack", 1
 SPLITS = ("train", "val")
@@ -78,7 +81,7 @@ class Index:
         return stream.getvalue()
 
     @classmethod
-    def load(cls, file: Path) -> "Index":
+    def load(cls, file: Path | BinaryIO) -> "Index":
         """Read an index. Raises OSError, or ValueError for a file that is no index, or that has impossible values."""
         with ZipFile(file) as members:
             if any(member.compress_type for member in members.infolist()):  # a few bytes could expand to any number
@@ -115,11 +118,13 @@ class Pack:
     def open(cls, root: Path) -> "Pack":
         """Open the pack in `root`. Raises `UserError` where there is none that this version reads."""
         try:
-            manifest = json.loads(read_bytes(root / MANIFEST))
+            manifest = json.loads(_read(root / MANIFEST))
             if manifest["format"] != FORMAT or manifest["version"] != VERSION:
                 raise ValueError
             parts = manifest["splits"].values()
             names = [entry["file"] for part in parts for entry in (part["index"], *part["shards"])]
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(
                 f"{root}: cannot read its {MANIFEST} ({error.strerror}); give the folder of a pack"
@@ -132,10 +137,15 @@ class Pack:
         )
         return cls(root, manifest)
 
-    def index(self, split: str) -> Index:
-        """Read a split's index. Raises `UserError` where that fails."""
+    def index(self, split: str, cache_gb: float = 0.0) -> Index:
+        """Read a split's index, from an address through the cache. Raises `UserError` where that fails."""
+        source: Path | BinaryIO
+        if isinstance(self.root, Address):
+            source = io.BytesIO(open_objects(self.root / split, [INDEX], cache_gb).read_all(0))
+        else:
+            source = self.root / split / INDEX
         try:
-            return Index.load(self.root / split / INDEX)
+            return Index.load(source)
         except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
             raise UserError(
                 f"{self.root / split / INDEX}: cannot be read ({error}); make the pack anew, or copy it again"
@@ -183,7 +193,15 @@ def sha256(file: Path) -> str:
 
 
 def is_pack(root: Path) -> bool:
+    """Return True where a pack is. Raises `UserError` for an address that cannot be reached."""
+    if isinstance(root, Address):
+        return stat(root / MANIFEST) is not None
     return os.path.isfile(root / MANIFEST)  # an unreadable folder is reported elsewhere
+
+
+def _read(file: Path) -> bytes:
+    """Read a file or an object whole. Raises OSError, or `UserError` for an address."""
+    return read_object(file) if isinstance(file, Address) else read_bytes(file)
 
 
 def joined(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

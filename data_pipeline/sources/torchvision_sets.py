@@ -27,6 +27,7 @@ from urllib.error import URLError
 
 from PIL import Image
 
+from data_pipeline.common.address import place
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
@@ -40,7 +41,7 @@ _Labelled = Iterable[tuple[Path, str]]
 
 
 def dataset_root(cfg: DataConfig) -> Path:
-    """Return the folder or table that `data.path` means, even if it does not exist; a known name means the set in the cache.
+    """Return the folder, table or address that `data.path` means, even if nothing is there; a name means the set in the cache.
 
     The set is rendered or downloaded first if missing. A file or folder of the same name is preferred to the set.
 
@@ -51,7 +52,7 @@ def dataset_root(cfg: DataConfig) -> Path:
         return builtin_dataset()
     if cfg.path in NAMED and not os.path.lexists(cfg.path):
         return make_once(cache_path() / "datasets" / cfg.path, partial(_fetch, cfg.path)) / _TABLE
-    return Path(cfg.path)
+    return place(cfg.path)
 
 
 class _Source(NamedTuple):

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -15,8 +16,9 @@ from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
 from tests.conftest import HOSTILE_NAMES, KINDS, picture, take
 from tests.data_pipeline.dali.test_augment import EVERYTHING
+from tests.support import object_stores
 
-LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack")
+LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack", "pack in s3")
 BATCH, IMAGES = 8, {"train": 44, "val": 10}
 STOP = 16  # images, two updates
 
@@ -33,14 +35,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 server's."""
+    with object_stores.moto("images") as address:
+        yield address
+
+
 @pytest.fixture(params=LAYOUTS)
 def dataset(request: pytest.FixtureRequest, folders: Path, tmp_path: Path) -> DataConfig:
     """The same images in each layout."""
     if request.param == "class folders":
         return DataConfig(str(folders))
-    if request.param == "pack":
+    if request.param.startswith("pack"):
         pack(DataConfig(str(folders)), tmp_path / "pack", PackConfig(shard_size="9"), workers=1)
-        return DataConfig(str(tmp_path / "pack"))
+        if request.param == "pack":
+            return DataConfig(str(tmp_path / "pack"))
+        return DataConfig(object_stores.upload(tmp_path / "pack", f"{request.getfixturevalue('bucket')}/a pack/ü"))
     if request.param == "tar shards":
         for split in IMAGES:
             write_shards(folders, split, tmp_path / split)

@@ -1,0 +1,168 @@
+"""Read parts of the objects of a dataset, ahead of their use, through the cache on disk."""
+
+import errno
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.common.address import Address
+from data_pipeline.common.errors import UserError, printable, require
+from data_pipeline.common.launcher import warn_on_rank0
+from data_pipeline.sources.builtin import cache_root
+from data_pipeline.sources.storage import store
+from data_pipeline.sources.storage.block_cache import BLOCK, BlockCache
+
+_THREADS = 32  # requests under way at a time
+_ROOM = 0.8  # share of the cache that a dataset may take whose every image is read in every epoch
+
+
+class _Part(NamedTuple):
+    """Bytes that are fetched by one request: of a block of an object, or exactly those that are asked for."""
+
+    number: int
+    start: int
+    end: int
+
+
+class Objects:
+    """The objects `names` below `root`, of which the parts that were read stay in `cache`; without one, nothing stays."""
+
+    def __init__(self, root: Address, names: list[str], stats: list[store.Stat], cache: BlockCache | None) -> None:
+        self.root, self.names, self.stats, self.cache = root, names, stats, cache
+        self._coming: dict[_Part, Future[bytes]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(stat.size for stat in self.stats)
+
+    def read(self, number: int, offset: int, length: int) -> bytes:
+        """Read `length` bytes of object `number` from `offset` on. Raises OSError where it ends before, and `UserError`."""
+        if offset + length > self.stats[number].size:
+            raise OSError(errno.EIO, "its shard is cut off")
+        if not self.cache:
+            part = _Part(number, offset, offset + length)
+            coming = self._coming.pop(part, None)
+            return coming.result() if coming else self._fetch(part)
+        pieces = []
+        for part in self._blocks(number, offset, length):
+            start, end = max(offset, part.start), min(offset + length, part.end)
+            pieces.append(self._read_block(part, start - part.start, end - start))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_all(self, number: int) -> bytes:
+        """Read a whole object."""
+        size = self.stats[number].size
+        self.prefetch(np.array([(number, 0, size)]))
+        return self.read(number, 0, size)
+
+    def prefetch(self, spans: NDArray[np.int64]) -> None:
+        """Begin to fetch what is not there of spans [N, 3]: number of the object, offset, length. Returns at once."""
+        if self.cache:
+            wanted = dict.fromkeys(part for span in spans.tolist() for part in self._blocks(*span))
+            missing = [part for part in wanted if not os.path.exists(self._path(part))]
+        else:
+            missing = [_Part(number, offset, offset + length) for number, offset, length in spans.tolist()]
+        if missing and self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS)
+        for part in missing:
+            if part not in self._coming:
+                assert self._pool
+                self._coming[part] = coming = self._pool.submit(self._fetch_ahead, part)
+                if self.cache:
+                    coming.add_done_callback(lambda _, part=part: self._coming.pop(part, None))  # type: ignore[misc]
+
+    def _fetch_ahead(self, part: _Part) -> bytes:
+        """Fetch into the cache; without one, the bytes wait in memory for whoever reads them."""
+        data = self._fetch(part)
+        return b"" if self.cache else data
+
+    def _blocks(self, number: int, offset: int, length: int) -> list[_Part]:
+        size = self.stats[number].size
+        starts = range(offset // BLOCK * BLOCK, offset + length, BLOCK)
+        return [_Part(number, start, min(start + BLOCK, size)) for start in starts]
+
+    def _read_block(self, part: _Part, offset: int, length: int) -> bytes:
+        assert self.cache
+        coming = self._coming.get(part)
+        if coming:
+            coming.result()
+        data = self.cache.read(self._path(part), offset, length)
+        return self._fetch(part)[offset : offset + length] if data is None else data
+
+    def _fetch(self, part: _Part) -> bytes:
+        address, stat = self.root / self.names[part.number], self.stats[part.number]
+
+        def fetch() -> bytes:
+            try:
+                return store.read(address, part.start, part.end, stat.etag)
+            except FileNotFoundError:
+                raise UserError(f"{address}: it was removed since it was opened; restore it, and start again") from None
+
+        return self.cache.fetched(self._path(part), part.end - part.start, fetch) if self.cache else fetch()
+
+    def _path(self, part: _Part) -> str:
+        assert self.cache
+        stat = self.stats[part.number]
+        version = stat.etag or f"{stat.size} bytes"
+        return self.cache.path(self.root / self.names[part.number], version, part.start // BLOCK)
+
+
+def open_objects(root: Address, names: list[str], cache_gb: float, *, keep: bool = True) -> Objects:
+    """Look up the objects `names` below `root`. Raises `UserError` where one is missing.
+
+    With `keep`, what is read stays in the cache, which has at most `cache_gb` GB. Without, it does so only where all of it
+    fits: a block of which one image is wanted must not push out another one.
+    """
+    stats = _stats(root, names)
+    missing = next((name for name, stat in zip(names, stats, strict=True) if stat is None), None)
+    require(missing is None, f"{root / str(missing)}: it is not there; copy the dataset again")
+    objects = Objects(root, names, [stat for stat in stats if stat], _open_cache(cache_gb))
+    if objects.cache and not keep and objects.total_bytes > _ROOM * objects.cache.most_bytes:
+        _say_too_large(root, objects.total_bytes, objects.cache.most_bytes)
+        objects.cache = None
+    return objects
+
+
+def read_object(address: Address) -> bytes:
+    """Read a whole object. Raises `UserError` where that fails."""
+    try:
+        return store.read(address)
+    except FileNotFoundError:
+        raise UserError(f"{address}: it is not there; give the address of a pack, or of tar shards") from None
+
+
+def _stats(root: Address, names: list[str]) -> list[store.Stat | None]:
+    if root.can_list and len(names) > 1:
+        known = dict(store.list_below(root))
+        return [known.get(name) for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda name: store.stat(root / name), names))
+
+
+def _open_cache(cache_gb: float) -> BlockCache | None:
+    if not cache_gb:
+        return None
+    try:
+        return BlockCache(cache_root() / "objects", cache_gb * 1e9)
+    except (OSError, UserError) as error:
+        _say_no_cache(str(error))
+        return None
+
+
+@cache
+def _say_no_cache(why: str) -> None:
+    warn_on_rank0(printable(f"nothing that is read from a distance is kept: {why}"))
+
+
+@cache
+def _say_too_large(root: Address, size: int, most_bytes: float) -> None:
+    warn_on_rank0(
+        f"data: {root} has {size / 1e9:.1f} GB, more than the cache holds ({most_bytes / 1e9:.1f} GB): its images are read "
+        "one by one, each time; raise data.cache_gb, or set data.shuffle_shards"
+    )

@@ -1,0 +1,214 @@
+"""Packs in object stores: every image arrives whole or the run ends in one line, and the cache keeps its bounds."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.bench.range_server import RangeServer
+from data_pipeline.common.address import Address
+from data_pipeline.common.errors import UserError
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.pack.cli import PackConfig, pack
+from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.storage import block_cache, objects, store
+from data_pipeline.sources.storage.block_cache import BlockCache
+from data_pipeline.sources.storage.credentials import s3_options
+from tests.conftest import KINDS, picture
+from tests.support import object_stores
+from tests.support.object_stores import SECRET
+
+IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bucket `b`, which holds a pack of two shards and more."""
+    base = tmp_path_factory.mktemp("images")
+    for split, count in (("train", IMAGES), ("val", 4)):
+        for number in range(count):
+            file = base / split / f"class {number % 2}" / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(KINDS["plain.jpg"](picture(40, 50 + number, number)))
+    root = tmp_path_factory.mktemp("buckets")
+    pack(DataConfig(str(base)), root / "b/pack", PackConfig(shard_size="100KB"), workers=1)
+    return root
+
+
+@pytest.fixture
+def server(buckets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    """A server without faults yet, small blocks, little patience and an empty cache."""
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(store, "_FIRST_S", 0.01)
+    monkeypatch.setattr(store, "_CLIENT", {"connect_timeout": "1s", "read_timeout": "300ms", "timeout": "2s"})
+    for module in (block_cache, objects):
+        monkeypatch.setattr(module, "BLOCK", 8192)
+    with object_stores.faulty(buckets) as server:
+        server.stall_s = 0.6
+        yield server
+
+
+def local(buckets: Path) -> Catalog:
+    return open_catalog(DataConfig(str(buckets / "b/pack")), "train")
+
+
+def assert_whole(catalog: Catalog, wanted: Catalog) -> None:
+    catalog.prefetch(np.arange(len(catalog)))
+    assert catalog.paths == wanted.paths and catalog.labels.tolist() == wanted.labels.tolist()
+    assert [catalog.read(row) for row in range(len(catalog))] == [wanted.read(row) for row in range(len(wanted))]
+
+
+def googles_key(url: str, folder: Path) -> Path:
+    """Key of an account that asks an emulator of Google's store for no token."""
+    rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa")
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    private = rsa.generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    fields = {"gcs_base_url": url, "private_key": private.decode(), "disable_oauth": True, "type": "service_account"}
+    file = folder / "key.json"
+    file.write_text(json.dumps({**fields, "client_email": "", "private_key_id": ""}))
+    return file
+
+
+def complaint(work: Callable[[], object]) -> str:
+    """The one line of a mistake, which shows no secret."""
+    with pytest.raises(UserError) as caught:
+        work()
+    assert "\n" not in str(caught.value) and SECRET not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+@pytest.mark.parametrize("scheme", ["s3", "http", "gs"])
+def test_every_image_arrives_from_every_kind_of_store(
+    scheme: str, cache_gb: float, server: RangeServer, buckets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(googles_key(server.url, tmp_path)))
+    path = f"{server.url}/b/pack" if scheme == "http" else f"{scheme}://b/pack"
+    catalog = open_catalog(DataConfig(path, cache_gb=cache_gb), "train")
+    assert_whole(catalog, local(buckets))
+    assert catalog.fingerprint() == local(buckets).fingerprint()
+    asked = len(server.seen)
+    assert_whole(catalog, local(buckets))
+    assert (len(server.seen) == asked) == (cache_gb > 0)
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "stall"])
+def test_a_fault_that_passes_costs_nothing_but_time(fault: str, server: RangeServer, buckets: Path) -> None:
+    failed: set[str] = set()
+
+    def once(method: str, path: str) -> str | None:
+        if path in failed or "tar" not in path:
+            return None
+        failed.add(path)
+        return fault
+
+    catalog = open_catalog(DataConfig("s3://b/pack"), "train")
+    server.fault = once
+    assert_whole(catalog, local(buckets))
+    assert len(failed) == len(catalog.shards) > 1
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "stall"])
+def test_a_fault_that_lasts_ends_in_a_line_with_the_objects_name(fault: str, server: RangeServer) -> None:
+    loader = Loader(DataConfig("s3://b/pack", batch=8, size_px=16), seed=1)
+    server.fault = lambda method, path: fault if path.endswith("000001.tar") else None
+    assert complaint(lambda: list(loader)).startswith(
+        "s3://b/pack/train/000001.tar: cannot be reached, after trying for "
+    )
+
+
+def test_an_object_replaced_in_mid_run_is_refused(server: RangeServer, buckets: Path) -> None:
+    catalog = open_catalog(DataConfig("s3://b/pack"), "train")
+    shard = buckets / "b/pack/train/000001.tar"
+    os.utime(shard, ns=(1, time.time_ns()))
+    first = int(np.flatnonzero(catalog.spans[:, 0] == 1)[0])
+    assert complaint(lambda: catalog.read(first)).startswith("s3://b/pack/train/000001.tar: it was replaced since")
+    assert_whole(open_catalog(DataConfig("s3://b/pack"), "train"), local(buckets))
+
+
+def test_missing_credentials_are_told_at_once(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", server.url)  # where no machine of Amazon's answers
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+        store.forget_connections()
+        told = complaint(lambda: open_catalog(DataConfig("s3://b/pack"), "train"))
+        assert told.startswith("s3://b/pack/manifest.json: no credentials are found; set AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    store.forget_connections()
+    assert len(open_catalog(DataConfig("s3://b/pack"), "train")) == IMAGES
+
+
+def test_refused_credentials_and_wrong_addresses_are_told(server: RangeServer) -> None:
+    assert "no manifest.json" in complaint(lambda: open_catalog(DataConfig("s3://b/elsewhere"), "train"))
+    server.fault = lambda method, path: "403"
+    told = complaint(lambda: open_catalog(DataConfig("s3://b/pack"), "train"))
+    assert told.startswith("s3://b/pack/manifest.json: access is refused (")
+
+
+@pytest.mark.parametrize(
+    "path", [f"https://me:{SECRET}@host/x", f"https://host/x?X-Amz-Signature={SECRET}", "s3://", "s3://b/../c"]
+)
+def test_an_address_with_a_secret_or_nowhere_is_refused(path: str) -> None:
+    assert complaint(lambda: DataConfig(path)).startswith("data.path: ")
+
+
+def test_credentials_come_from_the_files_of_the_aws_command(tmp_path: Path) -> None:
+    with object_stores.environment("http://nowhere") as patch:
+        assert s3_options() == {}
+        (tmp_path / "credentials").write_text(f"[work]\naws_access_key_id = me\naws_secret_access_key = {SECRET}\n")
+        (tmp_path / "config").write_text("[profile work]\nregion = eu-west-1\n")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        patch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        patch.setenv("AWS_PROFILE", "work")
+        assert s3_options() == {"region": "eu-west-1"}  # the environment's own key goes before
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        assert s3_options() == {"region": "eu-west-1", "access_key_id": "me", "secret_access_key": SECRET}
+        patch.setenv("AWS_PROFILE", "other")
+        assert complaint(s3_options).startswith("AWS_PROFILE: other is in neither")
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_cache_and_fetch_each_block_once(server: RangeServer, buckets: Path) -> None:
+    catalogs = [open_catalog(DataConfig("s3://b/pack"), "train") for _ in range(3)]  # as of three ranks
+    server.seen.clear()
+    server.delay_s = 0.01
+    for catalog in catalogs:
+        catalog.prefetch(np.arange(IMAGES))
+    for catalog in catalogs:
+        assert_whole(catalog, local(buckets))
+    assert len(server.seen) == len(set(server.seen)) > 10
+
+
+def test_the_least_recently_used_blocks_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = BlockCache(tmp_path, 100_000)
+    paths = [cache.path(Address("s3:", "b", f"{number}"), "v", 0) for number in range(120)]
+    for number, path in enumerate(paths):
+        assert cache.fetched(path, 1000, lambda number=number: b"%04d" % number * 250) == b"%04d" % number * 250  # type: ignore[misc]
+        os.utime(path, (number, number + 1e9))
+        cache._used.clear()
+        assert cache.read(paths[0], 4, 4) == b"0000"  # in use all the time
+    held = [number for number, path in enumerate(paths) if os.path.exists(path)]
+    assert sum(os.path.getsize(paths[number]) for number in held) <= 100_000 and len(held) > 70
+    assert held == [0, *range(120 - len(held) + 1, 120)]
+
+
+def test_half_blocks_of_killed_processes_are_not_read_and_go(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1e6)
+    path = cache.path(Address("s3:", "b", "x"), "v", 0)
+    os.makedirs(os.path.dirname(path))
+    for name, age_s in ((f"{path}.1.partial", 7200), (f"{path}.2.partial", 0)):
+        Path(name).write_bytes(b"half")
+        os.utime(name, (time.time() - age_s,) * 2)
+    Path(path).write_bytes(b"cut")  # by a machine that lost its power
+    assert cache.fetched(path, 6, lambda: b"abcdef") == b"abcdef" and cache.read(path, 2, 2) == b"cd"
+    BlockCache(tmp_path, 1e6)
+    assert not os.path.exists(f"{path}.1.partial") and os.path.exists(f"{path}.2.partial")
