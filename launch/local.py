@@ -20,11 +20,11 @@ def main(arguments: list[str]) -> None:
         print(USAGE)
         return
     ranks, options = split_ranks(arguments)
-    load(options)  # so a mistake is reported before torch is imported and before any process is started
+    cfg = load(options)  # so a mistake is reported before torch is imported and before any process is started
     from launch.workers import run_workers, this_machine
     from trainer.distributed import gpu_count
 
-    sys.exit(run_workers(this_machine(ranks or gpu_count() or 1), "trainer", options))
+    sys.exit(run_workers(this_machine(ranks or gpu_count(cfg.engine.device) or 1), "trainer", options))
 
 
 def split_ranks(arguments: list[str]) -> tuple[int | None, list[str]]:

@@ -16,11 +16,11 @@ def main() -> None:
     with ExitStack() as starting:
         starting.enter_context(progress("starting"))
         # Import now what takes seconds: a mistake in the options is reported before.
-        from trainer.distributed import open_dist_context
         from trainer.loop import fit
         from trainer.resilience.signals import StopFlag
+        from trainer.setup import join_run
 
-        with keep_printing(), StopFlag() as stop, open_dist_context() as ctx:
+        with keep_printing(), StopFlag() as stop, join_run(cfg) as ctx:
             fit(cfg, ctx, stop, started=starting.close)
 
 

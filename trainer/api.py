@@ -20,6 +20,7 @@ from trainer.loop import fit
 from trainer.predict.cli import View, predict_all
 from trainer.resilience.signals import StopFlag
 from trainer.scoring import Trained, open_trained
+from trainer.setup import join_run
 
 ImageLike = str | Path | NDArray[np.uint8]
 """A JPEG, PNG, WebP or BMP file, or RGB pixels [H, W, 3] uint8."""
@@ -70,7 +71,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     """
     folder = Path(folder)
     cfg = read_config(folder, [])
-    with open_dist_context() as ctx:
+    with open_dist_context(device=cfg.engine.device) as ctx:
         alone = replace(ctx, rank=0, world=1)  # each process that calls this predicts for itself
         return TrainedRun(folder, cfg, open_trained(folder, cfg, alone), alone)
 
@@ -83,7 +84,7 @@ def train(cfg: Config) -> Path:
     Raises:
             UserError: an option or a file that the caller can correct.
     """
-    with StopFlag() as stop, open_dist_context() as ctx:
+    with StopFlag() as stop, join_run(cfg) as ctx:
         fit(cfg, ctx, stop)
     return cfg.folder
 

@@ -3,24 +3,37 @@
 import atexit
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.launcher import launched_rank
+from data_pipeline.common.launcher import launched_rank, leave_alone
 from data_pipeline.sharding import RankInfo
+from trainer.node import cores, gpus, network
+from trainer.node.arrival import Arrival, all_fail, exchange, host_name, take_cores
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
+
+PATIENCE_S = 1800.0
+"""Time for which ranks wait for each other if a run does not say otherwise."""
+
+_FOR_EVER_S = 14 * 86400.0  # NCCL counts its patience in milliseconds, in 32 bits
 
 
 @dataclass(frozen=True)
 class DistContext(RankInfo):
     """This process among the `world` processes of a run."""
+
+    timeout_s: float = PATIENCE_S
+    """Time after which a collective fails."""
 
     @property
     def primary(self) -> bool:
@@ -96,37 +109,114 @@ class DistContext(RankInfo):
         if self.world > 1:
             dist.barrier()
 
+    def new_group(self) -> Any:
+        """Open further connections between the CPUs of all ranks, for another thread. None for one rank. Collective."""
+        if self.world == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+
+    def enter_thread(self) -> None:
+        """Let the calling thread use this rank's GPU; a new one would open a context on the first, which costs memory there."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
 
 @contextmanager
-def open_dist_context() -> Iterator[DistContext]:
-    """Join the processes that torchrun started, or stand alone; leave them at the end."""
+def open_dist_context(
+    *, device: Literal["auto", "cpu"] = "auto", bind_cores: bool = True, patience_s: float = PATIENCE_S
+) -> Iterator[DistContext]:
+    """Join the processes that a launcher started, or stand alone; leave them at the end.
+
+    `device` cpu passes over the GPUs. `bind_cores` keeps each of several ranks on its own share of the node's cores, near
+    its GPU. A collective fails after a wait of twice `patience_s` or half an hour, whichever is longer; 0: after two weeks.
+
+    Where this rank fails and others do not, it leaves without a word to them, as they may be in the middle of a
+    collective: they fail when its connections close. Raises `UserError`, on every rank, for a device that cannot be used.
+    """
     rank, world = launched_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world)
-    torch.set_num_threads(cores)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_world > torch.cuda.device_count():  # raised on every rank, but only rank 0 prints
-            raise UserError(
-                f"--nproc_per_node: {local_world} processes on a node with {torch.cuda.device_count()} GPUs; "
-                "start one process a GPU"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for all that stays in fp32
-    if world > 1:
-        # torchrun keeps its store when it restarts ranks, with the addresses of those that died.
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
-        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
-        keep_group()
+    if world == 1:
+        gpu, _ = _find_gpu(local_rank, device)
+        yield DistContext(gpu or CPU, cores=_use_threads(len(os.sched_getaffinity(0))))
+        return
+
+    # torchrun keeps its store when it restarts ranks, with the addresses of those that died.
+    meeting, _, _ = next(dist.rendezvous("env://", rank, world))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), meeting)
+    gpu, found = None, Arrival()
     try:
-        yield DistContext(device, rank, world, cores)
-    finally:
-        if world > 1:
+        gpu, found = _find_gpu(local_rank, device)
+    except UserError as error:
+        found = Arrival(mistake=str(error))  # raised on all ranks, as they would wait for this one
+    found = found._replace(
+        host=host_name(),
+        local_rank=local_rank,
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        view=network.view(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+    )
+    everyone = exchange(store, rank, world, found)
+    share = _use_threads(take_cores(everyone, rank, local_world, bind=bind_cores))
+    timeout_s = max(PATIENCE_S, 2 * patience_s) if patience_s else _FOR_EVER_S
+    _prepare_backends(network.interface(found.view, [one.view for one in everyone]), timeout_s)
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=gpu,  # NCCL connects now, and barriers know their GPU
+    )
+    keep_group()
+    try:
+        yield DistContext(gpu or CPU, rank, world, share, timeout_s)
+    except BaseException as error:
+        # Other ranks may wait in a collective for this one, and to destroy the group would be to wait for them.
+        if isinstance(error, UserError) and all_fail(store, rank, world):
             dist.destroy_process_group()
+        else:
+            leave_alone()
+        raise
+    dist.destroy_process_group()
+
+
+def _find_gpu(local_rank: int, device: str) -> tuple[torch.device | None, Arrival]:
+    """Make a GPU this process's own, None for the CPU. Raises `UserError` where there is one that cannot be used."""
+    visible = gpu_count(device)
+    why = gpus.evidence(os.environ) if device != "cpu" and not visible else None
+    if why:
+        raise gpus.unusable(why, torch.__version__, str(torch.version.cuda), gpus.driver_version(), _complaint())
+    if not visible:
+        return None, Arrival()
+    found = torch.device("cuda", gpus.index_for(local_rank, visible))
+    gpu: Any = torch.cuda.get_device_properties(found)  # torch's types lack its place on the bus
+    gpus.check_architecture(gpu.name, (gpu.major, gpu.minor), torch.cuda.get_arch_list())
+    torch.cuda.set_device(found)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 for all that stays in fp32
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    return found, Arrival(gpu=str(gpu.uuid), numa_node=cores.numa_node(address))
+
+
+def _complaint() -> str:
+    """First sentence of torch's own words on why it can use no GPU."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0].partition(". ")[0]
+    return "it finds none"
+
+
+def _use_threads(count: int) -> int:
+    torch.set_num_threads(count)
+    return count
+
+
+def _prepare_backends(interface: str | None, timeout_s: float) -> None:
+    """Set what NCCL and gloo read from the environment, unless the user has."""
+    # NCCL's own watchdog must not end the process before ours has said which rank holds up the others.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_s)))
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 _groups: list[object] = []
@@ -144,6 +234,10 @@ def keep_group() -> None:
     _groups.append(dist.group.WORLD)
 
 
-def gpu_count() -> int:
-    """Count the GPUs of this machine that a run may use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def gpu_count(device: str = "auto") -> int:
+    """Count the GPUs of this machine that a run with that `engine.device` may use."""
+    if device == "cpu":
+        return 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of an old driver, which is refused in a line of our own
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config, first_difference, to_yaml
-from trainer.distributed import DistContext
+from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.arithmetic import choose_arithmetic
 from trainer.engine.base import Engine
 from trainer.engine.checkpoint_size import checkpoint_bytes
@@ -36,7 +36,7 @@ from trainer.model.resnet import ResNet, build_resnet, freeze
 from trainer.model.whitening import whiten_stem
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
-from trainer.resilience.watchdog import Watchdog
+from trainer.resilience.watchdog import FRESH, Watchdog
 from trainer.session import Session
 from trainer.tracking.model_summary import Layer, layers
 from trainer.tracking.profiler import Trace
@@ -64,6 +64,13 @@ class Start:
     def nothing_left(self) -> bool:
         """True where all epochs are trained, or `run.max_steps` is reached."""
         return self.progress.finished or self.progress.step >= (self.cfg.run.max_steps or math.inf)
+
+
+def join_run(cfg: Config) -> AbstractContextManager[DistContext]:
+    """Join the processes of a run (see `open_dist_context`), as its options say."""
+    return open_dist_context(
+        device=cfg.engine.device, bind_cores=cfg.engine.bind_cores, patience_s=FRESH * cfg.run.stall_s
+    )
 
 
 @contextmanager

@@ -1,38 +1,67 @@
 """End of a command: silent, or one line that names the user's mistake."""
 
+import atexit
 import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from data_pipeline.common.errors import UserError, printable
-from data_pipeline.common.launcher import launched_rank
+from data_pipeline.common.launcher import launched_rank, leaves_alone
+
+LEAVE_S = 10.0
+"""Longest time that a process takes to end which leaves others behind."""
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point: a `UserError` becomes one line on stderr, printed once, and exit code 2."""
     _mend_streams()
-    rank = launched_rank()
     try:
         main()
+        code = 0
     except UserError as error:
-        if rank == 0:
-            with suppress(OSError):  # perhaps nobody reads it
-                print("error:", printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 print first
-        sys.exit(2)
+        _tell(error)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # the reader has closed the pipe
-        sys.exit(128 + signal.SIGPIPE)
+        code = 128 + signal.SIGPIPE
+    except Exception:
+        if not leaves_alone():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     finally:
         _flush()
-    sys.exit(0)
+    if leaves_alone():
+        _leave(code)
+    sys.exit(code)
+
+
+def _tell(error: UserError) -> None:
+    """Print a mistake: rank 0 does for all ranks, or the one that has met it alone."""
+    rank = launched_rank()
+    if rank == 0 or leaves_alone():
+        whose = f"rank {rank}: " if rank and not str(error).startswith("rank ") else ""
+        with suppress(OSError):  # perhaps nobody reads it
+            print("error:", whose + printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # a launcher ends all ranks when one has ended: let rank 0 print first
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without its groups of processes, whose end may wait for other ranks for ever."""
+    last = threading.Timer(LEAVE_S, os._exit, (code,))
+    last.daemon = True
+    last.start()
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
 
 
 def _flush() -> None:

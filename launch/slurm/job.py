@@ -84,12 +84,13 @@ def train_rank(submission: Submission) -> None:
         import torch  # imported late: it takes seconds, in which a signal may come
 
         from trainer.config import load_run
-        from trainer.distributed import open_dist_context
         from trainer.loop import fit
+        from trainer.setup import join_run
 
         try:
-            with open_dist_context() as ctx:
-                progress = fit(load_run(Path(submission.job.run), []), ctx, stop)
+            cfg = load_run(Path(submission.job.run), [])
+            with join_run(cfg) as ctx:
+                progress = fit(cfg, ctx, stop)
                 signalled = ctx.sum(torch.tensor(float(stop.raised), device=ctx.device)).item() > 0
         except UserError as error:
             _tell(submission, f"error: {error}")

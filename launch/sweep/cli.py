@@ -130,10 +130,10 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
     from launch.workers import run_workers, this_machine
     from trainer.distributed import gpu_count
 
-    ranks = ranks or gpu_count() or 1
     for number, member in enumerate(members, start=1):
+        processes = ranks or gpu_count(member.cfg.engine.device) or 1
         if dry_run:
-            print(shlex.join(["python", "-m", "launch", "local", "-n", str(ranks), *member.arguments]))
+            print(shlex.join(["python", "-m", "launch", "local", "-n", str(processes), *member.arguments]))
             continue
         if is_done(member.cfg):
             print(f"[{number}/{len(members)}] {printable(member.name)} is done already", flush=True)
@@ -141,7 +141,7 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
         print(f"[{number}/{len(members)}] {printable(member.name)}", flush=True)
         # Recorded before and after each run, so that an interruption loses nothing.
         record.write(folder)
-        code = run_workers(this_machine(ranks), "trainer", member.arguments)
+        code = run_workers(this_machine(processes), "trainer", member.arguments)
         # A signal means the whole sweep: without this check the next run would start.
         if code in ASKED_TO_STOP:
             print("asked to stop; the same command goes on from here")

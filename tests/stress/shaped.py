@@ -128,7 +128,6 @@ def _isolated(command: list[str], rank: int = 0, world: int = 1) -> "subprocess.
         "LOCAL_WORLD_SIZE": world,  # they share this machine's cores
         "MASTER_ADDR": _address(0),
         "MASTER_PORT": 29500,
-        "GLOO_SOCKET_IFNAME": "eth0",
     }
     return subprocess.Popen(
         ["unshare", "--net", *command],

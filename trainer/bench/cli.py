@@ -323,7 +323,7 @@ def bench(args: argparse.Namespace, options: list[str], cfg: Config) -> None:
         with kept:
             measure_worlds(worlds_of(args.worlds), own, args.minutes, measured)
         return
-    with open_dist_context() as ctx, kept if ctx.primary else nullcontext():
+    with open_dist_context(device=cfg.engine.device) as ctx, kept if ctx.primary else nullcontext():
         measure(
             cfg,
             ctx,

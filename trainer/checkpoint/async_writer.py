@@ -8,9 +8,7 @@ from concurrent.futures import wait as wait_for
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
-
-import torch.distributed as dist
+from typing import NamedTuple, Self, TypeVar
 
 from data_pipeline.common.errors import UserError
 from trainer.checkpoint.store import Progress, StateWriter, Store
@@ -41,7 +39,7 @@ class Saver:
         """Progress of the last checkpoint that is complete, after `wait`."""
         self.failed = 0
         """Number of saves that were given up."""
-        self._group: Any = dist.new_group(backend="gloo") if ctx.world > 1 else None
+        self._group = ctx.new_group()
         self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._save: Future[_Outcome] | None = None
@@ -94,6 +92,7 @@ class Saver:
         self._saves.put(None)
 
     def _work(self) -> None:
+        self.ctx.enter_thread()  # it waits for copies from the GPU
         while save := self._saves.get():
             save()
 

@@ -25,6 +25,10 @@ class EngineConfig:
     precision: Precision = "auto"
     """Arithmetic of forward and backward; weights stay fp32. auto: bf16 where the hardware multiplies it, else fp16
     on a GPU and fp32 on a CPU; a resumed run keeps its own."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Device of each process. auto: a GPU where there is one, and one that cannot be used ends the start; cpu passes over it."""
+    bind_cores: bool = True
+    """Keep each of several processes of a node on cores of its own, near its GPU. What numactl or SLURM have bound stays."""
     threads: int | None = None
     """Threads that compute on each process's CPU. If not given, its share of the cores; in a resumed run the same as before,
     because another number rounds in another way."""

@@ -10,7 +10,9 @@ others wait for that one.
 
 import faulthandler
 import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,8 +21,9 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
@@ -32,6 +35,9 @@ STALLED = 75
 
 FRESH = 3
 """Factor of `run.stall_s` for the beginning of an epoch or an evaluation: it builds pipelines, and may compile."""
+
+COLLECTIVES = "collectives-"
+"""Beginning of the names of files that `torchfrtrace` reads: a rank's latest collectives, from torch's flight recorder."""
 
 _PERIOD_S = 5.0  # between two looks at the clock, at most
 _REPORT_S = 10.0  # longest time for all reports at the end: the disk, the console or the network may be what hangs
@@ -85,9 +91,9 @@ _watches = count()  # of this process: a store, with all that it was told, outli
 class Watchdog:
     """Context manager of each rank's training: ends the process when no rank has moved for `stall_s` seconds; 0: never.
 
-    Every rank that can writes the stacks of all its threads to `folder`/rank-R.txt. The first of them names the cause in one
-    line on stderr, and by `tell`; all of them exit with STALLED. A suspended rank cannot do so: the launcher must end
-    it. Time in which the whole process was suspended does not count.
+    Every rank that can writes the stacks of all its threads to `folder`/rank-R.txt, and its latest collectives beside it.
+    The first of them names the cause in one line on stderr, and by `tell`; all of them exit with STALLED. A suspended rank
+    cannot do so: the launcher must end it. Time in which the whole process was suspended does not count.
     """
 
     def __init__(self, stall_s: float, folder: Path, ctx: DistContext, tell: Callable[[str], None]) -> None:
@@ -100,6 +106,8 @@ class Watchdog:
         self._prefix = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_watches)}"
 
     def __enter__(self) -> Self:
+        # For what NCCL itself writes, after an error of its own.
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(self.folder.absolute() / COLLECTIVES))
         if self.stall_s:
             tasks = [self._watch, *([self._exchange] if self._meets else [])]
             self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
@@ -185,6 +193,7 @@ class Watchdog:
                 print(f"error: {printable(line)}", file=sys.stderr, flush=True)
             self._write_stacks(line)
             self.tell(line)
+            self._write_collectives()
 
         reporter = threading.Thread(target=report, daemon=True)
         reporter.start()
@@ -199,6 +208,18 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file)
             print(file=file)
+
+    def _write_collectives(self) -> None:
+        """Write what torch's flight recorder has of the process groups: the last 2,000 collectives and their states."""
+        if not dist.is_initialized():
+            return
+        c10d: Any = torch._C._distributed_c10d
+        # It asks the GPU, which may be what hangs, and keeps the interpreter's lock meanwhile: then only the kernel can help.
+        signal.alarm(math.ceil(_REPORT_S))
+        dump = c10d._dump_nccl_trace if self.ctx.device.type == "cuda" else c10d._dump_fr_trace
+        content = dump()
+        signal.alarm(0)
+        (self.folder / f"{COLLECTIVES}{self.ctx.rank}").write_bytes(content)
 
 
 def verdict(positions: Mapping[int, Position], silent: set[int]) -> str:
