@@ -20,6 +20,7 @@ def free(default: T) -> T:
 
 
 Decode = Literal["auto", "gpu", "cpu"]
+Balance = Literal["none", "sqrt", "uniform"]
 Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
 
 
@@ -138,6 +139,10 @@ class DataConfig:
     val_share: float = 0.1
     """Share of each class held out for validation where the data has no validation part: those whose paths have the
     smallest hashes, and at least one image of a class of two or more."""
+    balance: Balance = "none"
+    """Images that an epoch takes of each class: none takes all once; sqrt as many as the square root of their number asks
+    for; uniform the same of every class. A small class's images then come several times, a large one's in turn, epoch by
+    epoch; the epoch keeps its length."""
     on_error: Literal["skip", "fail"] = free("skip")
     """Reaction to an image that cannot be decoded: skip names it once and does not count it; fail ends the run."""
     max_bad_share: float = free(0.01)
@@ -178,6 +183,10 @@ class DataConfig:
         require(
             0 <= self.cache_gb < math.inf,
             f"data.cache_gb: {self.cache_gb} is out of range; give GB of disk, or 0 to keep nothing",
+        )
+        require(
+            self.balance in get_args(Balance),
+            f"data.balance: {self.balance!r} is unknown; choose one of {', '.join(get_args(Balance))}",
         )
         require(
             self.on_error in ("skip", "fail"), f"data.on_error: {self.on_error!r} is unknown; choose one of skip, fail"

@@ -1,5 +1,7 @@
 """Proof that the ranks together read exactly an epoch's images: counts, and a hash that does not depend on the order.
 
+An image counts as often as the epoch's order has it: never or several times where `data.balance` or repeats ask for it.
+
 A rank started twice, a node whose folder holds other files, or a bug of ours would otherwise train on some images twice
 and on others never, and nobody would notice.
 """
@@ -14,7 +16,7 @@ CoverageSums = NDArray[np.int64]
 
 
 def sample_hashes(paths: list[str]) -> NDArray[np.int64]:
-    """Compute [N] a hash of each sample's name; sums of hashes, modulo 2^64, tell sets of samples apart."""
+    """Compute [N] a hash of each sample's name; sums of hashes, modulo 2^64, tell multisets of samples apart."""
     sums = np.fromiter((zlib.crc32(path.encode(errors="surrogateescape")) for path in paths), np.uint64, len(paths))
     return (sums * np.uint64(0x9E3779B97F4A7C15) ^ (sums >> np.uint64(7))).view(np.int64)
 

@@ -37,9 +37,9 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 class Loader:
     """Batches of one split for one rank.
 
-    Training reads every sample once an epoch in a fresh order. Validation (`training=False`) reads the catalog in its
-    own order with a centre crop. Where the images run out, batches are filled up with repeated rows that do not count,
-    so that all ranks take the same number of steps and all shapes stay the same.
+    Training reads every sample once an epoch, or as often as `cfg.balance` says, in a fresh order. Validation
+    (`training=False`) reads the catalog in its own order with a centre crop. Where the images run out, batches are filled
+    up with repeated rows that do not count, so that all ranks take the same number of steps and all shapes stay the same.
 
     Without a `catalog` it is that of `cfg.path`. `epochs` is the length of the run, over which `cfg.size_px` and
     `cfg.batch` may change. Raises `UserError` for options that do not fit the data, the device or the ranks.
@@ -136,8 +136,9 @@ class Loader:
         return self._orders[epoch]
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
-        count = len(self.catalog)
-        return sampling.order(self.seed, epoch, count, self.cfg.augment.repeats) if self.training else np.arange(count)
+        if not self.training:
+            return np.arange(len(self.catalog))
+        return sampling.epoch_order(self.seed, epoch, self.catalog.labels, self.cfg.augment.repeats, self.cfg.balance)
 
     def _hashes_of_samples(self) -> Future[NDArray[np.int64]]:
         """The hash of every sample, found in another thread from the first call on."""
@@ -239,7 +240,9 @@ class _Epoch(Iterator[Batch]):
         loader.cursor = Cursor(self.start.epoch, micro_batch.end)
         self._read.append(host_batch.real_ids)
         for sample, why in host_batch.bad.items():
-            self.bad.add(sample)
+            # One that comes again in the epoch counts where it came first, so on one rank.
+            if self.start.seen + int((self.order[self.start.seen :] == sample).argmax()) in micro_batch.positions:
+                self.bad.add(sample)
             loader._bad.setdefault(loader.catalog.paths[sample], why)
 
         # Mix on the device, with one draw for the whole step on all ranks.

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.config import AugmentConfig
+from data_pipeline.config import AugmentConfig, Balance
 
-ORDER, AUGMENT, WEIGHTS, LOOK, MIX = range(5)  # streams of random numbers; WEIGHTS is the trainer's
+ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE = range(6)  # streams of random numbers; WEIGHTS is the trainer's
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 _WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
@@ -47,6 +47,48 @@ def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int
     positions = epoch % repeats * count + np.arange(count)  # in the order of all `repeats` epochs
     first = positions // (_APART * repeats) * _APART
     return permutation[first + positions % (_APART * repeats) % np.minimum(_APART, count - first)]
+
+
+def epoch_order(
+    seed: int, epoch: int, labels: NDArray[np.int64], repeats: int = 1, balance: Balance = "none"
+) -> NDArray[np.int64]:
+    """Draw [N] sample indices in the order in which the epoch reads them, of N samples with these labels."""
+    positions = order(seed, epoch, len(labels), repeats)
+    return positions if balance == "none" else balanced(seed, epoch // repeats, labels, balance)[positions]
+
+
+def quotas(counts: NDArray[np.int64], balance: Balance) -> NDArray[np.int64]:
+    """Share an epoch of as many images as there are out over classes of so many images: [C], at least 1 of each class."""
+    if balance == "none":
+        return counts
+    shares = np.sqrt(counts) if balance == "sqrt" else (counts > 0).astype(np.float64)
+    exact = counts.sum() * shares / shares.sum()
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: counts.sum() - whole.sum()]] += 1  # the largest remainders
+    return whole
+
+
+def balanced(seed: int, epoch: int, labels: NDArray[np.int64], balance: Balance) -> NDArray[np.int64]:
+    """Choose [N] the samples of an epoch, class by class, as often as `quotas` says.
+
+    Each class has an endless row of permutations of its images, and every epoch takes the next piece of it. So at any time
+    the images of a class have come equally often, but for one.
+    """
+    counts = np.bincount(labels)
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    pieces = zip(members, quotas(counts, balance).tolist(), strict=True)
+    return np.concatenate([_piece(seed, label, its, epoch * n, n) for label, (its, n) in enumerate(pieces)])
+
+
+def _piece(seed: int, label: int, members: NDArray[np.int64], start: int, count: int) -> NDArray[np.int64]:
+    """Take `count` of a class's endless row of permutations of its images, from `start` on."""
+    if count == 0:
+        return members[:0]
+    first, last, width = start // len(members), (start + count - 1) // len(members), -(-len(members) // 4)
+    bits = philox(seed, CHOICE, 0, label).advance(first * width)
+    draws = np.random.Generator(bits).random((last - first + 1, 4 * width))[:, : len(members)]
+    row = members[draws.argsort(axis=1, kind="stable")].ravel()
+    return row[start - first * len(members) :][:count]
 
 
 def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:

@@ -1,9 +1,11 @@
 """Describe the data of a command in a few lines at its start."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.common.errors import printable, require
 from data_pipeline.config import DataConfig
+from data_pipeline.sampling import quotas
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import counted
 
@@ -32,6 +34,7 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         f"data: {cfg.path} ({train.taken.layout}): {counted(len(train), 'image')} to train on, {len(val):,} to validate on "
         f"({val.taken.val_from})",
         f"{len(counts)} classes of {sizes}: {_few(train.classes)}",
+        *_balance(cfg, counts, train.classes),
         *(f"data: {note}" for note in dict.fromkeys([*train.taken.notes, *val.taken.notes])),
     ]
     for catalog, what in ((train, "training"), (val, "validation")):
@@ -43,6 +46,16 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         few = counted(len(val), "validation image")
         lines.append(f"data: only {few}: a single one is {100 / max(len(val), 1):.1f} % of top-1")
     return [printable(line) for line in lines]
+
+
+def _balance(cfg: DataConfig, counts: NDArray[np.int64], classes: list[str]) -> list[str]:
+    """Say in a line how often an epoch takes the images of the smallest and of the largest class."""
+    if cfg.balance == "none":
+        return []
+    taken = quotas(counts, cfg.balance)
+    ends = dict.fromkeys((int(np.where(counts > 0, counts, counts.max()).argmin()), int(counts.argmax())))
+    found = (f"{taken[at]:,} of {classes[at]}, each image {taken[at] / counts[at]:.3g} times" for at in ends)
+    return [f"data.balance {cfg.balance}: an epoch of {counts.sum():,} images takes {'; '.join(found)}"]
 
 
 def _few(names: list[str]) -> str:

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
-from data_pipeline.sampling import order
+from data_pipeline.sampling import epoch_order
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.summary import print_summary
@@ -48,7 +49,7 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
     catalog = open_catalog(cfg, "train")
     print_summary(cfg, catalog, open_catalog(cfg, "val", catalog.classes))
     # The first images of the epoch, each with the next times that training reads it.
-    ids = list(dict.fromkeys(order(seed, epoch, len(catalog), cfg.augment.repeats).tolist()))[:ROWS]
+    ids = list(dict.fromkeys(_order(catalog, cfg, epoch, seed).tolist()))[:ROWS]
     rows = []
     for sample in ids:
         times = islice(_times(catalog, cfg, sample, epoch, seed), COLUMNS)
@@ -61,8 +62,12 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
 def _times(catalog: Catalog, cfg: DataConfig, sample: int, epoch: int, seed: int) -> Iterator[tuple[int, int]]:
     """Yield epoch and position of each time that training reads the sample, from `epoch` on."""
     for number in count(epoch):
-        for position in np.flatnonzero(order(seed, number, len(catalog), cfg.augment.repeats) == sample):
+        for position in np.flatnonzero(_order(catalog, cfg, number, seed) == sample):
             yield number, int(position)
+
+
+def _order(catalog: Catalog, cfg: DataConfig, epoch: int, seed: int) -> NDArray[np.int64]:
+    return epoch_order(seed, epoch, catalog.labels, cfg.augment.repeats, cfg.balance)
 
 
 def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: int) -> Cell:

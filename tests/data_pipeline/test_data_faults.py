@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipeline import read_ahead
+from data_pipeline.config import Balance
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sharding import RankInfo
@@ -195,10 +198,12 @@ def test_a_pipe_among_the_images_is_not_opened(folders: Path) -> None:
 # ---- how many are bad ----------------------------------------------------------------------------------------------
 
 
-def test_ranks_together_count_each_bad_image_once(folders: Path) -> None:
-    """In each epoch another rank may meet it; what may be skipped is a share of the images, not of the epochs."""
-    cfg = config(folders, batch=6)
+@pytest.mark.parametrize("balance", ["none", "uniform"])
+def test_ranks_together_count_each_bad_image_once(folders: Path, balance: Balance) -> None:
+    """In each epoch another rank may meet it, or both; what may be skipped is a share of the images, not of the epochs."""
+    cfg = replace(config(folders, batch=6), balance=balance)
     catalog = open_catalog(cfg, "train")
+    catalog = replace(catalog, labels=(np.arange(len(catalog)) < 6).astype(np.int64))
     for path in catalog.paths[:2]:
         (catalog.root / path).unlink()
     (catalog.root / catalog.paths[2]).write_bytes(b"no image")

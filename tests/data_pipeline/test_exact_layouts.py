@@ -3,13 +3,14 @@
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.config import AugmentConfig, Balance, DataConfig
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sharding import RankInfo
@@ -20,6 +21,7 @@ from tests.support import object_stores
 
 LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack", "pack in s3")
 BATCH, IMAGES = 8, {"train": 44, "val": 10}
+UNEVEN = 12  # images to train on of the uneven set
 STOP = 16  # images, two updates
 
 
@@ -86,8 +88,8 @@ def write_shards(folders: Path, split: str, into: Path) -> None:
                     tar.addfile(info, io.BytesIO(data))
 
 
-def epoch_of(cfg: DataConfig, world: int, split: str = "train", seen: int = 0) -> list[torch.Tensor]:
-    """Images, labels, ids and targets [N, ...] of the positions of an epoch from `seen` on, as so many ranks read them."""
+def epoch_of(cfg: DataConfig, world: int, split: str = "train", seen: int = 0, count: int = 0) -> list[torch.Tensor]:
+    """Images, labels, ids and targets [N, ...] of an epoch of `count` from `seen` on, as so many ranks read them."""
     ranks = []
     for rank in range(world):
         catalog = open_catalog(cfg, split)
@@ -100,7 +102,7 @@ def epoch_of(cfg: DataConfig, world: int, split: str = "train", seen: int = 0) -
         rows = [(b.images, b.labels, b.ids, b.labels if b.targets is None else b.targets) for b in parts]
         turns = [[column.unflatten(0, (-1, turn)) for column in columns] for columns in zip(*rows, strict=True)]
         updates.append([torch.stack(of_ranks, dim=1).flatten(0, 2) for of_ranks in turns])
-    return [torch.cat(column)[: IMAGES[split] - seen] for column in zip(*updates, strict=True)]
+    return [torch.cat(column)[: (count or IMAGES[split]) - seen] for column in zip(*updates, strict=True)]
 
 
 def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
@@ -133,6 +135,27 @@ def test_neither_layout_nor_ranks_change_validation(dataset: DataConfig, folders
     assert wanted[2].tolist() == list(range(IMAGES["val"]))
     for world in (1, 2, 4):
         assert equal(epoch_of(with_options(dataset, {}), world, "val"), wanted), world
+
+
+@pytest.fixture(scope="module")
+def uneven(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Classes of 9, 1, 1, 1 and 1 images."""
+    root = tmp_path_factory.mktemp("uneven")
+    for folder in (folders / "train").iterdir():
+        (root / folder.name).mkdir()
+        for file in sorted(folder.iterdir())[: 9 if folder.name == HOSTILE_NAMES[0] else 1]:
+            (root / folder.name / file.name).symlink_to(file)
+    return root
+
+
+@pytest.mark.parametrize("balance", ["sqrt", "uniform"])
+def test_a_balanced_order_minds_neither_ranks_nor_a_stop(uneven: Path, balance: Balance) -> None:
+    cfg = replace(with_options(DataConfig(str(uneven)), EVERYTHING["all"]), balance=balance)
+    whole = epoch_of(cfg, 1, count=UNEVEN)
+    assert len(whole[2]) == UNEVEN > len(whole[2].unique()) > 5
+    for world in (1, 2, 4):
+        for seen in (0, BATCH):
+            assert equal(epoch_of(cfg, world, seen=seen, count=UNEVEN), [column[seen:] for column in whole]), world
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

@@ -10,8 +10,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize  # type: ignore[import-untyped]
 
-from data_pipeline.config import AugmentConfig
-from data_pipeline.sampling import CROP_TRIES, centre_geometry, order, training_geometry, uniforms
+from data_pipeline.config import AugmentConfig, Balance
+from data_pipeline.sampling import (
+    CROP_TRIES,
+    balanced,
+    centre_geometry,
+    epoch_order,
+    order,
+    quotas,
+    training_geometry,
+    uniforms,
+)
 
 SZEGEDY = AugmentConfig(min_area=0.08)
 
@@ -41,6 +50,48 @@ def test_the_streams_are_those_of_earlier_versions() -> None:
     first, last = uniforms(0, 0, positions(1))[0], uniforms(1, 2, positions(1000, 1001))[0]
     assert first[[0, 1, 31]].tolist() == [0.8133540609793564, 0.7513314251083365, 0.034222273524666336]
     assert last[[0, 1, 31]].tolist() == [0.632841366654493, 0.768747247260959, 0.29833033223094796]
+
+
+# Balance
+
+LONG_TAIL = np.array([1, 4, 0, 25, 100])
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), LONG_TAIL))
+
+
+@pytest.mark.parametrize(
+    ("balance", "wanted"),
+    [("none", [1, 4, 0, 25, 100]), ("sqrt", [7, 15, 0, 36, 72]), ("uniform", [33, 33, 0, 32, 32])],
+)
+def test_quotas_are_of_the_square_root_or_equal(balance: Balance, wanted: list[int]) -> None:
+    """By hand: of 130 images the roots 1, 2, 5, 10 of 18 are 7.2, 14.4, 36.1, 72.2; the largest remainder is the second's."""
+    assert quotas(LONG_TAIL, balance).tolist() == wanted
+
+
+@pytest.mark.parametrize("balance", ["sqrt", "uniform"])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_takes_of_each_class_its_quota(balance: Balance, repeats: int) -> None:
+    """With repeats, of that many epochs together: each of the images chosen so many times."""
+    rounds = [
+        np.concatenate([epoch_order(3, epoch, LABELS, repeats, balance) for epoch in range(first, first + repeats)])
+        for first in (0, 5 * repeats)
+    ]
+    for found in rounds:
+        assert np.bincount(LABELS[found], minlength=5).tolist() == (repeats * quotas(LONG_TAIL, balance)).tolist()
+    assert not np.array_equal(rounds[0], rounds[1])
+    assert np.array_equal(epoch_order(3, 0, LABELS, 1, "none"), order(3, 0, len(LABELS)))
+
+
+@pytest.mark.parametrize("balance", ["sqrt", "uniform"])
+def test_the_images_of_a_class_come_equally_often(balance: Balance) -> None:
+    times = np.zeros(len(LABELS), np.int64)
+    for epoch in range(20):
+        times += np.bincount(balanced(7, epoch, LABELS, balance), minlength=len(LABELS))
+        for label in np.flatnonzero(LONG_TAIL):
+            assert np.ptp(times[label == LABELS]) <= 1, (epoch, label)
+
+
+def test_the_choice_is_that_of_earlier_versions() -> None:
+    assert balanced(1, 2, np.array([0, 0, 0, 0, 0, 1, 1, 2]), "uniform").tolist() == [3, 4, 2, 6, 5, 6, 7, 7]
 
 
 # Uniform numbers

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.config import DataConfig
+from data_pipeline.config import Balance, DataConfig
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.summary import refuse_single_class, summary
 from tests.conftest import KINDS, picture
@@ -259,6 +259,20 @@ def test_what_is_left_aside_is_said_in_a_line(case: str, tmp_path: Path) -> None
 def test_names_cannot_reach_the_terminal(tmp_path: Path) -> None:
     text = said(lay(tmp_path, {"\x1b[31mcat": 2, "b\nc": 2, "d\udcff": 2}))
     assert "3 classes of 1 training image each: \\x1b[31mcat, b\\nc, d\\udcff" in text.splitlines()
+
+
+def test_the_start_says_how_often_an_epoch_takes_the_images_of_a_class(tmp_path: Path) -> None:
+    root = lay(tmp_path, {"train/cat": 8, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    train, val = both(root)
+    plain = summary(DataConfig(str(root)), train, val)
+    both_ways: tuple[tuple[Balance, str], ...] = (
+        ("sqrt", "3 of dog, each image 1.5 times; 7 of cat, each image 0.875 times"),
+        ("uniform", "5 of dog, each image 2.5 times; 5 of cat, each image 0.625 times"),
+    )
+    for balance, wanted in both_ways:
+        cfg = DataConfig(str(root), balance=balance)
+        new = set(summary(cfg, train, val)) - set(plain)
+        assert new == {f"data.balance {balance}: an epoch of 10 images takes {wanted}"}
 
 
 def test_two_lines_say_what_was_taken(tmp_path: Path) -> None:
