@@ -25,16 +25,16 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources import pack_format
 from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.image_headers import BadImage, inspect
-from data_pipeline.sources.layouts import list_images, list_samples
+from data_pipeline.sources.layouts import FILES, list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
+from data_pipeline.sources.published.stored_forms import read_form, read_plain
 from data_pipeline.sources.quarantine import quarantined
 from data_pipeline.sources.storage.objects import Objects, open_objects
-from data_pipeline.sources.tables.text_table import TABLES, is_table
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 5  # of the cache: raise it when a scan would give another result
+_VERSION = 6  # of the cache: raise it when a scan would give another result
 _LASTING = (
     errno.ENOENT,
     errno.EISDIR,
@@ -62,21 +62,24 @@ class Catalog:
     taken: Taken = field(default_factory=Taken)
     objects: Objects | None = None
     """The shards, where `root` is an address."""
+    forms: list[str] = field(default_factory=list)
+    """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, sample: int) -> bytes:
-        """Read the encoded bytes of one sample. Raises OSError, and `UserError` where an object store fails for long."""
+        """Read the encoded bytes of one sample.
+
+        Raises OSError, `BadImage` for data that cannot be decompressed, and `UserError` where an object store fails for long.
+        """
         if not self.shards:
             return read_bytes(f"{self.root}/{self.paths[sample]}")
         shard, offset, length = self.spans[sample].tolist()
         if self.objects:
             return self.objects.read(shard, offset, length)
-        data = read_bytes(f"{self.root}/{self.shards[shard]}", offset, length)
-        if len(data) < length:
-            raise OSError(errno.EIO, "its shard is cut off")
-        return data
+        path = f"{self.root}/{self.shards[shard]}"
+        return read_form(self.forms[shard], path, offset, length) if self.forms else read_plain(path, offset, length)
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         """Begin to fetch these samples from an object store; local files need none of it. Returns at once."""
@@ -114,12 +117,12 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     if isinstance(root, Address):
         return _without(_from_store(root, cfg, split, classes), quarantined(cfg, root / split))
     try:
-        there = root.is_dir() or (root.is_file() and is_table(root))
+        there = root.is_dir() or (root.is_file() and root.name.lower().endswith(FILES))
     except OSError as error:
         raise UserError(f"data.path: cannot look into {cfg.path} ({error.strerror}); mend that first") from None
     if not there:
         raise UserError(
-            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table ({', '.join(TABLES)}), "
+            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table or archive ({', '.join(FILES)}), "
             f"or a name ({', '.join(NAMED)})"
         )
     # A pack has its own index; anything else is scanned, or taken from the cache under all options that decide the scan.
@@ -229,6 +232,7 @@ def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
         "bad": catalog.bad,
         "shards": catalog.shards,
         "taken": asdict(catalog.taken),
+        "forms": catalog.forms,
         # Bad files are watched one by one, so that a repaired one is noticed.
         "watched": watched | _changes([catalog.root / name for name in catalog.bad]),
     }
@@ -254,7 +258,8 @@ def _load(file: Path) -> Catalog | None:
                 about["bad"],
                 about["shards"],
                 arrays["spans"],
-                taken=Taken(**about["taken"]),
+                Taken(**about["taken"]),
+                forms=about["forms"],
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -297,7 +302,8 @@ def _scan(listing: Listing) -> Catalog:
         bad,
         listing.shards,
         listing.spans[good] if listing.shards else _NO_SPANS,
-        taken=listing.taken,
+        listing.taken,
+        forms=listing.forms,
     )
 
 
@@ -308,6 +314,9 @@ def _fault(listing: Listing, row: int) -> str | None:
         if listing.shards:
             shard, start, length = listing.spans[row].tolist()
             path = listing.root / listing.shards[shard]
+            if listing.forms and listing.forms[shard]:
+                inspect(read_form(listing.forms[shard], str(path), start, length))  # only the whole can be read
+                return None
         else:
             path, start = listing.root / listing.paths[row], 0
             entry = path.stat()

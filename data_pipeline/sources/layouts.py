@@ -3,6 +3,7 @@
 class_folders   CLASS/**/IMAGE in train/ and val/, or in one folder: then a share of it is held out
 tables          a CSV or Parquet table of image names and labels, as Kaggle publishes them
 webdataset      *.tar in WebDataset layout, KEY.jpg beside KEY.cls, in train/ and val/ or in one folder
+published       ImageNet's tars, Kaggle's ImageNet, zip files, and what Hugging Face's libraries leave on disk
 
 The splits' folders may have any of their usual names (see `splits`). The dataset may lie deeper, in a folder that has
 nothing beside it. Unlabelled images are all those below a folder, or those that a table names.
@@ -20,12 +21,21 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.class_folders import are_parts, class_folders, class_names
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
+from data_pipeline.sources.published.huggingface_cache import is_repository, reference, snapshot
+from data_pipeline.sources.published.huggingface_tables import huggingface_tables
+from data_pipeline.sources.published.ilsvrc_tars import ilsvrc_tars
+from data_pipeline.sources.published.kaggle_imagenet import kaggle_imagenet
+from data_pipeline.sources.published.zip_archives import zip_archives
 from data_pipeline.sources.splits import Splits, find_splits, role_of
 from data_pipeline.sources.tables.beside import check_agreement
 from data_pipeline.sources.tables.manifest import manifest, table_images
 from data_pipeline.sources.tables.text_table import TABLES, few
 from data_pipeline.sources.webdataset import is_shard, refuse_archives, shard_names, split_shards, tar_shards
 
+PUBLISHED = (ilsvrc_tars, kaggle_imagenet, zip_archives, huggingface_tables)
+"""Layouts in which data sets are published; each is recognised with certainty, or refuses what comes close to it."""
+FILES = (*TABLES, ".zip", ".arrow")
+"""Ends of the names of files that are a dataset by themselves."""
 _DEEPEST = 8  # folders that may be wrapped around a dataset
 
 
@@ -48,6 +58,12 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
 
     Labels follow `classes`, or the classes of the training split.
     """
+    if is_repository(root):
+        listing = list_samples(snapshot(root), cfg, split, classes)
+        return replace(listing, watched=[reference(root), root / "snapshots", *listing.watched])
+    for published in PUBLISHED:
+        if found := published(root, cfg, split, classes):
+            return found
     if root.is_file():
         return manifest(root, cfg, split, classes)
     halves = _find_halves(root, only_val=split == "val" and classes is not None)
@@ -79,6 +95,8 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
     """
     if root.is_file():
         return table_images(root, cfg)[1]
+    if is_repository(root):
+        return list_images(snapshot(root), cfg)
     found = walk(root, [root])
     paths = found.images[0]
     require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it")

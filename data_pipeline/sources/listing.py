@@ -52,6 +52,8 @@ class Listing:
     spans: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
     taken: Taken = field(default_factory=Taken)
+    forms: list[str] = field(default_factory=list)
+    """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
 
 
 def counted(count: int, noun: str) -> str:

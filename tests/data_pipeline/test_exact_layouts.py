@@ -18,6 +18,7 @@ from data_pipeline.sources.catalog import open_catalog
 from tests.conftest import HOSTILE_NAMES, KINDS, picture, take
 from tests.data_pipeline.dali.test_augment import EVERYTHING
 from tests.support import object_stores
+from tests.support.published import PUBLISHED
 
 LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack", "pack in s3")
 BATCH, IMAGES = 8, {"train": 44, "val": 10}
@@ -156,6 +157,17 @@ def test_a_balanced_order_minds_neither_ranks_nor_a_stop(uneven: Path, balance: 
     for world in (1, 2, 4):
         for seen in (0, BATCH):
             assert equal(epoch_of(cfg, world, seen=seen, count=UNEVEN), [column[seen:] for column in whole]), world
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_layouts_are_their_class_folders(layout: str, folders: Path, tmp_path: Path) -> None:
+    ours = with_options(DataConfig(str(PUBLISHED[layout](folders, tmp_path / "published"))), {})
+    theirs = with_options(DataConfig(str(folders)), {})
+    whole = epoch_of(theirs, 1)
+    for world in (1, 2, 4):
+        assert equal(epoch_of(ours, world), whole), world
+        assert equal(epoch_of(ours, world, seen=STOP), [column[STOP:] for column in whole]), world
+    assert equal(epoch_of(ours, 2, "val"), epoch_of(theirs, 1, "val"))
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

@@ -220,8 +220,8 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_for_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "cats.zip").write_bytes(b"PK")
-    assert f"{tmp_path / 'cats.zip'} is not a folder" in complaint(tmp_path / "cats.zip")
+    (tmp_path / "cats.rar").write_bytes(b"PK")
+    assert f"{tmp_path / 'cats.rar'} is not a folder" in complaint(tmp_path / "cats.rar")
 
 
 def test_validation_alone(tmp_path: Path) -> None:

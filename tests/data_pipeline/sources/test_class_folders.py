@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
         {**two("train", "val"), "val/fox": 1},
         "ROOT/val/fox is a class that training lacks",
     ),
-    "an archive": ({"images.zip": b"PK"}, "ROOT/images.zip is compressed"),
+    "an archive": ({"images.7z": b"7z"}, "ROOT/images.7z is compressed"),
     "several tables": ({"train": 3, "a.csv": b"x,y\n", "b.csv": b"x,y\n"}, "several tables (ROOT/a.csv, ROOT/b.csv)"),
     "pictures, and masks of them": (
         {f"{split}/{name}": 2 for split in ("train", "test") for name in ("images", "masks")},

@@ -94,15 +94,6 @@ def test_parquet_keeps_numbers_as_they_are(data: Path) -> None:
     }
 
 
-def test_parquet_with_the_images_in_it_is_refused_in_words(data: Path) -> None:
-    pd.DataFrame({"image": [{"bytes": JPEG, "path": "a.jpg"}] * 4, "label": [0, 1, 0, 1]}).to_parquet(
-        data / "x.parquet"
-    )
-    assert refused(data / "x.parquet") == (
-        "data.image_column: no column of FILE names images in FOLDER; name it, and their folder by data.images; it has label"
-    )
-
-
 # ---- how the file is written --------------------------------------------------------------------------------------------
 
 
