@@ -1,8 +1,8 @@
 """Accept a machine before trusting it: python -m trainer.check [--only ITEM ...] [--out DIR]
 
 Each item runs in a process of its own within a time limit, so that one crash hides no other. The table grows as they end;
-check.json and check.md keep it. An item for which the machine lacks something (a GPU, a second process, DALI) is skipped,
-with the reason. The exit code is 1 where an item failed.
+check.json and check.md keep it. An item for which the machine lacks something (a GPU, a second process, a package) is
+skipped, with the reason. The exit code is 1 where an item failed.
 """
 
 import argparse
@@ -14,55 +14,56 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.cli import parse_plain, plain_parser
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
+from trainer.check.names import ITEMS, find
+from trainer.check.results import FAIL, PASS, SKIPPED, Found, Result, Skip, check_free, write
 
-PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
-_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "numpy")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "nvidia-nccl-cu13",
+    "nvidia-nccl-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+    "triton",
+    "deepspeed",
+    "numpy",
+)
 _RESULT = "check-result: "  # begins the line in which an item's process reports its result
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of one item."""
-
-    item: str
-    state: str
-    """PASS, FAIL or SKIPPED."""
-    told: str
-    """Measured figure, or the reason."""
-    seconds: float
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
     parser = plain_parser(
         prog="python -m trainer.check",
         description="Accept a machine: decode, train, save, resume and measure here, in a few minutes.",
+        epilog="Items: " + ", ".join(ITEMS),
     )
     parser.add_argument("--only", nargs="+", metavar="ITEM", help="These items alone.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="A folder for check.json and check.md.")
-    parser.add_argument("--limit_s", type=float, default=180.0, metavar="S", help="Seconds that an item may take.")
+    parser.add_argument("--limit_s", type=float, metavar="S", help="Seconds that an item may take, for its own limit.")
     parser.add_argument("--item", help=argparse.SUPPRESS)  # for the processes of single items
     args = parse_plain(parser, sys.argv[1:])
     if args.item:
         _run_here(args.item)
         return
     names = _chosen(args.only)
-    if args.out and any((args.out / name).exists() for name in ("check.json", "check.md")):
-        raise UserError(f"--out: {args.out} holds a check already; give another folder")
-    results = []
+    if args.out:
+        check_free(args.out)
     about = describe_machine()
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n", flush=True)
+    results: list[Result] = []
     for name in names:
-        results.append(run_item(name, args.limit_s))
-        print(_line(results[-1]), flush=True)
-    if args.out:
-        _write(args.out, about, results)
+        results.append(run_item(name, args.limit_s or ITEMS[name].limit_s))
+        print(results[-1].line(), flush=True)
+        if args.out:
+            write(args.out, about, results)
     failed = [result.item for result in results if result.state == FAIL]
     if failed:
         print(f"{len(failed)} of {len(results)} failed: {', '.join(failed)}", file=sys.stderr)
@@ -72,25 +73,32 @@ def main() -> None:
 def run_item(name: str, limit_s: float) -> Result:
     """Run one item in a process group of its own, and end all of it when its time is up."""
     start = time.monotonic()
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    figures: dict[str, float] = {}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.check", "--item", name],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment,
+        env=alone(),
         start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        output, state, told = "", FAIL, f"it took longer than {limit_s:g} s"
+        state, told = FAIL, f"it took longer than {limit_s:g} s"
     else:
-        state, told = _read(output, process.returncode)
+        state, told, figures = _read(output, process.returncode)
     finally:
         _end(process)
-    return Result(name, state, told, round(time.monotonic() - start, 1))
+    return Result(name, state, told, round(time.monotonic() - start, 1), figures)
+
+
+def alone() -> dict[str, str]:
+    """Make an environment for another process of ours, that joins no others and finds the same packages as this one."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ours = {name: value for name, value in os.environ.items() if name not in launched}
+    return ours | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), ours.get("PYTHONPATH")]))}
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -100,38 +108,39 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _read(output: str, code: int) -> tuple[str, str]:
-    """Read an item's state and message from the output of its process."""
+def _read(output: str, code: int) -> tuple[str, str, dict[str, float]]:
+    """Read an item's state, message and figures from the output of its process."""
     lines = output.splitlines()
     said = next((line for line in reversed(lines) if line.startswith(_RESULT)), None)
     if said is not None:
-        state, told = json.loads(said.removeprefix(_RESULT))
-        return state, told
+        state, told, figures = json.loads(said.removeprefix(_RESULT))
+        return state, told, figures
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return FAIL, f"{how}: {last[:300]}"
+    return FAIL, printable(f"{how}: {last[:300]}"), {}
 
 
 def _run_here(name: str) -> None:
-    from trainer.check.items import ITEMS, Skip  # here, for torch and DALI take seconds
-
+    """Run an item in this process, and print its result in a line for `_read`."""
     try:
-        state, told = PASS, ITEMS[name]()
+        found = find(name)()
+        state = PASS
     except Skip as why:
-        state, told = SKIPPED, str(why)
+        state, found = SKIPPED, Found(str(why))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        ours = package in ("", "data_pipeline", "trainer", "torch")
+        state, found = (FAIL, Found(str(error))) if ours else (SKIPPED, Found(f"{error.name} is not installed"))
     except Exception as error:  # any error is a finding
-        first = " ".join(str(error).split())[:300]
-        state, told = FAIL, f"{type(error).__name__}: {first}"
-    print(f"\n{_RESULT}{json.dumps([state, told])}", flush=True)
+        state, found = FAIL, Found(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    print(f"\n{_RESULT}{json.dumps([state, printable(found.told), found.figures])}", flush=True)
 
 
 def _chosen(only: list[str] | None) -> list[str]:
-    from trainer.check.names import NAMES
-
-    unknown = sorted(set(only or ()) - set(NAMES))
+    unknown = sorted(set(only or ()) - set(ITEMS))
     if unknown:
-        raise UserError(f"--only: there is no item {unknown[0]}; choose from {', '.join(NAMES)}")
-    return [name for name in NAMES if only is None or name in only]
+        raise UserError(f"--only: there is no item {unknown[0]}; choose from {', '.join(ITEMS)}")
+    return [name for name in ITEMS if only is None or name in only]
 
 
 def describe_machine() -> dict[str, str]:
@@ -151,27 +160,3 @@ def describe_machine() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return about
-
-
-def _line(result: Result) -> str:
-    return f"{result.state:8}{result.item:20}{result.seconds:7.1f} s  {result.told}"
-
-
-def _write(out: Path, about: dict[str, str], results: list[Result]) -> None:
-    rows = [f"| {r.item} | {r.state} | {r.told.replace('|', '/')} | {r.seconds} |" for r in results]
-    page = [
-        "# Check of a machine",
-        "",
-        *(f"- {name}: {value}" for name, value in about.items()),
-        "",
-        "| item | | figure or reason | s |",
-        "|---|---|---|---|",
-        *rows,
-    ]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / "check.md", ("\n".join(page) + "\n").encode())
-        content = {"about": about, "results": [asdict(result) for result in results]}
-        replace_file(out / "check.json", json.dumps(content, indent=2).encode())
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {out} ({error.strerror}); give another folder") from None

@@ -1,27 +1,11 @@
 """Images that the check makes itself, so that it needs neither a network nor a dataset."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-
-KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "jpeg": ("JPEG", {"quality": 90}, "RGB"),
-    "progressive jpeg": ("JPEG", {"progressive": True}, "RGB"),
-    "full chroma jpeg": ("JPEG", {"subsampling": 0}, "RGB"),
-    "grayscale jpeg": ("JPEG", {}, "L"),
-    "cmyk jpeg": ("JPEG", {}, "CMYK"),
-    "png": ("PNG", {}, "RGB"),
-    "palette png": ("PNG", {}, "P"),
-    "grayscale png": ("PNG", {}, "L"),
-    "webp": ("WEBP", {"quality": 90}, "RGB"),
-    "bmp": ("BMP", {}, "RGB"),
-}
-"""Name of each kind of file that is read -> Pillow's format, options and mode."""
-
-SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 
 def picture(seed: int, side_px: int = 256) -> Image.Image:
@@ -33,19 +17,88 @@ def picture(seed: int, side_px: int = 256) -> Image.Image:
     return Image.fromarray((pixels + draw.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    """Encode the image as a file of one of `KINDS`."""
-    form, options, mode = KINDS[kind]
+def _encode(image: Image.Image, form: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    image.convert(mode).save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
-def write_dataset(folder: Path, count: int, side_px: int = 256) -> Path:
-    """Write train/ and val/ of two classes into `folder`, `count` JPEGs in train/ and a quarter of that in val/."""
+def _alpha(image: Image.Image) -> Image.Image:
+    """Make the image half transparent towards the right."""
+    image = image.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").rotate(90).resize(image.size))
+    return image
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """Make a gray image of 16 bits."""
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257 + 100)
+
+
+def _turned() -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # by a quarter: to be ignored
+    return tags.tobytes()
+
+
+KINDS: dict[str, Callable[[Image.Image], bytes]] = {
+    "plain.jpg": lambda image: _encode(image, "JPEG", quality=90),
+    "coarse.jpg": lambda image: _encode(image, "JPEG", quality=30),
+    "full chroma.jpg": lambda image: _encode(image, "JPEG", subsampling=0),
+    "half chroma.jpg": lambda image: _encode(image, "JPEG", subsampling=1),
+    "progressive.jpg": lambda image: _encode(image, "JPEG", progressive=True),
+    "gray.jpg": lambda image: _encode(image.convert("L"), "JPEG"),
+    "cmyk.jpg": lambda image: _encode(image.convert("CMYK"), "JPEG"),
+    "restarts.jpg": lambda image: _encode(image, "JPEG", restart_marker_blocks=4),
+    "turned.jpg": lambda image: _encode(image, "JPEG", exif=_turned()),
+    "big header.jpg": lambda image: _encode(image, "JPEG", icc_profile=bytes(90_000)),
+    "trailer.jpg": lambda image: _encode(image, "JPEG") + bytes(9_000),
+    "rgb.png": lambda image: _encode(image, "PNG"),
+    "alpha.png": lambda image: _encode(_alpha(image), "PNG"),
+    "gray.png": lambda image: _encode(image.convert("L"), "PNG"),
+    "palette.png": lambda image: _encode(image.convert("P"), "PNG"),
+    "one bit.png": lambda image: _encode(image.convert("1"), "PNG"),
+    "16 bits.png": lambda image: _encode(_deep(image), "PNG"),
+    "lossy.webp": lambda image: _encode(image, "WEBP", quality=90),
+    "lossless.webp": lambda image: _encode(image, "WEBP", lossless=True),
+    "alpha.webp": lambda image: _encode(_alpha(image), "WEBP"),
+    "rgb.bmp": lambda image: _encode(image, "BMP"),
+    "gray.bmp": lambda image: _encode(image.convert("L"), "BMP"),
+}
+"""Name of each kind of file that is read -> its encoder."""
+
+
+def broken_files() -> dict[str, bytes]:
+    """Make files that no decoder accepts, one of each kind."""
+    image = picture(0, 96)
+    whole, png = KINDS["plain.jpg"](image), KINDS["rgb.png"](image)
+    return {
+        "empty": b"",
+        "garbage": np.random.default_rng(0).bytes(5000),
+        "zeros": bytes(5000),
+        "text": b"<html>404 Not Found</html>\n" * 20,
+        "gif": _encode(image, "GIF"),
+        "signature only": b"\xff\xd8\xff\xd9",
+        "header only": whole[:20],
+        "tables only": whole[:400],
+        "cut jpeg": whole[: len(whole) // 2],
+        "cut at its end": whole[:-2],
+        "cut png": png[: len(png) // 2],
+        "cut webp": KINDS["lossy.webp"](image)[:-100],
+        "cut bmp": KINDS["rgb.bmp"](image)[:-100],
+    }
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    """Flip the highest bit of one byte."""
+    return data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :]
+
+
+def write_dataset(folder: Path, count: int, side_px: int = 256, kind: str = "plain.jpg") -> Path:
+    """Write train/ and val/ of two classes into `folder`, `count` files in train/ and a quarter of that in val/."""
     for split, images in (("train", count), ("val", count // 4)):
         for number in range(images):
-            path = folder / split / ("even", "odd")[number % 2] / f"{number:05}.jpg"
+            path = folder / split / ("even", "odd")[number % 2] / f"{number:05}{Path(kind).suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded(picture(number, side_px), "jpeg"))
+            path.write_bytes(KINDS[kind](picture(number, side_px)))
     return folder

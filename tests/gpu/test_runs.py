@@ -1,4 +1,4 @@
-"""The whole path on a GPU; nobody has run it yet. `pytest -m gpu` on a machine that has one."""
+"""Whole runs on a GPU; nobody has run them yet. `pytest -m gpu` on a machine that has one."""
 
 from pathlib import Path
 

@@ -1,0 +1,264 @@
+"""Items about optimizer steps: they are finite, wait for nothing, repeat to the bit, and fit into memory. Without DALI."""
+
+import copy
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_pipeline.common.errors import UserError
+from trainer.check.items import common
+from trainer.check.items.common import CLASSES, EAGER, make_engine, noise, synchronize
+from trainer.check.results import Found, Skip
+from trainer.distributed import open_dist_context
+from trainer.engine.base import Engine
+from trainer.engine.config import Precision
+from trainer.optim.config import OptimConfig, OptimizerName
+
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+OF_TIMM = ("lars", "lamb")
+WARM = 3
+"""Steps after which a step does only what every later one does."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+
+
+def optimizers() -> Found:
+    steps, names = 0, available()
+    with open_dist_context() as ctx:
+        for name in names:
+            for precision in PRECISIONS:
+                engine = make_engine(ctx, OptimConfig(name=name), replace(EAGER, precision=precision))
+                before = [weights.clone() for weights in engine.module.parameters()]
+                for mixed in (False, True, False):  # fp16 may leave out the first, as its scale is too high
+                    sums = engine.step([noise(ctx, mixed=mixed)], 1e-3)
+                    assert torch.isfinite(sums[:4]).all(), f"{name} in {precision}: {sums.tolist()}"
+                    steps += 1
+                after = list(engine.module.parameters())
+                assert all(bool(torch.isfinite(weights).all()) for weights in after), f"{name} in {precision}: weights"
+                assert not all(map(torch.equal, before, after)), f"{name} in {precision} changes no weight"
+    return Found(f"{steps} steps, mixed and not, in {', '.join(PRECISIONS)}{without(names)}")
+
+
+def available() -> list[OptimizerName]:
+    """List the optimizers whose packages are installed."""
+    try:
+        import timm as _  # noqa: F401
+    except ModuleNotFoundError:
+        return [name for name in OPTIMIZERS if name not in OF_TIMM]
+    return list(OPTIMIZERS)
+
+
+def without(names: Sequence[OptimizerName]) -> str:
+    """Say which optimizers are not among `names`, and why."""
+    missing = [name for name in OPTIMIZERS if name not in names]
+    return f"; without {' and '.join(missing)}, as timm is not installed" if missing else ""
+
+
+def no_host_sync() -> Found:
+    """On a GPU torch raises where a step waits for it. Elsewhere the operators are watched that would wait there."""
+    names = available()
+    with open_dist_context() as ctx:
+        for name in names:
+            # In fp16, torch's loss scaling waits for all optimizers that are not fused.
+            for precision in ("bf16", "fp16") if name in ("sgd", "adamw") else ("bf16",):
+                optim = OptimConfig(name=name, clip_norm=1.0, ema_decay=0.9)
+                engine = make_engine(ctx, optim, replace(EAGER, precision=precision))
+                batches = [noise(ctx), noise(ctx, mixed=True)]
+                for _ in range(WARM):
+                    engine.step(batches, 1e-3)
+                synchronize(ctx)
+                if ctx.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    counters = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
+                    with Waits(on_host=counters) as waits:
+                        engine.step(batches, 1e-3)
+                finally:
+                    if ctx.device.type == "cuda":
+                        torch.cuda.set_sync_debug_mode("default")
+                assert ctx.device.type == "cuda" or not waits.seen, f"{name} in {precision} waits: {dict(waits.seen)}"
+    how = "by torch's own alarm" if ctx.device.type == "cuda" else "by the operators that would wait on a GPU"
+    return Found(f"a warm step of {', '.join(names)}, {how}{without(names)}")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that ask the device for a value, for which a host waits."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self, on_host: Sequence[Tensor]) -> None:
+        """`on_host` are tensors on the CPU on any machine, for whose values nothing waits."""
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self._on_host = {tensor.data_ptr() for tensor in on_host}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.ASKING and args[0].data_ptr() not in self._on_host:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def exact_resume() -> Found:
+    told = []
+    with open_dist_context() as ctx:
+        if ctx.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+        batches = [noise(ctx, seed) for seed in range(10)]
+        for name in ("sgd", "adamw", "muon"):
+            with TemporaryDirectory() as folder:
+                optim = OptimConfig(name=name, ema_decay=0.9)
+                going_on, resumed = make_engine(ctx, optim), make_engine(ctx, optim)
+                for batch in batches[:5]:
+                    going_on.step([batch], 1e-2)
+                going_on.capture_state({})(Path(folder))
+                resumed.load(Path(folder))
+            for batch in batches[5:]:
+                going_on.step([batch], 1e-2)
+                resumed.step([batch], 1e-2)
+            different = differing(going_on, states(resumed))
+            assert not different, f"{name}: {len(different)} tensors differ, {different[0]} first"
+            told.append(name)
+    return Found(f"{', '.join(told)}: {len(states(going_on))} tensors equal to the bit after five steps")
+
+
+def capture() -> Found:
+    """Write in another thread, as the saver does, while steps go on."""
+    with open_dist_context() as ctx, TemporaryDirectory() as folder:
+        engine = make_engine(ctx)
+        engine.step([noise(ctx)], 1e-2)
+        synchronize(ctx)
+        expected = {name: value.clone() for name, value in states(engine).items()}
+        engine.step([noise(ctx)], 0.0)  # work is under way when the state is taken
+        expected |= {
+            name: value.clone() for name, value in states(engine).items() if "running" in name or "num_" in name
+        }
+        write = engine.capture_state({})
+        writing = threading.Thread(target=write, args=(Path(folder),))
+        writing.start()
+        steps = 0
+        while writing.is_alive() or steps < 3:
+            engine.step([noise(ctx, steps)], 1e-1)
+            steps += 1
+        writing.join()
+        restored = make_engine(ctx)
+        restored.load(Path(folder))
+        different = differing(restored, expected)
+    assert not different, f"{different[0]} is not what it was when it was captured"
+    return Found(f"{len(expected)} tensors, written beside {steps} steps")
+
+
+def accumulation() -> Found:
+    """Compare a step of several micro-batches with a gradient computed by plain torch; on a GPU also as a graph."""
+    optim = OptimConfig(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
+    exact = replace(EAGER, precision="fp32")
+    with open_dist_context() as ctx:
+        if ctx.device.type == "cuda":
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        batches = [noise(ctx, seed)._replace(total=3 * common.SCALE.batch) for seed in range(3)]
+        engine = make_engine(ctx, optim, exact)
+        plain, normalise = copy.deepcopy(engine.module), engine.normalise
+        for batch in batches:
+            loss = functional.cross_entropy(plain(normalise(batch.images)), batch.labels, reduction="sum") / batch.total
+            loss.backward()
+        engine.step(batches, 0.1)
+        with torch.no_grad():
+            for weights in plain.parameters():
+                assert weights.grad is not None
+                weights.sub_(0.1 * weights.grad)
+        parameters = dict(plain.named_parameters())
+        apart = distance(engine, parameters)
+        assert apart < 1e-4, f"three micro-batches end {apart:.1e} from the plain gradient's weights"
+        told = f"three micro-batches end {apart:.0e} from the plain gradient's weights"
+        if ctx.device.type != "cuda":
+            return Found(f"{told}; graphs need a GPU")
+        try:
+            graphed = make_engine(ctx, optim, replace(exact, compile="on", compile_mode="reduce-overhead"))
+            for _ in range(3):  # from the second step on the graph is replayed
+                graphed.step(batches, 0.0)
+            graphed.step(batches, 0.1)
+        except UserError as refusal:
+            return Found(f"{told}; graphs are refused: {refusal}")
+        apart = distance(graphed, parameters)
+        assert apart < 1e-3, f"graphed micro-batches end {apart:.1e} from the plain gradient's weights"
+    return Found(f"{told}, graphed {apart:.0e}")
+
+
+def fit_memory() -> Found:
+    with open_dist_context() as ctx:
+        if ctx.device.type != "cuda":
+            raise Skip("there is no GPU whose memory could run out")
+        engine = make_engine(ctx)
+        free_bytes, _ = torch.cuda.mem_get_info()
+        side = common.SCALE.size_px
+        rows = max(free_bytes // (side * side * 3 * 4 * 8), 2)  # far more than the activations of a network leave free
+        engine.fit_memory(rows, side)
+        pieces = engine.chunks_per_micro_batch
+        assert pieces > 1, f"{rows} images fit at once, so nothing was tried"
+        sums = engine.step([noise(ctx, rows=rows)], 1e-3)
+        assert torch.isfinite(sums).all(), sums.tolist()
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    return Found(f"{rows} images of {side} px in {pieces} pieces, at most {peak_gib:.1f} GiB")
+
+
+def deepspeed() -> Found:
+    import deepspeed as _  # noqa: F401
+
+    from trainer.engine.deepspeed import DeepSpeedEngine
+    from trainer.model.normalize import Normalise
+    from trainer.model.resnet import ModelConfig, build_resnet
+
+    told = []
+    with open_dist_context() as ctx:
+        batches = [noise(ctx, seed) for seed in range(5)]
+        ddp = make_engine(ctx, engine=replace(EAGER, precision="fp32"))
+        for batch in batches:
+            ddp.step([batch], 1e-2)
+        for stage in (0, 1, 2):
+            torch.manual_seed(0)
+            engine = DeepSpeedEngine(
+                build_resnet(ModelConfig(width=common.SCALE.width), CLASSES),
+                Normalise(common.MEAN, common.STD, ctx.device),
+                replace(EAGER, name="deepspeed", zero_stage=stage, precision="fp32"),
+                OptimConfig(),
+                ctx,
+            )
+            for batch in batches:
+                sums = engine.step([batch], 1e-2)
+                assert torch.isfinite(sums).all(), f"stage {stage}: {sums.tolist()}"
+            apart = distance(engine, {name: value for name, value in states(ddp).items() if "num_" not in name})
+            assert apart < 1e-2, f"stage {stage} ends {apart:.1e} from DDP's weights"
+            told.append(f"{stage}: {apart:.0e}")
+    return Found(f"five steps from DDP's weights, by stage {', '.join(told)}")
+
+
+def states(engine: Engine) -> dict[str, Tensor]:
+    return engine.module.state_dict()
+
+
+def differing(engine: Engine, others: Mapping[str, Tensor]) -> list[str]:
+    """List the tensors that are not the same to the bit."""
+    return [name for name, value in states(engine).items() if not torch.equal(value, others[name])]
+
+
+def distance(engine: Engine, others: Mapping[str, Tensor]) -> float:
+    """Find the largest distance of a tensor from its counterpart, relative to that."""
+    ours = states(engine)
+    return max(
+        float((ours[name].float() - value.detach().float()).norm() / value.detach().float().norm().clamp(min=1e-6))
+        for name, value in others.items()
+    )
