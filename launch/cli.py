@@ -9,6 +9,7 @@ from data_pipeline.common.errors import UserError, require
 COMMANDS = {
     "local": ("launch.local", "main", "train on this machine, one process for each GPU"),
     "submit": ("launch.slurm.submit", "main", "hand a run to SLURM"),
+    "check-nodes": ("launch.slurm.check_nodes", "main", "accept a cluster: each node, and the network between them"),
     "sweep": ("launch.sweep.cli", "main", "a run for each of many settings, as a job array or here"),
     "summary": ("launch.sweep.summary", "main", "what a sweep has found: a table and a plot"),
     "status": ("launch.runs", "status", "a table of the runs that were submitted"),
@@ -88,5 +89,5 @@ def _completion(shell: str) -> str:
 
 
 def _index(prog: str, commands: dict[str, str]) -> str:
-    lines = [f"  {command:10} {what}" for command, what in commands.items()]
+    lines = [f"  {command:11} {what}" for command, what in commands.items()]
     return "\n".join([f"usage: {prog} COMMAND ...", "", *lines, "", f"{prog} COMMAND --help says more."])

@@ -37,7 +37,7 @@ def test_a_page_keeps_its_promises(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), f"link to {target}"
     for module in re.findall(r"-m ((?:trainer|data_pipeline|launch|tests)[\w.]*\w)", text):
         assert find_spec(module), f"python -m {module}"
-    for command in re.findall(r"(?:python -m launch|`launch) (\w+)", text):
+    for command in re.findall(r"(?:python -m launch|`launch) ([a-z][\w-]*)", text):
         assert command in COMMANDS, f"launch {command}"
     known = options()
     for option in re.findall(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.conftest import HOSTILE_NAMES
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.runs import ROOT, checkpoint, dotted, render_images, rows, settings_of
 from tests.support.wandb_backend import wandb_rows
+from trainer.check.results import read
 from trainer.checkpoint.store import Store
 
 pytestmark = pytest.mark.slow
@@ -333,6 +335,22 @@ def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
     cluster.eventually(lambda: state() == "COMPLETED", log.read_text)
     assert Store(run).progress().finished
     assert f"resuming {run} at step" in log.read_text()
+
+
+@pytest.mark.slow
+def test_check_of_all_nodes(cluster: Cluster, base: Path) -> None:
+    """Each node by itself, in an allocation of our own, then all ranks together."""
+    out = base / "it's 100% checked"
+    options = ["--profile", "dev", "--out", str(out)]
+    done = cluster.launch("check-nodes", *options, "--", "--only", "fit memory", "loader speed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for node in ("127.0.1.1", "127.0.1.2"):
+        assert [one.state for one in read(out / node)] == ["pass", "skipped"]
+        assert f"{node}: 1 pass, 0 FAIL, 1 skipped\n" in done.stdout
+    assert re.search(r"^slow(est)? node\S* .*127\.0\.1\.\d, \d+% of the others in ", done.stdout, re.M), done.stdout
+    assert "rank 3: 127.0.1.2, cpu\n" in done.stdout
+    assert re.search(r"^slowest pair: ranks \d and \d on 127\.0\.1\.\d", done.stdout, re.M), done.stdout
+    assert (out / "summary.txt").read_text() in done.stdout
 
 
 @pytest.mark.parametrize("name", [*HOSTILE_NAMES, "x\n#SBATCH --comment=y\ntouch z"])

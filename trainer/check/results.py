@@ -33,7 +33,7 @@ class Result:
     state: str
     """PASS, FAIL or SKIPPED."""
     told: str
-    """What was measured, or the reason."""
+    """Measurement, or the reason."""
     seconds: float
     figures: dict[str, float] = field(default_factory=dict)
 
