@@ -51,7 +51,7 @@ def test_images_go_through_in_channels_last(name: ModelName) -> None:
     assert all(layouts) and len(layouts) > 30
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "muon"])
 def test_updates_stay_on_the_device(name: OptimizerName) -> None:
     """An update that asked the GPU for a number would make each step wait for it; a fake tensor has none to give."""
     model = network()
