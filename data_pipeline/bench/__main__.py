@@ -13,7 +13,7 @@ def main() -> None:
     cfg = DataConfig(**args.data)
     with progress("starting"):
         from data_pipeline.bench.cli import bench
-    bench(cfg, args.sizes, args.out, args.minutes)
+    bench(cfg, args.sizes, args.out, args.minutes, sources=args.sources)
 
 
 if __name__ == "__main__":

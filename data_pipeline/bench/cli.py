@@ -5,6 +5,7 @@ as many threads or processes as there are processors. Each runs in a process of 
 round; outside its turn a loader is stopped, with its children. So no loader works ahead in another's time, and a
 machine that slows down slows them all. A loader's CPU time is that of its process and its children. There are as many
 rounds as fit into --minutes. If the benchmark is broken off, it reports and keeps its measurements so far.
+With --sources the contestants are our own loader, on the same images in each layout.
 """
 
 import importlib.util
@@ -26,6 +27,7 @@ import torch
 
 from data_pipeline.bench.budget import MINUTES, reported, rounds_within
 from data_pipeline.bench.peers import CONTESTANTS, OURS, Task, copy_sample
+from data_pipeline.bench.sources import SOURCES, write_sources
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.worker_pool import progress
@@ -109,7 +111,7 @@ def _serve(name: str, task: Task, orders: Connection) -> None:
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError):
         try:
-            delivery = CONTESTANTS[name].deliver(task)
+            delivery = (CONTESTANTS | SOURCES)[name].deliver(task)
             next(delivery)  # now, so that no start-up falls into a turn
             orders.send(None)
             while True:
@@ -157,12 +159,15 @@ def measure(
     minutes: float = MINUTES,
     images: int = TURN,
     sample: int = SAMPLE,
+    sources: bool = False,
 ) -> None:
-    """Measure the contestants and append a row for each turn. Raises `UserError`."""
+    """Measure the contestants, or with `sources` our own in all layouts; append a row for each turn. Raises `UserError`."""
     deadline_s = time.monotonic() + 60 * minutes
     with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder:
-        copy_sample(cfg, Path(folder), sample)
-        names = _installed()
+        copy_sample(cfg, Path(folder, "folders") if sources else Path(folder), sample)
+        if sources:
+            write_sources(Path(folder))
+        names = list(SOURCES) if sources else _installed()
         # Sizes share the time evenly; within a size the contestants take turns.
         for place, size_px in enumerate(sizes_px):
             now_s = time.monotonic()
@@ -205,7 +210,7 @@ def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
             runner.wait_until_ready()
             ready.append(runner)
         except UserError as error:
-            if runner.name == OURS:
+            if runner.name == names[0]:  # the others are compared with it
                 raise
             print(f"left out: {error}", file=sys.stderr)
     return ready
@@ -215,8 +220,8 @@ def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:
 
 
 def summary(turns: pd.DataFrame) -> pd.DataFrame:
-    """Make a row for each size and loader: medians and ranges, and its CPU time over ours, round by round."""
-    ours = turns[turns.loader == OURS].set_index(["size_px", "round"]).cpu_ms.rename("ours")
+    """Make a row for each size and loader: medians and ranges, and its CPU time over the first one's, round by round."""
+    ours = turns[turns.loader == turns.loader.iloc[0]].set_index(["size_px", "round"]).cpu_ms.rename("ours")
     turns = turns.join(ours, on=["size_px", "round"])
     turns["ratio"] = turns.cpu_ms / turns.ours
     groups = turns.groupby(["size_px", "loader"], sort=False)
@@ -242,7 +247,7 @@ def table(summed: pd.DataFrame) -> str:
             "loader": summed.loader,
             "images/s": cells("images_per_s", 0),
             "CPU ms/image": cells("cpu_ms", 3),
-            "CPU over ours": cells("ratio", 2),
+            f"CPU over {'ours' if summed.loader[0] == OURS else summed.loader[0]}": cells("ratio", 2),
         }
     ).to_string(index=False)
 
@@ -278,11 +283,11 @@ def write(turns: pd.DataFrame, out: Path) -> None:
     replace_file(out / "bench.png", plot(summary(turns)))
 
 
-def bench(cfg: DataConfig, sizes_px: list[int], out: Path | None, minutes: float) -> None:
+def bench(cfg: DataConfig, sizes_px: list[int], out: Path | None, minutes: float, *, sources: bool = False) -> None:
     """Measure, print, and write to the folder `out` if given. Raises `UserError`."""
     rows: list[Row] = []
     with reported(lambda why: report(rows, out, why)):
-        measure(cfg, sizes_px, rows, minutes=minutes)
+        measure(cfg, sizes_px, rows, minutes=minutes, sources=sources)
 
 
 def report(rows: list[Row], out: Path | None, why: str) -> None:

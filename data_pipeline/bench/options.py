@@ -18,6 +18,11 @@ def parse(arguments: list[str]) -> Any:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="Longest time: rounds become fewer to end in it."
     )
+    parser.add_argument(
+        "--sources",
+        action="store_true",
+        help="Compare our own loader on the same images in class folders, a pack, tars, zip files and Parquet.",
+    )
     parser.add_argument("--out", help="A folder for bench.csv and bench.png; nothing is written if not given.")
     args = cli.parse(parser, arguments)
     args.sizes = sizes_of(args.sizes)

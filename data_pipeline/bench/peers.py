@@ -48,7 +48,12 @@ Delivery = Iterator[int]
 
 
 def _sluice(task: Task) -> Delivery:
-    cfg = DataConfig(path=str(task.folder), batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
+    return ours(task, task.folder)
+
+
+def ours(task: Task, path: Path) -> Delivery:
+    """Deliver the images in any of the layouts."""
+    cfg = DataConfig(path=str(path), batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
     loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(cores=task.workers), training=True, epochs=1 << 30)
     for epoch in range(1 << 30):
         loader.seek(Cursor(epoch))
@@ -168,6 +173,7 @@ def copy_sample(cfg: DataConfig, folder: Path, count: int) -> None:
         len(streams) >= BATCH,
         f"data.path: {cfg.path} has {len(streams)} JPEGs for training; give a dataset with {BATCH} or more",
     )
+    folder.mkdir(exist_ok=True)
     np.random.default_rng(0).shuffle(streams)
     with ExitStack() as stack:
         shards = [stack.enter_context(tarfile.open(folder / f"shard-{n:02}.tar", "w")) for n in range(_SHARDS)]

@@ -16,6 +16,7 @@ from data_pipeline.bench import cli as bench
 from data_pipeline.bench import peers
 from data_pipeline.bench.__main__ import main
 from data_pipeline.bench.options import sizes_of
+from data_pipeline.bench.sources import SOURCES
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from tests.conftest import encode, picture
@@ -52,6 +53,15 @@ def test_every_loader_delivers_what_is_asked_of_it(turns: pd.DataFrame) -> None:
     # Ours counts no padding, so its batches are not all of the same size.
     assert turns.images.between(2 * peers.BATCH, 3 * peers.BATCH, inclusive="left").all()
     assert (turns.size_px == 24).all() and (turns.wall_s > 0).all() and (turns.cpu_s > 0).all()
+
+
+@pytest.mark.slow
+def test_our_loader_delivers_from_every_source(images: Path) -> None:
+    rows: list[bench.Row] = []
+    bench.measure(DataConfig(path=str(images)), [24], rows, rounds=1, images=peers.BATCH, sources=True)
+    turns = bench.turns_of(rows)
+    assert turns.loader.to_list() == list(SOURCES)
+    assert (turns.cpu_s > 0).all() and "CPU over class folders" in bench.table(bench.summary(turns))
 
 
 def test_what_is_written(turns: pd.DataFrame, tmp_path: Path) -> None:
