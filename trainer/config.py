@@ -135,6 +135,10 @@ class Config:
         if self.run.name is None:
             object.__setattr__(self, "run", replace(self.run, name=_name_of(self.data.path)))
         check_deepspeed(self.engine, self.optim)
+        require(
+            self.data.balance == "none" or self.optim.class_weights != "balanced",
+            f"optim.class_weights: balanced does again what data.balance {self.data.balance} does; leave one of them out",
+        )
         for option in ("freeze_until", "head_only", "freeze_bn"):
             value = getattr(self.model, option)
             require(

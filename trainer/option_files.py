@@ -73,4 +73,5 @@ def _word(node: yaml.ScalarNode, kind: Any) -> str | None:
     written = node.value.lower()
     same = [word for word in words if word == written]
     meant = [word for spellings, names in _SWITCHES if written in spellings for word in names if word in words]
-    return next(iter([*same, *meant]), node.value)
+    otherwise = None if any(get_origin(one) is list for one in kinds) else node.value  # an item of a list is none
+    return next(iter([*same, *meant]), otherwise)

@@ -30,6 +30,7 @@ from trainer.engine.compilation import check_device
 from trainer.engine.compile_cache import keep_compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
+from trainer.engine.loss import with_class_weights
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ResNet, build_resnet, freeze
@@ -104,6 +105,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         # Mistakes that would show only later.
         _check_extension(cfg, train, progress)
         _check_batches(cfg, classes, ctx)
+        with_class_weights(cfg.optim, train.catalog)
         for loader in (train, val):
             limit_bad(loader)
         ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
@@ -133,7 +135,8 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     if cfg.model.whiten and not start.newest:
         first_px = cfg.data.size_at(0, cfg.run.epochs)
         ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
-    engine = engine_for(replace(cfg, engine=start.engine), model, ctx)
+    optim = with_class_weights(cfg.optim, catalog)
+    engine = engine_for(replace(cfg, engine=start.engine, optim=optim), model, ctx)
     if start.newest:
         engine.load(start.newest)
     metadata = {
@@ -194,6 +197,10 @@ def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterato
     for catalog in (start.train.catalog, start.val.catalog):
         for path, why in catalog.bad.items():
             yield f"left out {catalog.root / path}: {why}"
+    if cfg.optim.class_weights == "balanced":
+        factors = with_class_weights(cfg.optim, start.train.catalog).class_weights
+        ends = sorted(zip(map(float, factors), start.train.catalog.classes, strict=True))[:: len(factors) - 1]
+        yield "optim.class_weights balanced: " + " to ".join(f"{factor:.3g} ({name})" for factor, name in ends)
     if weights:
         yield weights
     if start.newest:

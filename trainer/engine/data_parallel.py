@@ -41,6 +41,9 @@ class DataParallel(ABC):
         """Network that is evaluated and saved."""
         self.autocast = Autocast(cfg.precision, ctx.device)
         self.early_statistics = EarlyStatistics(self.module)
+        self.class_weights = (
+            None if isinstance(optim.class_weights, str) else torch.tensor(optim.class_weights, device=ctx.device)
+        )
         self.updates = 0
         self.copy = HostCopy()
 
@@ -53,7 +56,7 @@ class DataParallel(ABC):
             with self.early_statistics(), self._accumulating(last=number == len(chunks)):
                 with Phase("forward"):
                     logits = self._logits(batch.images)
-                losses = training_loss(logits, batch, self.optim)
+                losses = training_loss(logits, batch, self.optim, self.class_weights)
                 with Phase("backward"):
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)

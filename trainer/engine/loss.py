@@ -1,23 +1,46 @@
 """Training loss, and counts of right answers beside it."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.batch import IGNORE_LABEL, Batch
+from data_pipeline.common.errors import require
+from data_pipeline.sources.catalog import Catalog
 from trainer.optim.config import OptimConfig
 
 PRESENT = 0.2
 """Share of a mixed image above which the binary loss takes its class to be there, as in timm's recipes with this loss."""
 
 
-def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
-    """Sum `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7)."""
+def with_class_weights(optim: OptimConfig, train: Catalog) -> OptimConfig:
+    """Put numbers in place of `class_weights: balanced`. Raises `UserError` where a list is not of these classes."""
+    classes, weights = train.classes, optim.class_weights
+    if weights == "balanced":
+        counts = np.bincount(train.labels, minlength=len(classes))
+        mean = counts.sum() / (counts > 0).sum()
+        return replace(optim, class_weights=np.where(counts > 0, mean / counts.clip(1), 0.0).tolist())
+    require(
+        isinstance(weights, str) or len(weights) == len(classes),
+        f"optim.class_weights: {len(weights)} factors for {len(classes)} classes; give one for each of "
+        f"{', '.join(classes[:5])}{', …' * (len(classes) > 5)}, or balanced",
+    )
+    return optim
+
+
+def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig, weights: Tensor | None = None) -> Tensor:
+    """Sum `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7).
+
+    `weights` [classes] are factors of each class's part of the cross-entropy; of the binary loss of each image, by its class.
+    """
     targets = batch.labels if batch.targets is None else batch.targets
     smoothing = optim.label_smoothing
     if optim.loss == "cross_entropy":
         losses = functional.cross_entropy(
-            logits, targets, ignore_index=IGNORE_LABEL, label_smoothing=smoothing, reduction="none"
+            logits, targets, weight=weights, ignore_index=IGNORE_LABEL, label_smoothing=smoothing, reduction="none"
         )
     else:
         classes = logits.shape[1]
@@ -25,6 +48,8 @@ def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
             targets = functional.one_hot(targets.clamp_min(0), classes)
         present = (targets > PRESENT).to(logits.dtype) * (1 - smoothing) + smoothing / classes
         losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
+        if weights is not None:
+            losses = losses * (targets.to(logits.dtype) @ weights)
     # Rows without any target have a loss too, by label smoothing or as images of no class.
     return torch.where(batch.labels != IGNORE_LABEL, losses, 0).sum()
 

@@ -67,6 +67,11 @@ class OptimConfig:
     """Loss of training: cross-entropy, or binary cross-entropy for each class, present or not, also in mixed images
     (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy."""
 
+    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    """Factors of the loss by class: none; balanced, the mean number of training images of a class over that of this one; or
+    a list with one for each class, in the order of the classes. In mixed images, and for label smoothing, each class's
+    share has its own. They are not normalised: a mean of 1 over the images keeps the learning rate's meaning."""
+
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes, from 0 to below 1."""
 
@@ -77,6 +82,7 @@ class OptimConfig:
     """Micro-batches per optimizer step."""
 
     def __post_init__(self) -> None:
+        weights = self.class_weights
         late = all(milestone >= self.warmup for milestone in self.milestones)
         rules = (
             ("name", self.name in get_args(OptimizerName), f"is unknown; choose one of {_listed(OptimizerName)}"),
@@ -120,6 +126,11 @@ class OptimConfig:
             ("layer_decay", 0 < self.layer_decay <= 1, "is out of range; give a factor above 0, or 1 for none"),
             ("clip_norm", 0 <= self.clip_norm < math.inf, "is out of range; give a norm above 0, or 0 for none"),
             ("loss", self.loss in get_args(Loss), f"is unknown; choose one of {_listed(Loss)}"),
+            (
+                "class_weights",
+                isinstance(weights, str) or (all(0 <= weight < math.inf for weight in weights) and any(weights)),
+                "is no list of factors; give a number from 0 for each class, not all 0",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
             ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per optimizer step"),

@@ -26,6 +26,7 @@ DDP = EngineConfig(precision="fp32")
 ZERO = [EngineConfig("deepspeed", stage, "fp32") for stage in (0, 1, 2, 3)]
 SGD, ADAMW = OptimConfig(lr=0.1, weight_decay=1e-2), OptimConfig(name="adamw", lr=1e-2, weight_decay=1e-2)
 CLIPPED = OptimConfig(lr=0.1, clip_norm=0.2, accumulate=2)
+WEIGHTED = OptimConfig(lr=0.1, class_weights=[0.5 + number for number in range(CLASSES)])
 AVERAGED = OptimConfig(lr=0.05, ema_decay=0.9)
 
 
@@ -101,7 +102,13 @@ def check_weights(ctx: DistContext, folder: Path) -> None:
     """DeepSpeed's weights are DDP's bit for bit where nothing is divided, and else up to the rounding of fp32: torch's
     fused kernels round a flat tensor otherwise than the ends of many, and norms and micro-batches are summed otherwise.
     """
-    for optim, name in ((SGD, "sgd"), (ADAMW, "adamw"), (CLIPPED, "clipped"), (AVERAGED, "averaged")):
+    for optim, name in (
+        (SGD, "sgd"),
+        (ADAMW, "adamw"),
+        (CLIPPED, "clipped"),
+        (WEIGHTED, "weighted"),
+        (AVERAGED, "averaged"),
+    ):
         reference = build(DDP, optim, ctx, net())
         wanted_sums = train(reference, ctx, optim.accumulate)
         wanted = saved(reference, ctx, folder / f"{name} ddp")

@@ -466,6 +466,10 @@ def test_ema_decay_rises_to_its_limit() -> None:
         ({"layer_decay": 1.1}, "optim.layer_decay: 1.1 is out of range; give a factor above 0, or 1 for none"),
         ({"gamma": 0.0}, "optim.gamma: 0.0 is out of range; give a factor above 0 and at most 1"),
         ({"clip_norm": -1.0}, "optim.clip_norm: -1.0 is out of range; give a norm above 0, or 0 for none"),
+        (
+            {"class_weights": [1.0, -1.0]},
+            "optim.class_weights: [1.0, -1.0] is no list of factors; give a number from 0 for each class, not all 0",
+        ),
         ({"label_smoothing": 1.0}, "optim.label_smoothing: 1.0 is out of range; give a share from 0 to below 1"),
         ({"ema_decay": 1.0}, "optim.ema_decay: 1.0 is out of range; give a decay below 1, or 0 for no average"),
         ({"accumulate": 0}, "optim.accumulate: 0 is not positive; give 1 or more micro-batches per optimizer step"),
