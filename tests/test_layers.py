@@ -202,6 +202,7 @@ def test_an_engine_needs_torch_alone() -> None:
         "pandas",
         "timm",
         "safetensors",
+        "psutil",
     }
 
 

@@ -4,8 +4,6 @@ import ipaddress
 import socket
 from typing import NamedTuple
 
-import psutil
-
 
 class View(NamedTuple):
     """Addresses of a process and of the host where all ranks meet, as this process sees them."""
@@ -37,6 +35,8 @@ def interface(own: View, everyone: list[View]) -> str | None:
     reach. The way to the meeting place is open, as all ranks have met there. Only its own host may know that place by a
     loopback address; then another rank says which of its addresses the others use.
     """
+    import psutil  # here, so that a single process needs no more than torch
+
     address = own.own
     if _is_loopback(address):
         address = next((one.meeting for one in everyone if not _is_loopback(one.meeting)), address)

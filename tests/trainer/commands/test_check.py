@@ -56,6 +56,30 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits.seen == {"_local_scalar_dense": 1, "equal": 1}
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "warning\n[rank1]: ValueError: no\n[rank0]: OSError: yes\nE1129 torch: failed (exitcode: 1)\n",
+            "ValueError: no",
+        ),
+        ("error: data.path: nope\n", "error: data.path: nope"),
+        ("Killed\n\n", "Killed"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_error_is_found_in_what_torchrun_says(said: str, told: str) -> None:
+    assert common.complaint(said) == told
+
+
+def test_a_package_that_a_process_misses_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("import nowhere.at_all")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ModuleNotFoundError) as missing:
+        common.run_module("broken")
+    assert missing.value.name == "nowhere"
+
+
 def _join(rank: int, file: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

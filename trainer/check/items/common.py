@@ -1,5 +1,6 @@
 """Sizes and helpers that the items share. Nothing here needs DALI."""
 
+import re
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ class Scale:
 
 
 GPU = Scale(batch=256, size_px=224, width=1.0, images=4096, steps=20, values=25_000_000)
-CPU = Scale(batch=8, size_px=64, width=0.5, images=256, steps=2, values=2_500_000)
+CPU = Scale(batch=8, size_px=64, width=0.25, images=256, steps=2, values=2_500_000)
 SCALE = GPU if gpu_count() else CPU
 
 
@@ -100,15 +101,21 @@ def rate(act: Callable[[], float], ctx: DistContext, rounds: int = 3) -> float:
 def run_module(module: str, *arguments: str, ranks: int = 1) -> str:
     """Run `python -m module arguments` to its end, in several processes if so asked; returns what it prints.
 
-    Raises RuntimeError with its last words.
+    Raises RuntimeError with its error, and ModuleNotFoundError where it misses a package.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, errors="replace", env=alone())
     if ran.returncode:
-        raise RuntimeError(f"{module} ended with {ran.returncode}: {last_words(ran.stderr)}")
+        missing = re.search(r"ModuleNotFoundError: (No module named '(.+?)')", ran.stderr)
+        if missing:
+            raise ModuleNotFoundError(missing[1], name=missing[2])
+        raise RuntimeError(f"{module} ended with {ran.returncode}: {complaint(ran.stderr)}")
     return ran.stdout
 
 
-def last_words(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+def complaint(text: str) -> str:
+    """Find the error in what a process has said: torchrun goes on behind it."""
+    errors = re.findall(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|error): .+)$", text, re.M)
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return (errors or said[-1:] or ["it said nothing"])[0]

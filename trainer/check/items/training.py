@@ -51,7 +51,7 @@ def optimizers() -> Found:
 def available() -> list[OptimizerName]:
     """List the optimizers whose packages are installed."""
     try:
-        import timm as _  # noqa: F401
+        import timm.optim.lars as _  # noqa: F401
     except ModuleNotFoundError:
         return [name for name in OPTIMIZERS if name not in OF_TIMM]
     return list(OPTIMIZERS)

@@ -20,7 +20,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import open_catalog
 from trainer.check.cli import alone
 from trainer.check.items import common
-from trainer.check.items.common import last_words, make_engine, run_module, small_dataset
+from trainer.check.items.common import complaint, make_engine, run_module, small_dataset
 from trainer.check.results import Found
 from trainer.config import load
 from trainer.distributed import DistContext, open_dist_context
@@ -62,8 +62,8 @@ def kill_and_resume() -> Found:
         while first.poll() is None and not (run / "checkpoints/last").exists():
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
-        _, complaint = first.communicate()
-        assert (run / "checkpoints/last").exists(), f"no checkpoint came: {last_words(complaint)}"
+        _, said = first.communicate()
+        assert (run / "checkpoints/last").exists(), f"no checkpoint came: {complaint(said)}"
         saved = json.loads((run / "checkpoints/last/progress.json").read_text())["step"]
         assert 0 < saved < STEPS, f"it was at step {saved} of {STEPS} when it was killed"
         # The same command must go on, and the result must be usable.
