@@ -151,6 +151,9 @@ class DataConfig:
     quarantine: str | None = None
     """List of files to leave out, as `python -m data_pipeline.verify --quarantine FILE` writes it: one path in a line,
     relative to data.path."""
+    shuffle_shards: int = 0
+    """Number of shards whose images are mixed at a time, the shards in random order: for sets that are larger than the cache.
+    0 mixes all images of an epoch."""
     batch: int | list[int] = 64
     """Global batch: images in an optimizer step, over all ranks and micro-batches. A list gives each of its batches an
     equal share of the epochs, in order, as data.size_px does."""
@@ -201,6 +204,10 @@ class DataConfig:
         require(
             len(self.batches) > 0 and min(self.batches) > 0,
             f"data.batch: {self.batch} is not positive; give the number of images per optimizer step",
+        )
+        require(
+            self.shuffle_shards >= 0,
+            f"data.shuffle_shards: {self.shuffle_shards} is negative; give a number of shards, or 0 to mix all images",
         )
         sizes = self.sizes_px + ([] if self.eval_size_px is None else [self.eval_size_px])
         require(

@@ -31,7 +31,7 @@ from data_pipeline.sharding import (
     shard_batch,
     steps_per_epoch,
 )
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog, check_shards, open_catalog
 
 
 class Loader:
@@ -62,6 +62,8 @@ class Loader:
         self.training, self.seed, self.epochs = training, seed, epochs
         self.micro_batches = accumulate if training else 1
         self.cursor = Cursor()
+        if training and cfg.shuffle_shards:
+            check_shards(self.catalog, cfg.shuffle_shards)
         self._mixes = training and cfg.augment.mixes
         self._shardings = {batch: self._shard(batch) for batch in cfg.batches}
         self._reader = ReadAhead(self.catalog, self.rank_info.rank)
@@ -138,7 +140,11 @@ class Loader:
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
         if not self.training:
             return np.arange(len(self.catalog))
-        return sampling.epoch_order(self.seed, epoch, self.catalog.labels, self.cfg.augment.repeats, self.cfg.balance)
+        cfg, labels = self.cfg, self.catalog.labels
+        shards = self.catalog.spans[:, 0] if cfg.shuffle_shards else None
+        return sampling.epoch_order(
+            self.seed, epoch, labels, cfg.augment.repeats, cfg.balance, shards, cfg.shuffle_shards
+        )
 
     def _hashes_of_samples(self) -> Future[NDArray[np.int64]]:
         """The hash of every sample, found in another thread from the first call on."""

@@ -35,13 +35,19 @@ def philox(seed: int, stream: int, epoch: int, position: int = 0) -> np.random.P
     return np.random.Philox(key=[seed, stream], counter=[0, 0, position, epoch])
 
 
-def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int64]:
+def order(
+    seed: int, epoch: int, count: int, repeats: int = 1, shards: NDArray[np.int64] | None = None, window: int = 1
+) -> NDArray[np.int64]:
     """Draw [count] sample indices in the order in which the epoch reads them.
+
+    With `shards` [count], the shard of each sample, these come in random order, and the samples of `window` shards at a time
+    are mixed; otherwise all are mixed.
 
     With `repeats` (Hoffer et al. 2020, arXiv 1901.09335) each index stands there so many times, close together. One
     permutation serves `repeats` epochs, and each reads its share: a b c a b c d e f d e f ... where `repeats` is 2.
     """
-    permutation = np.random.Generator(philox(seed, ORDER, epoch // repeats)).permutation(count)
+    draw = np.random.Generator(philox(seed, ORDER, epoch // repeats))
+    permutation = draw.permutation(count) if shards is None else _by_windows(draw, shards, window)
     if repeats == 1:
         return permutation
     positions = epoch % repeats * count + np.arange(count)  # in the order of all `repeats` epochs
@@ -50,11 +56,19 @@ def order(seed: int, epoch: int, count: int, repeats: int = 1) -> NDArray[np.int
 
 
 def epoch_order(
-    seed: int, epoch: int, labels: NDArray[np.int64], repeats: int = 1, balance: Balance = "none"
+    seed: int,
+    epoch: int,
+    labels: NDArray[np.int64],
+    repeats: int = 1,
+    balance: Balance = "none",
+    shards: NDArray[np.int64] | None = None,
+    window: int = 1,
 ) -> NDArray[np.int64]:
-    """Draw [N] sample indices in the order in which the epoch reads them, of N samples with these labels."""
-    positions = order(seed, epoch, len(labels), repeats)
-    return positions if balance == "none" else balanced(seed, epoch // repeats, labels, balance)[positions]
+    """Draw [N] sample indices in the order in which the epoch reads them, of N samples with these labels, in these shards."""
+    if balance == "none":
+        return order(seed, epoch, len(labels), repeats, shards, window)
+    chosen = balanced(seed, epoch // repeats, labels, balance)
+    return chosen[order(seed, epoch, len(labels), repeats, None if shards is None else shards[chosen], window)]
 
 
 def quotas(counts: NDArray[np.int64], balance: Balance) -> NDArray[np.int64]:
@@ -89,6 +103,11 @@ def _piece(seed: int, label: int, members: NDArray[np.int64], start: int, count:
     draws = np.random.Generator(bits).random((last - first + 1, 4 * width))[:, : len(members)]
     row = members[draws.argsort(axis=1, kind="stable")].ravel()
     return row[start - first * len(members) :][:count]
+
+
+def _by_windows(draw: np.random.Generator, shards: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    turns = draw.permutation(int(shards.max(initial=0)) + 1)[shards]
+    return np.lexsort((draw.random(len(shards)), turns // window))
 
 
 def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_pipeline import sampling
 from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import Workers, check_workers, progress
@@ -45,6 +46,8 @@ class PackConfig:
     """JPEG quality of the images that are encoded anew, 1 to 95."""
     shard_size: str = "256MB"
     """Largest size of a shard, such as 256MB or 1GiB; a bare number counts images instead."""
+    shuffle: bool = False
+    """Mix the training images first, always in the same way, so that each shard holds all classes (for data.shuffle_shards)."""
 
     def __post_init__(self) -> None:
         require(
@@ -57,6 +60,12 @@ class PackConfig:
             amount * _UNITS[unit] >= (1 if unit == "" else 10**5),
             f"--shard-size: {self.shard_size} is too little; give 100KB or more, or a number of images",
         )
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Options as the pack's manifest has them."""
+        plan = asdict(self)
+        return plan if self.shuffle else {name: value for name, value in plan.items() if name != "shuffle"}
 
     @property
     def shard_bytes(self) -> float:
@@ -142,9 +151,12 @@ def pack(
             f"DST: {dst} lies among the images of SRC; give a folder elsewhere",
         )
     print_summary(cfg, catalogs["train"], catalogs["val"])
+    if options.shuffle:
+        train = catalogs["train"]
+        catalogs["train"] = train.part(sampling.order(0, 0, len(train)).tolist())
     # Errors while reading the images are handled there; an OSError here is of the destination.
     try:
-        manifest = _pack(Workshop(dst, asdict(options), catalogs), options, workers)
+        manifest = _pack(Workshop(dst, options.plan, catalogs), options, workers)
     except OSError as error:
         raise UserError(
             f"DST: cannot write {dst} ({error.strerror}); mend that, and the same command goes on after the last whole shard"
@@ -262,9 +274,14 @@ def main() -> None:
         default=defaults.shard_size,
         help="Most bytes in a shard, as 256MB; a bare number counts images.",
     )
+    parser.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="Mix the training images, so that each shard holds all classes; for data.shuffle_shards.",
+    )
     parser.add_argument("--workers", type=int, help="Processes; as many as processors if not given.")
     args = parse(parser, sys.argv[1:])
-    options = PackConfig(args.short_side, args.quality, args.shard_size)
+    options = PackConfig(args.short_side, args.quality, args.shard_size, args.shuffle)
     dst = Path(args.dst)
     check_workers(args.workers)
     manifest, faults = pack(DataConfig(path=args.src, **args.data), dst, options, args.workers)

@@ -261,10 +261,10 @@ def _digest(catalog: Catalog) -> str:
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     if old["version"] != new["version"]:
         return f"in version {old['version']} of the format, now {new['version']}"
-    for name, value in new["options"].items():
-        was = old["options"].get(name)
-        if was != value:
-            return f"--{name.replace('_', '-')} was {was}, now {value}"
+    for name in {**old["options"], **new["options"]}:
+        was, now = old["options"].get(name), new["options"].get(name)
+        if was != now:
+            return f"--{name.replace('_', '-')} was {was}, now {now}"
     for split, digest in new["sources"].items():
         if old["sources"].get(split) != digest:
             return f"from other {split} images than there are now"

@@ -170,6 +170,16 @@ def test_published_layouts_are_their_class_folders(layout: str, folders: Path, t
     assert equal(epoch_of(ours, 2, "val"), epoch_of(theirs, 1, "val"))
 
 
+def test_neither_ranks_nor_a_stop_change_an_order_by_shards(folders: Path, tmp_path: Path) -> None:
+    pack(DataConfig(str(folders)), tmp_path / "pack", PackConfig(shard_size="9", shuffle=True), workers=1)
+    cfg = replace(with_options(DataConfig(str(tmp_path / "pack")), {}), shuffle_shards=2)
+    whole = epoch_of(cfg, 1)
+    assert sorted(whole[2].tolist()) == list(range(44)) and len(set((whole[2][:18] // 9).tolist())) == 2
+    for world in (2, 4):
+        assert equal(epoch_of(cfg, world), whole)
+        assert equal(epoch_of(cfg, world, seen=STOP), [column[STOP:] for column in whole]), world
+
+
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_no_augmentation_minds_a_stop_and_other_ranks(name: str, folders: Path) -> None:
     cfg = with_options(DataConfig(str(folders)), EVERYTHING[name])

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack, store
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog, check_shards, open_catalog
 from data_pipeline.sources.pack_format import Index, Pack, key, shard_name
 from tests.conftest import ROOT, alpha, encode, picture
 from tests.support import warm
@@ -373,3 +374,20 @@ def test_tar_members_are_plain(packed: Path) -> None:
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
         (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)
     }
+
+
+def test_shuffled_packs_have_all_classes_in_each_shard_and_always_the_same_bytes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        pack(DataConfig(path=str(folder)), tmp_path / name, replace(OPTIONS, shuffle=True), workers=1)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    plain, mixed = (open_catalog(DataConfig(path=str(path)), "train") for path in (folder, tmp_path / "a"))
+    assert sorted(plain.paths) == sorted(mixed.paths) != mixed.paths
+    with pytest.raises(UserError, match="--shuffle was True, now None"):
+        pack(DataConfig(path=str(folder)), tmp_path / "a", OPTIONS, workers=1)
+    capsys.readouterr()
+    check_shards(replace(mixed, labels=mixed.spans[:, 0]), 1)  # as if sorted by class
+    assert "so that batches are one-sided" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has no shards"):
+        check_shards(plain, 1)

@@ -78,6 +78,8 @@ def test_an_epoch_takes_of_each_class_its_quota(balance: Balance, repeats: int) 
     for found in rounds:
         assert np.bincount(LABELS[found], minlength=5).tolist() == (repeats * quotas(LONG_TAIL, balance)).tolist()
     assert not np.array_equal(rounds[0], rounds[1])
+    by_shards = epoch_order(3, 0, LABELS, repeats, balance, np.arange(len(LABELS)) % 5, 2)
+    assert len(set((by_shards[: len(LABELS) // 6] % 5).tolist())) <= 2
     assert np.array_equal(epoch_order(3, 0, LABELS, 1, "none"), order(3, 0, len(LABELS)))
 
 
@@ -92,6 +94,21 @@ def test_the_images_of_a_class_come_equally_often(balance: Balance) -> None:
 
 def test_the_choice_is_that_of_earlier_versions() -> None:
     assert balanced(1, 2, np.array([0, 0, 0, 0, 0, 1, 1, 2]), "uniform").tolist() == [3, 4, 2, 6, 5, 6, 7, 7]
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 100])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_shards_come_in_random_order_a_window_at_a_time(window: int, repeats: int) -> None:
+    shards = np.repeat(np.arange(10), 7)
+    epochs = [order(5, epoch, len(shards), repeats, shards, window) for epoch in range(2 * repeats)]
+    whole = np.concatenate(epochs[:repeats])
+    assert sorted(whole.tolist()) == sorted(list(range(len(shards))) * repeats)
+    assert np.array_equal(epochs[1], order(5, 1, len(shards), repeats, shards, window))
+    assert not np.array_equal(epochs[-1], epochs[repeats - 1])
+    if repeats == 1:
+        parts = [shards[whole[at : at + 7 * window]] for at in range(0, len(whole), 7 * window)]
+        assert sum(len(set(part.tolist())) for part in parts) == 10  # each shard lies in one window
+        assert window == 1 or any(part.tolist() != sorted(part.tolist()) for part in parts)
 
 
 # Uniform numbers
