@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -34,12 +34,18 @@ def check_workers(count: int | None) -> None:
 class Workers(Generic[Piece, Result]):
     """Processes that apply `work` to pieces. `work` is inherited, not pickled, so it may close over a whole catalog.
 
-    `count` is the number of processes; None means the number of processors that this one may use.
+    `count` is the number of processes; None means the number of processors that this one may use. With `threads` they are
+    threads of this process: for work whose libraries bear no fork, and release the interpreter.
     """
 
-    def __init__(self, work: Callable[[Piece], Result], count: int | None) -> None:
+    def __init__(self, work: Callable[[Piece], Result], count: int | None, *, threads: bool = False) -> None:
         check_workers(count)
         self.count = count or len(os.sched_getaffinity(0))
+        self._pool: Executor
+        self._apply: Callable[[Piece], Result] = work if threads else _apply
+        if threads:
+            self._pool = ThreadPoolExecutor(self.count)
+            return
         self._pool = ProcessPoolExecutor(self.count, get_context("fork"), initializer=_begin, initargs=(work,))
         self._pool.submit(os.getpid).result()  # forks all of them now, while this process has no other threads
 
@@ -55,7 +61,7 @@ class Workers(Generic[Piece, Result]):
         try:
             # Submit a bounded number ahead, so that results of fast workers do not fill the memory.
             for piece in pieces:
-                pending.append(self._pool.submit(_apply, piece))
+                pending.append(self._pool.submit(self._apply, piece))
                 if len(pending) > _AHEAD * self.count:
                     yield pending.popleft().result()
             while pending:

@@ -14,14 +14,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from data_pipeline import sampling
+from data_pipeline.common.address import Address, place
 from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import Workers, check_workers, progress
 from data_pipeline.config import DataConfig
 from data_pipeline.options import command_line
+from data_pipeline.pack.remote_writer import RemoteWorkshop
 from data_pipeline.pack.writer import Note, Shard, Workshop, refuse_foreign
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.image_headers import BadImage, Size, inspect
@@ -31,6 +34,7 @@ from data_pipeline.sources.quarantine import Fault, print_faults, relative_to_da
 from data_pipeline.summary import print_summary
 
 _PIECE = 16  # images that a process works on at a time
+_AHEAD = 256  # images that are fetched ahead from an object store
 _JPEG_SIDE = 65500  # pixels: libjpeg's JPEG_MAX_DIMENSION
 _DRAFT = 2  # a JPEG may be decoded smaller, to at least this many times the wanted size, without a visible difference
 _UNITS = {"": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -140,7 +144,10 @@ def pack(
     Where `dst` is this same pack already, nothing is done. Raises `UserError`.
     """
     # Refuse early: reading the images takes long.
-    refuse_foreign(dst)
+    if isinstance(dst, Address):
+        RemoteWorkshop.refuse_foreign(dst)
+    else:
+        refuse_foreign(dst)
     try:
         catalogs = {split: open_catalog(cfg, split) for split in SPLITS}
     except OSError as error:
@@ -156,7 +163,8 @@ def pack(
         catalogs["train"] = train.part(sampling.order(0, 0, len(train)).tolist())
     # Errors while reading the images are handled there; an OSError here is of the destination.
     try:
-        manifest = _pack(Workshop(dst, options.plan, catalogs), options, workers)
+        shop = (RemoteWorkshop if isinstance(dst, Address) else Workshop)(dst, options.plan, catalogs)
+        manifest = _pack(shop, options, workers)
     except OSError as error:
         raise UserError(
             f"DST: cannot write {dst} ({error.strerror}); mend that, and the same command goes on after the last whole shard"
@@ -175,13 +183,18 @@ def _pack(shop: Workshop, options: PackConfig, workers: int | None) -> dict[str,
 
     def work(piece: _Piece) -> list[Stored | str]:
         catalog = shop.catalogs[piece.split]
+        catalog.prefetch(np.arange(piece.start, min(piece.start + _AHEAD, len(catalog))))
         return [_attempt(catalog, row, options) for row in range(piece.start, piece.stop)]
 
     with shop.open():
         notes = {split: shop.notes(split) for split in SPLITS}
         total = sum(len(catalog) for catalog in shop.catalogs.values())
         done = sum(_next_row(split_notes) for split_notes in notes.values())
-        with Workers(work, workers) as pool, progress("packing", total, done) as advance:
+        # An object store's client bears no fork.
+        remote = any(
+            isinstance(place, Address) for place in (shop.dst, *(each.root for each in shop.catalogs.values()))
+        )
+        with Workers(work, workers, threads=remote) as pool, progress("packing", total, done) as advance:
             for split in SPLITS:
                 _pack_split(split, shop, notes[split], options, pool, advance)
         return shop.finish(notes)
@@ -263,7 +276,8 @@ def main() -> None:
     parser = command_line("python -m data_pipeline.pack", "Pack a dataset into a few large files of smaller images.")
     parser.add_argument("src", help="What to pack: a folder of images, or anything else that data.path may be.")
     parser.add_argument(
-        "dst", help="The folder to write; it must not exist yet. A killed command goes on when repeated."
+        "dst",
+        help="The folder to write, or its address (s3://, gs://); it must not exist yet. A killed command goes on when repeated.",
     )
     parser.add_argument(
         "--short-side", type=int, help="Reduce images to this many pixels on their short side; nothing if not given."
@@ -282,7 +296,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="Processes; as many as processors if not given.")
     args = parse(parser, sys.argv[1:])
     options = PackConfig(args.short_side, args.quality, args.shard_size, args.shuffle)
-    dst = Path(args.dst)
+    dst = place(args.dst, "DST")
     check_workers(args.workers)
     manifest, faults = pack(DataConfig(path=args.src, **args.data), dst, options, args.workers)
     _print_outcome(dst, manifest, faults)

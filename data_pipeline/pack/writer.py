@@ -34,11 +34,10 @@ from data_pipeline.sources.pack_format import (
     Pack,
     ShardWriter,
     is_pack,
-    sha256,
     shard_name,
 )
 
-_PLAN, _UNDER_WAY = "plan.json", "shard.tar"
+PLAN, UNDER_WAY = "plan.json", "shard.tar"
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Workshop:
         """Return True where `dst` is this same pack, and remove leftovers beside it. Raises `UserError` for another pack."""
         if not is_pack(self.dst):
             return False
-        self._compare(self.dst, Pack.open(self.dst).manifest)
+        self.compare(self.dst, Pack.open(self.dst).manifest)
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
@@ -90,19 +89,19 @@ class Workshop:
         """Begin the work or go on with it. Raises `UserError` where another process works on it, or it had another plan."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            _lock(lock.fileno(), self.folder)
-            plan = self.folder / _PLAN
+            lock_folder(lock.fileno(), self.folder)
+            plan = self.folder / PLAN
             # A pack is only continued with the images and options that it was begun with.
             if plan.exists():
-                self._compare(self.folder, json.loads(plan.read_bytes()))
+                self.compare(self.folder, json.loads(plan.read_bytes()))
             else:
-                replace_file(plan, _json(self.plan))
+                replace_file(plan, as_json(self.plan))
             for split in self.catalogs:
                 (self.pack / split).mkdir(parents=True, exist_ok=True)
             try:
                 yield
             finally:
-                (self.folder / _UNDER_WAY).unlink(missing_ok=True)
+                (self.folder / UNDER_WAY).unlink(missing_ok=True)
 
     def notes(self, split: str) -> list[Note]:
         """Read the notes of the finished shards, in order."""
@@ -125,13 +124,12 @@ class Workshop:
         note.bytes, note.sha256 = shard.writer.close()
         os.replace(shard.writer.file, self.pack / split / shard_name(number))
         sync(self.pack / split)
-        replace_file(self._note(split, number), _json(asdict(note)))
+        replace_file(self._note(split, number), as_json(asdict(note)))
         return note
 
     def finish(self, notes: Mapping[str, list[Note]]) -> dict[str, Any]:
         """Write indices and manifest, and rename the pack to `dst`. Returns its manifest."""
-        manifest = {**self.plan, "splits": {split: self._complete(split, notes[split]) for split in notes}}
-        replace_file(self.pack / MANIFEST, _json(manifest))
+        manifest = self._write_index_and_manifest(notes)
         for folder in (*(self.pack / split for split in notes), self.pack):
             sync(folder)
         self.pack.rename(self.dst)
@@ -139,9 +137,18 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 
+    def _write_index_and_manifest(self, notes: Mapping[str, list[Note]]) -> dict[str, Any]:
+        manifest = {**self.plan, "splits": {split: self._complete(split, notes[split]) for split in notes}}
+        self._write(MANIFEST, as_json(manifest))
+        return manifest
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file of the pack, whole or not at all."""
+        replace_file(self.pack / name, data)
+
     def _complete(self, split: str, notes: list[Note]) -> dict[str, Any]:
         """Write a split's index. Returns the split's part of the manifest."""
-        catalog, file = self.catalogs[split], self.pack / split / INDEX
+        catalog, file = self.catalogs[split], f"{split}/{INDEX}"
         # The notes of all shards, one behind the other, are the columns of the index.
         rows = np.concatenate([np.array(note.row, np.int64) for note in notes])
         index = Index(
@@ -160,7 +167,8 @@ class Workshop:
             },
         )
         # The index is on disk before the manifest, which has its checksum.
-        replace_file(file, index.to_bytes())
+        data = index.to_bytes()
+        self._write(file, data)
         bad = dict(catalog.bad)
         for note in notes:
             bad |= note.bad
@@ -169,7 +177,7 @@ class Workshop:
             "images": len(rows),
             "encoded": encoded,
             "copied": len(rows) - encoded,
-            "index": {"file": f"{split}/{INDEX}", "bytes": file.stat().st_size, "sha256": sha256(file)},
+            "index": {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
             "shards": [
                 {
                     "file": f"{split}/{shard_name(number)}",
@@ -185,7 +193,7 @@ class Workshop:
     def _note(self, split: str, number: int) -> Path:
         return self.folder / f"{split}-{number:06d}.json"
 
-    def _compare(self, folder: Path, plan: Mapping[str, Any]) -> None:
+    def compare(self, folder: Path, plan: Mapping[str, Any]) -> None:
         changed = _difference(plan, self.plan)
         if changed:
             raise UserError(
@@ -198,7 +206,7 @@ class Shard:
 
     def __init__(self, shop: Workshop, first_row: int, first_key: int) -> None:
         self.note = Note(first_row)
-        self.writer = ShardWriter(shop.folder / _UNDER_WAY)
+        self.writer = ShardWriter(shop.folder / UNDER_WAY)
         self._key = first_key
 
     def __len__(self) -> int:
@@ -222,7 +230,7 @@ def refuse_foreign(dst: Path) -> None:
         raise UserError(f"DST: {dst} is a mount point, which cannot appear at once; give a folder within it")
     folder = _beside(dst)
     # The lock file is made before the plan.
-    if folder.exists() and not (_ours(folder / _PLAN) or _empty(folder, "lock")):
+    if folder.exists() and not (_ours(folder / PLAN) or _empty(folder, "lock")):
         raise UserError(f"DST: {folder}, where it would grow, is in use for something else; give another DST")
 
 
@@ -242,7 +250,7 @@ def _empty(folder: Path, *but: str) -> bool:
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(but)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def lock_folder(descriptor: int, folder: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the workers
     except OSError as error:
@@ -273,5 +281,5 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _json(tree: Mapping[str, Any]) -> bytes:
+def as_json(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=1) + "\n").encode()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.common.address import Address
 from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.cli import parse
 from data_pipeline.common.errors import UserError, printable, require
@@ -52,6 +53,10 @@ class _Job(NamedTuple):
 def verify(cfg: DataConfig, workers: int | None = None) -> Outcome:
     """Check both splits of the dataset or pack `cfg.path`. Raises `UserError` where there is none."""
     root = dataset_root(cfg)
+    require(
+        not isinstance(root, Address),
+        f"PATH: {root} is in an object store, and files are verified on this machine; copy it here, and give the copy",
+    )
     try:
         return verify_pack(Pack.open(root), workers) if is_pack(root) else verify_images(cfg, workers)
     except OSError as error:

@@ -133,8 +133,8 @@ def _patiently(address: Address, attempt: Callable[[], T]) -> T:
             ending = not threading.main_thread().is_alive()
             if waited_s + pause_s > PATIENCE_S or ending or isinstance(error, _lasting()):
                 raise UserError(
-                    f"{address}: cannot be reached, after trying for {waited_s:.0f} s ({why}); mend that, and start again: a "
-                    "run goes on from its last checkpoint"
+                    f"{address}: cannot be reached, after trying for {waited_s:.0f} s ({why}); mend that, and start "
+                    "again: a run goes on from its last checkpoint, a pack from its last shard"
                 ) from None
             if waited_s > _QUIET_S:
                 print(printable(f"{address}: {why}; trying again in {pause_s:.0f} s"), file=sys.stderr, flush=True)
