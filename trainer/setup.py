@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.common.address import is_address
 from data_pipeline.common.errors import UserError, require
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.torchvision_sets import NAMED
@@ -23,10 +24,10 @@ from trainer.checkpoint.run_folder import check_run, claim_run, record_job, reco
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config, first_difference, to_yaml
 from trainer.distributed import DistContext, open_dist_context
-from trainer.engine.arithmetic import choose_arithmetic
+from trainer.engine.arithmetic import choose_arithmetic, deterministic_kernels
 from trainer.engine.base import Engine
 from trainer.engine.checkpoint_size import checkpoint_bytes
-from trainer.engine.compilation import check_device
+from trainer.engine.compilation import check_device, check_graphs, choose_compile
 from trainer.engine.compile_cache import keep_compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
@@ -85,7 +86,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED) or is_address(cfg.data.path)):
         ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it raises the error, before any about options
     ctx.run_on_rank0(check)
-    check_device(cfg.engine, ctx.device)
+    ctx.raise_together(lambda: check_device(cfg.engine, ctx.device))
+    check_graphs(cfg.engine, ctx, cfg.optim.accumulate)
     train, val = ctx.raise_together(lambda: _open_data(cfg, ctx))
     classes = len(train.catalog.classes)
     store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
@@ -109,10 +111,13 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         for loader in (train, val):
             limit_bad(loader)
         ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
-        keep_compiled(cfg.engine, ctx)
+        engine = choose_compile(cfg.engine, ctx)
+        keep_compiled(engine, ctx)
 
         # The same precision and threads as before, while this run trains.
-        engine, arithmetic, lines = choose_arithmetic(cfg.engine, ctx, progress.arithmetic)
+        engine, arithmetic, lines = choose_arithmetic(engine, ctx, progress.arithmetic)
+        if engine.deterministic:
+            held.enter_context(deterministic_kernels())
         held.callback(torch.set_num_threads, torch.get_num_threads())
         if ctx.device.type == "cpu":
             torch.set_num_threads(arithmetic.threads[ctx.rank])
@@ -295,13 +300,13 @@ def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     train = open_catalog(cfg.data, "train")
     refuse_single_class(train)
     val = open_catalog(cfg.data, "val", train.classes)
-    return training_loader(cfg, train, ctx), Loader(cfg.data, val, ctx, training=False)
+    return training_loader(cfg, train, ctx), Loader(loaded(cfg), val, ctx, training=False)
 
 
 def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
     """Make the loader of the training images. Raises `UserError`."""
     return Loader(
-        cfg.data,
+        loaded(cfg),
         catalog,
         ctx,
         training=True,
@@ -309,6 +314,11 @@ def training_loader(cfg: Config, catalog: Catalog, ctx: DistContext) -> Loader:
         epochs=cfg.run.epochs,
         accumulate=cfg.optim.accumulate,
     )
+
+
+def loaded(cfg: Config) -> DataConfig:
+    """Options of a run's loaders. With `engine.deterministic` one decoder takes all images: of two, an image's batch chooses."""
+    return replace(cfg.data, hw_decoder_load=0.0) if cfg.engine.deterministic else cfg.data
 
 
 def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> None:
@@ -341,6 +351,7 @@ def fresh_model(cfg: Config, classes: int) -> ResNet:
 
 def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
     """Make the engine that trains `model`. Collective."""
+    cfg = replace(cfg, engine=choose_compile(cfg.engine, ctx))
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     if cfg.engine.name == "deepspeed":
         from trainer.engine.deepspeed import DeepSpeedEngine

@@ -42,6 +42,16 @@ def test_an_interrupted_run_ends_with_the_same_weights(base: Path, tmp_path: Pat
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compile", ["off", "auto"])
+def test_a_deterministic_run_ends_with_the_same_bits(base: Path, tmp_path: Path, compile: str) -> None:
+    options = {"engine.deterministic": "true", "engine.compile": compile}
+    whole = trained(base, tmp_path / "whole", **options)
+    trained(base, tmp_path / "parts", **options, **{"run.max_steps": "7"})
+    parts = trained(base, tmp_path / "parts", **options)
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
 def test_decoding_on_either_processor(base: Path, tmp_path: Path) -> None:
     for decode in ("gpu", "cpu"):
         weights = trained(base, tmp_path / decode, **{"data.decode": decode})

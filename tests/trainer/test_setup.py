@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import load
+from trainer.engine.config import EngineConfig
+from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.signals import StopFlag
+from trainer.setup import loaded
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +68,32 @@ def test_a_resumed_run_keeps_its_threads(base: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     line = "its bits will differ from those of a run that was not interrupted: threads was 2, now 1\n"
     assert line in said and "keeps 2 threads" not in said
+
+
+def test_a_deterministic_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses what has no such kernel while it trains, and only then; one decoder takes all images."""
+    asked = []
+
+    def look(self: DdpEngine, *given: Any) -> Any:
+        asked.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+        assert not torch.backends.cudnn.benchmark
+        return step(self, *given)
+
+    step = DdpEngine.step
+    monkeypatch.setattr(DdpEngine, "step", look)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as on a GPU
+    plain, deterministic = tmp_path / "plain", tmp_path / "deterministic"
+    train(base, deterministic, engine__deterministic="true", run__max_steps="3")
+    assert set(asked) == {(True, False)}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    monkeypatch.setattr(DdpEngine, "step", step)
+    train(base, plain, run__max_steps="3")
+    assert weights(plain) == weights(deterministic), "on a CPU nothing changes"
+    cfg = load(dotted(settings_of(base, plain)))
+    assert loaded(cfg).hw_decoder_load == 0.75
+    assert loaded(replace(cfg, engine=EngineConfig(deterministic=True))).hw_decoder_load == 0
 
 
 def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

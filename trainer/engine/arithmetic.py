@@ -1,6 +1,10 @@
 """Precision and threads of a run. They decide how sums round, so a resumed run keeps them, or says that it does not."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
@@ -36,6 +40,22 @@ def choose_arithmetic(
     if before and (what := before.differences(now)):
         lines.append(f"its bits will differ from those of a run that was not interrupted: {what}")
     return cfg, now, lines
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Let torch take kernels that give the same bits each time, and refuse operations that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU multiplies its first matrices
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    before = cudnn.benchmark, memory.fill_uninitialized_memory
+    # A benchmark takes what is fastest at the moment. Memory that was not written is read nowhere, so it is not filled.
+    cudnn.benchmark = memory.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark, memory.fill_uninitialized_memory = before
 
 
 def _precision(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> Precision:

@@ -33,10 +33,14 @@ class EngineConfig:
     """Threads that compute on each process's CPU. If not given, its share of the cores; in a resumed run the same as before,
     because another number rounds in another way."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. On a CPU it needs a
-    C++ compiler."""
+    """torch.compile; auto is on for GPUs and off for CPUs, where it took a minute and gained nothing. It needs a C compiler
+    and Python's headers on a GPU's machine, where auto is off without them, and a C++ compiler on a CPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """Goal of the compiler, as in torch.compile; the two others take longer to compile."""
+    """Goal of the compiler, as in torch.compile. The two others take longer to compile, and record CUDA graphs: for one GPU
+    and one micro-batch a step."""
+    deterministic: bool = False
+    """Kernels that give the same bits each time, on a GPU too, and one decoder for all images whatever data.hw_decoder_load
+    says; slower. An operation without such a kernel ends the run."""
     compile_cache: str | None = None
     """Folder of compiled code, for runs to share: yours, and writable by nobody else, because its contents are run. If not
     given, compiled/ in Sluice's cache."""

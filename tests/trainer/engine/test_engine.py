@@ -475,12 +475,6 @@ def test_compiled_once_a_shape(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("*.so")), "kept for the next run"
 
 
-def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"engine.compile: on, but there is no C\+\+ compiler"):
-        build(small_net(), compile="on")
-
-
 def test_fp16_skips_an_update_that_overflows() -> None:
     engine = build(small_net(), precision="fp16")
     before, scale = parameters(engine), engine.scaler.get_scale()
