@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 class TrainedRun:
-    """A run's chosen weights (the best by validation top-1, else the last), ready to predict."""
+    """A run's chosen weights (the best by `run.best_by`, else the last), ready to predict."""
 
     def __init__(self, folder: Path, cfg: Config, trained: Trained, ctx: DistContext) -> None:
         self.folder, self.config, self.classes = folder, cfg, trained.classes

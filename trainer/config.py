@@ -29,6 +29,7 @@ from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig, free
+from trainer.checkpoint.store import BestBy
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
@@ -63,6 +64,9 @@ class RunConfig:
     """Optimizer steps between two checkpoints within an epoch; one is always written at its end."""
     keep: int = free(2)
     """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""
+    best_by: BestBy = "top1"
+    """Validation score that chooses the weights kept as the best: top1; macro_recall, the mean over the classes of the
+    share of their images that is recognised, for classes of uneven numbers; or loss."""
     keep_every: int | None = free(None)
     """Keep also the checkpoint at the end of every so many epochs."""
     profile: str | None = free(None)
@@ -94,6 +98,10 @@ class RunConfig:
         require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of steps")
         require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of steps")
         require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
+        require(
+            self.best_by in get_args(BestBy),
+            f"run.best_by: {self.best_by!r} is unknown; choose one of {', '.join(get_args(BestBy))}",
+        )
         require(
             self.keep_every is None or self.keep_every > 0,
             f"run.keep_every: {self.keep_every} is not positive; give a number of epochs, or leave it out",

@@ -121,7 +121,7 @@ def end_epoch(session: Session, stop: StopFlag) -> Outcome:
 def say_end(session: Session, outcome: Outcome) -> None:
     """Print how the training ended, and what comes next."""
     run, progress, tracker = session.cfg.run, session.progress, session.tracker
-    best = f"best val top-1 {progress.best_top1_pct:.2f} %"
+    best = f"best {progress.best}"
     if outcome is Outcome.STOPPED:
         # The Stop button on W&B stops a run for good; a signal may only want the machine for a while.
         comes_back = None if tracker.stop_requested else os.environ.get(AFTER_SIGNAL)

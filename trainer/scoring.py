@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from data_pipeline.common.errors import UserError, printable
@@ -18,11 +20,14 @@ from trainer.checkpoint.files import load_weights, read_classes, read_metadata
 from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run
 from trainer.distributed import DistContext, open_dist_context
-from trainer.engine.loss import count
+from trainer.engine.loss import count, count_by_class
 from trainer.engine.prediction import Predictor
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
+
+SHOWN = 20
+"""Classes that the table of `trainer.evaluate` has at most; `trainer.report` shows all."""
 
 
 class Trained(NamedTuple):
@@ -86,18 +91,40 @@ def scored_on(catalog: Catalog, images: int) -> str:
     return f"{images} of {listed}{held_out} images in {catalog.root}"
 
 
+class ClassCounts(NamedTuple):
+    """Numbers [C] of each class over the scored images."""
+
+    hits: NDArray[np.int64]
+    images: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+
+
 def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ctx: DistContext) -> Scores:
     """Score `predict` (images to logits [B, classes]) on everything that `loader` holds. Collective."""
+    return evaluate_classes(predict, loader, ctx)[0]
+
+
+def evaluate_classes(
+    predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ctx: DistContext
+) -> tuple[Scores, ClassCounts]:
+    """Score `predict` as `evaluate` does, and count by class. Collective."""
+    classes = len(loader.catalog.classes)
     sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)
+    by_class = torch.zeros(3, classes, dtype=torch.float64, device=ctx.device)
     loader.seek(Cursor())
     for batch in loader:
         logits = predict(batch.images)
         loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE_LABEL, reduction="sum")
         sums += count(logits, batch.labels, loss)
-    total = ctx.sum(sums).tolist()
+        by_class += count_by_class(logits, batch.labels)
+    # One reduction for all of them.
+    total = ctx.sum(torch.cat([sums, by_class.flatten()])).cpu()
     if not total[3]:
         raise UserError("data.path: none of the validation images could be read")
-    return Scores.of(total)
+    counts = ClassCounts(*total[4:].reshape(3, classes).long().numpy())
+    there = counts.images > 0
+    macro_recall_pct = 100 * float((counts.hits[there] / counts.images[there]).mean())
+    return Scores.of(total.tolist())._replace(macro_recall_pct=macro_recall_pct), counts
 
 
 def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -123,8 +150,11 @@ def score_run(folder: Path, cfg: Config, *, flip: bool) -> None:
                 advance(ctx.world * len(images))  # the other ranks are about as far
                 return predict(images)
 
-            scores = evaluate(predict_and_tell, loader, ctx)
+            scores, counts = evaluate_classes(predict_and_tell, loader, ctx)
     if ctx.primary:
+        from trainer.class_table import class_scores, print_classes  # here, as it imports pandas
+
+        print_classes(class_scores(*counts, trained.classes), SHOWN)
         views = ", with mirror images," if flip else ""
         judged = printable(f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}")
         print(f"{judged}: {scores.words(len(trained.classes))}")

@@ -132,7 +132,8 @@ class Session:
     def wait_for_checkpoint(self) -> None:
         """Wait for the current checkpoint. Where it failed, the best is again the one on disk. Collective."""
         if self.saver.wait():
-            self.progress = replace(self.progress, best_top1_pct=self.saver.saved.best_top1_pct)
+            saved = self.saver.saved
+            self.progress = replace(self.progress, best_top1_pct=saved.best_top1_pct, best_score=saved.best_score)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Collective. Raises `UserError` where it is not."""
@@ -156,9 +157,10 @@ class Session:
             limit_bad(self.val_loader, unread)
         if not math.isfinite(scores.loss):
             self.tracker.alert("bad validation", f"val loss is {scores.loss}; these weights are not taken for the best")
-        best = scores.beat(self.progress.best_top1_pct)
+        by = self.cfg.run.best_by
+        best = scores.beat(self.progress.to_beat, by)
         if best:
-            self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
+            self.progress = replace(self.progress, best_top1_pct=scores.top1_pct, best_by=by, best_score=scores.by(by))
         self.meter.pause()
         return {**scores.named("val", len(self.classes)), "val/best_top1_pct": self.progress.best_top1_pct}, best
 

@@ -249,7 +249,7 @@ def step_back(session: Session, found: NonFinite) -> None:
 
 def nothing_left(start: Start) -> str:
     """Say in a line why a run has nothing to train, and what the user may do."""
-    cfg, best = start.cfg, f"best val top-1 {start.progress.best_top1_pct:.2f} %"
+    cfg, best = start.cfg, f"best {start.progress.best}"
     if start.progress.finished:
         return (
             f"{cfg.folder} is finished: {best}; to train it on give --run.extend_to with more than {cfg.run.epochs} "

@@ -15,13 +15,28 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from torchvision.transforms import functional as transforms  # type: ignore[import-untyped]
 
+import trainer
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import open_catalog
 from tests.support import warm
-from tests.support.runs import SOLO, TINTS, TRAIN, VAL, Job, images, reference, render_images, torchvision_network, tree
+from tests.support.runs import (
+    SOLO,
+    TINTS,
+    TRAIN,
+    VAL,
+    Job,
+    dotted,
+    images,
+    reference,
+    render_images,
+    rows,
+    settings_of,
+    torchvision_network,
+    tree,
+)
 from trainer.checkpoint.files import load_weights
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.store import Store, read_progress
 from trainer.config import load, load_run, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig
@@ -29,7 +44,7 @@ from trainer.engine.prediction import Predictor
 from trainer.evaluate import main
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import build_resnet
-from trainer.scoring import Trained, evaluate, open_scored, scored_on, with_mirror
+from trainer.scoring import Trained, evaluate, evaluate_classes, open_scored, scored_on, with_mirror
 from trainer.tracking.meter import Scores
 
 
@@ -109,9 +124,50 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     counts = np.array([len(list((tmp_path / "val" / name).iterdir())) for name in sorted(TINTS)])
     losses = np.log(np.exp(logits.numpy()).sum()) - logits.numpy()
     assert scores == pytest.approx(
-        ((counts * losses).sum() / VAL, 100 * counts[0] / VAL, 100 * counts[:5].sum() / VAL, VAL), rel=1e-6
+        ((counts * losses).sum() / VAL, 100 * counts[0] / VAL, 100 * counts[:5].sum() / VAL, VAL, 100 / 7), rel=1e-6
     )
     assert evaluate(lambda images: logits.expand(len(images), 7), loader, SOLO) == scores, "a second time"
+
+
+def test_counts_by_class_are_those_of_sklearns_formulas(tmp_path: Path) -> None:
+    """A predictor at random, on validation images of uneven classes, one of them without any."""
+    folder = render_images(tmp_path)
+    for number, name in enumerate(sorted(TINTS)):
+        for file in sorted((folder / "val" / name).iterdir())[number:]:
+            file.unlink()
+    cfg = DataConfig(path=str(folder), batch=5, size_px=16)
+    catalog = open_catalog(cfg, "val", sorted(TINTS))
+    loader = Loader(cfg, catalog, SOLO, training=False)
+    logits = torch.randn(len(catalog), 7, generator=torch.Generator().manual_seed(2))
+    parts = iter(logits.split(5))
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        rows = next(parts)
+        return torch.cat([rows, torch.zeros(len(images) - len(rows), 7)])
+
+    scores, counts = evaluate_classes(predict, loader, SOLO)
+    labels, predicted = torch.from_numpy(catalog.labels), logits.argmax(dim=1)
+    assert counts.images.tolist() == [int((labels == name).sum()) for name in range(7)] and 0 in counts.images
+    assert counts.predicted.tolist() == [int((predicted == name).sum()) for name in range(7)]
+    assert counts.hits.tolist() == [int(((predicted == name) & (labels == name)).sum()) for name in range(7)]
+    recalls = [float((predicted == labels)[labels == name].float().mean()) for name in labels.unique()]
+    assert scores.macro_recall_pct == pytest.approx(100 * np.mean(recalls))
+
+
+@pytest.mark.parametrize("by", ["macro_recall", "loss"])
+def test_the_best_weights_are_those_of_the_score_that_was_asked_for(by: str, base: Path, tmp_path: Path) -> None:
+    """Also over a resume, before which another epoch's weights may have been the best."""
+    settings = settings_of(base, tmp_path / "run") | {"run.best_by": by, "run.epochs": "2", "optim.ema_decay": "0"}
+    for more in ({}, {"run.extend_to": "3"}):
+        trainer.train(trainer.load(dotted(settings | more)))
+        found = [row for row in rows(tmp_path / "run") if "val/loss" in row]
+        score, best = ("val/loss", min) if by == "loss" else ("val/macro_recall_pct", max)
+        chosen = best(row[score] for row in found)
+        saved = read_progress(tmp_path / "run/checkpoints/best")
+        assert saved.step == next(row["step"] for row in found if row[score] == chosen)
+        assert (saved.best_by, saved.best_score) == (by, pytest.approx(chosen))
+        last = Store(tmp_path / "run").progress()
+        assert last.best_score == saved.best_score and last.best.startswith(f"val {by.replace('_', ' ')} ")
 
 
 def test_command_prints_what_the_training_found(base: Path) -> None:
@@ -124,8 +180,11 @@ def test_command_prints_what_the_training_found(base: Path) -> None:
     wanted = scored(run, SOLO)
     assert lines[0] == (
         f"{(run / 'checkpoints/best').resolve()} on 23 of 23 images in {images(base) / 'val'}: "
-        f"loss {wanted.loss:.4f}  top-1 {wanted.top1_pct:.2f} %  top-5 {wanted.top5_pct:.2f} %"
+        f"loss {wanted.loss:.4f}  top-1 {wanted.top1_pct:.2f} %  top-5 {wanted.top5_pct:.2f} %  "
+        f"macro recall {wanted.macro_recall_pct:.2f} %"
     )
+    first = [line.partition(" ")[0] for line in job.output().splitlines()]
+    assert [word for word in first if word in TINTS or word == "mean"] == [*sorted(TINTS), "mean"], "a row a class"
     assert f"{wanted.top1_pct:.2f}" == f"{Store(run).progress().best_top1_pct:.2f}"
     assert tree(run) == before, "evaluating writes nothing"
 
@@ -142,8 +201,9 @@ def test_command_on_other_images(
     monkeypatch.setattr(sys, "argv", ["", str(reference(base, 1)), "--flip", "--data.path", str(other)])
     main()
     found = re.fullmatch(
-        rf".*, with mirror images, on {kept} of {kept} images in {other}/val: loss \d+\.\d+  top-1 (.*) %  top-5 (.*) %\n",
-        capsys.readouterr().out,
+        rf".*, with mirror images, on {kept} of {kept} images in {other}/val: loss \d+\.\d+  top-1 (.*) %  top-5 (.*) %  "
+        r"macro recall (.*) %\n",
+        capsys.readouterr().out.splitlines(keepends=True)[-1],
     )
     assert found and float(found[1]) > 50, "labels are those of the training"
 

@@ -113,7 +113,7 @@ class Saver:
             return _Outcome(error, time.perf_counter() - start_s)
         self.saved = progress
         if best and self.ctx.primary:
-            self.tell(f"saved best: step {step}, val top-1 {progress.best_top1_pct:.2f} %")
+            self.tell(f"saved best: step {step}, {progress.best}")
         return _Outcome(None, time.perf_counter() - start_s)
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data_pipeline.common.atomic_io import sync
 from data_pipeline.common.errors import UserError
@@ -128,6 +128,9 @@ def _short(value: str | list[int]) -> str:
     return value if isinstance(value, str) else " and ".join(map(str, sorted(set(value))))
 
 
+BestBy = Literal["top1", "macro_recall", "loss"]
+
+
 @dataclass(frozen=True)
 class Progress:
     """Position of a run, and all that it needs beside weights and optimiser to continue exactly."""
@@ -140,11 +143,30 @@ class Progress:
     train_s: float = 0.0
     """Seconds of training so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0
+    """Validation top-1 of the best weights; below 0 before there are any."""
+    best_by: BestBy = "top1"
+    """Score that chooses the best weights (see `run.best_by`)."""
+    best_score: float | None = None
+    """That score of theirs; None before there are any, and in runs from before it was recorded, which chose by top-1."""
     finished: bool = False
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose images are passed over without changing the weights (see `run.on_nonfinite`)."""
     arithmetic: Arithmetic | None = None
     """Arithmetic of the last steps; None in runs from before it was recorded."""
+
+    @property
+    def to_beat(self) -> float | None:
+        """Score by `best_by` that weights must beat to be the best; None where there are none yet."""
+        return self.best_top1_pct if self.best_score is None and self.best_top1_pct >= 0 else self.best_score
+
+    @property
+    def best(self) -> str:
+        """The best weights' scores for people."""
+        top1 = f"val top-1 {self.best_top1_pct:.2f} %"
+        if self.best_score is None or self.best_by == "top1":
+            return top1
+        named = {"macro_recall": f"macro recall {self.best_score:.2f} %", "loss": f"loss {self.best_score:.4f}"}
+        return f"val {named[self.best_by]}, {top1}"
 
 
 def read_progress(checkpoint: Path) -> Progress:

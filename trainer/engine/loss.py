@@ -60,3 +60,13 @@ def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels[:, None]) & counted[:, None]
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()]).double()
+
+
+def count_by_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count hits, images and predictions of each class over the counted rows: [3, classes] int64."""
+    classes, counted = logits.shape[1], (labels != IGNORE_LABEL)[:, None]
+    # The prediction of `count`: where logits are equal, another function might choose another class.
+    best = logits.topk(min(5, classes), dim=1).indices[:, 0]
+    predicted = functional.one_hot(best, classes) * counted
+    images = functional.one_hot(labels.clamp_min(0), classes) * counted
+    return torch.stack([(predicted * images).sum(dim=0), images.sum(dim=0), predicted.sum(dim=0)])

@@ -23,6 +23,7 @@ from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.sources.catalog import Catalog
+from trainer.class_table import class_scores, print_classes
 from trainer.config import Config
 from trainer.distributed import open_dist_context
 from trainer.predict.cli import View, csv, predict_all
@@ -39,21 +40,6 @@ PREDICTIONS = "predictions.csv"
 def confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """Count [C, C] images by label (rows) and by prediction (columns); `labels` and `predicted` are [N]."""
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def class_scores(matrix: NDArray[np.int64], classes: list[str]) -> pd.DataFrame:
-    """Compute precision, recall and F1 of each class in percent, from a confusion matrix [C, C].
-
-    NaN where zero is divided by zero: the precision of a class never predicted, the recall of one without images.
-    """
-    hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        rates = {
-            "precision_pct": 100 * hits / predicted,
-            "recall_pct": 100 * hits / support,
-            "f1_pct": 200 * hits / (support + predicted),
-        }
-    return pd.DataFrame({"class": classes, **rates, "support": support, "predicted": predicted})
 
 
 def calibration(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> pd.DataFrame:
@@ -89,7 +75,7 @@ class Report:
         self.confidence = probabilities.max(axis=1)
         self.right = self.predicted == labels
         self.matrix = confusion(labels, self.predicted, len(classes))
-        self.by_class = class_scores(self.matrix, classes)
+        self.by_class = class_scores(np.diag(self.matrix), self.matrix.sum(axis=1), self.matrix.sum(axis=0), classes)
         self.bins = calibration(self.confidence, self.right)
 
     def total(self) -> Scores:
@@ -177,20 +163,8 @@ def write(report: Report, catalog: Catalog, rows: NDArray[np.int64], title: str,
 
 def print_report(report: Report, title: str, out: Path) -> None:
     """Print the scores of all classes as a table, then those of the whole."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("class", "precision %", "recall %", "F1 %", "images", "predicted", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, *rates, support, predicted in report.by_class.itertuples(index=False):
-        shown = ["-" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
-        table.add_row(Text(printable(name)), *shown, str(support), str(predicted))
+    print_classes(report.by_class)
     scores = report.scores()
-    means = [f"{scores[f'mean_{name}_pct']:.2f}" for name in ("precision", "recall", "f1")]
-    table.add_row(Text("mean of the classes"), *means, str(len(report.images)), str(len(report.images)), style="bold")
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     print(
         f"{title}: {report.total().words(len(report.classes))}  "
         f"expected calibration error {scores['expected_calibration_error_pct']:.2f} % "

@@ -99,6 +99,7 @@ _EPOCH = (
     ("val/loss", "  val {:6.3f} loss"),
     ("val/top1_pct", " {:5.1f} % top-1"),
     ("val/top5_pct", " {:5.1f} % top-5"),
+    ("val/macro_recall_pct", " {:5.1f} % macro recall"),
     *_PROGRESS[1:],
 )
 

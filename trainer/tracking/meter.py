@@ -7,6 +7,7 @@ from typing import NamedTuple, Self, TypeVar
 
 import torch
 
+from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums
 from trainer.resilience.watchdog import Phase
@@ -25,6 +26,8 @@ class Scores(NamedTuple):
     top1_pct: float
     top5_pct: float
     images: int
+    macro_recall_pct: float | None = None
+    """Mean over the classes that have images of the share of them that is recognised; in evaluation only."""
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> Self:
@@ -32,19 +35,29 @@ class Scores(NamedTuple):
         loss, top1, top5, images = sums[:4]
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
 
-    def beat(self, top1_pct: float) -> bool:
+    def by(self, name: BestBy) -> float:
+        """Return the score that chooses the best weights."""
+        score = {"top1": self.top1_pct, "macro_recall": self.macro_recall_pct, "loss": self.loss}[name]
+        assert score is not None, "these are of no evaluation"
+        return score
+
+    def beat(self, best: float | None, by: BestBy) -> bool:
         """Return True where they are better than the best so far. A network whose loss is NaN guesses, and is right by chance."""
-        return math.isfinite(self.loss) and self.top1_pct > top1_pct
+        if best is None or not math.isfinite(self.loss):
+            return math.isfinite(self.loss)
+        return self.by(by) < best if by == "loss" else self.by(by) > best
 
     def words(self, classes: int) -> str:
         """The scores for people, top-5 only where there are `TOP5_FROM` classes."""
         top5 = f"  top-5 {self.top5_pct:.2f} %" if classes >= TOP5_FROM else ""
-        return f"loss {self.loss:.4f}  top-1 {self.top1_pct:.2f} %{top5}"
+        macro = "" if self.macro_recall_pct is None else f"  macro recall {self.macro_recall_pct:.2f} %"
+        return f"loss {self.loss:.4f}  top-1 {self.top1_pct:.2f} %{top5}{macro}"
 
     def figures(self, classes: int) -> dict[str, float]:
         """The scores by their names, top-5 only where there are `TOP5_FROM` classes."""
         top5 = {"top5_pct": self.top5_pct} if classes >= TOP5_FROM else {}
-        return {"loss": self.loss, "top1_pct": self.top1_pct, **top5}
+        macro = {} if self.macro_recall_pct is None else {"macro_recall_pct": self.macro_recall_pct}
+        return {"loss": self.loss, "top1_pct": self.top1_pct, **top5, **macro}
 
     def named(self, split: str, classes: int) -> dict[str, float]:
         """Name `figures` as metrics do."""

@@ -35,7 +35,8 @@ def test_scores_of_classes_by_hand() -> None:
     labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
     matrix = report.confusion(labels, predicted, 4)
     assert matrix.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    a, b, c, d = report.class_scores(matrix, ["a", "b", "c", "d"]).drop(columns="class").to_numpy(float).tolist()
+    scores = report.class_scores(np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0), ["a", "b", "c", "d"])
+    a, b, c, d = scores.drop(columns="class").to_numpy(float).tolist()
     assert a == pytest.approx([200 / 3, 200 / 3, 200 / 3, 3, 3])
     assert b == pytest.approx([200 / 3, 100, 80, 2, 3])
     assert math.isnan(c[0]) and c[1:] == [0, 0, 1, 0]
