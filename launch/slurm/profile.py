@@ -35,7 +35,7 @@ class Profile:
     tasks_per_node: int | None = None
     """Processes on each node where there are no GPUs; null means one."""
     cpus_per_task: int | None = None
-    """Processor cores of each process."""
+    """Processor cores of each process; null means its share of a node: the node's cores by its GPUs, or by its processes."""
     mem: str | None = None
     """Memory of each node, such as 64G."""
     time: str = "24:00:00"

@@ -24,6 +24,7 @@ from submitit.core.utils import FailedJobError
 
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
+from launch.slurm.cores import cores_per_task
 from launch.slurm.job import train, train_node
 from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
@@ -46,8 +47,14 @@ HANDED_ON = (
     "HTTPS_PROXY",
     "https_proxy",
 )
-PREFIXES_HANDED_ON = ("SLUICE_", "WANDB_", "NCCL_", "TORCH_", "GLOO_", "OMP_", "DS_")
+PREFIXES_HANDED_ON = (
+    *("SLUICE_", "WANDB_", "OMP_", "DS_", "DALI_"),
+    *("TORCH_", "PYTORCH_", "TRITON_", "CUDA_"),
+    *("NCCL_", "GLOO_", "FI_", "UCX_"),
+)
 """Variables that a job gets from the environment of the submitting user, beside SLURM's own and the profile's `export`."""
+OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES",)
+"""Variables that mean something on the submitting machine alone, unless `export` names them."""
 
 
 def main(arguments: list[str]) -> None:
@@ -169,7 +176,8 @@ def executor_for(
     # torchrun is one task for a node and needs the cores of all its ranks.
     profile = request.profile
     by_torchrun = request.launcher == "torchrun"
-    cpus = profile.cpus_per_task and profile.cpus_per_task * (profile.ranks_per_node if by_torchrun else 1)
+    cpus = profile.cpus_per_task or cores_per_task(profile)
+    cpus = cpus and cpus * (profile.ranks_per_node if by_torchrun else 1)
     executor = SlurmExecutor(home, python=shlex.quote(profile.python or sys.executable))
     executor.update_parameters(
         job_name=_for_sbatch(name if name.isprintable() else ascii(name)),
@@ -232,8 +240,8 @@ def _srun_arguments(profile: Profile, cpus: int | None) -> list[str]:
 
 def _handed_on(profile: Profile) -> list[str]:
     """Names of the variables that the job gets."""
-    names = [name for name in os.environ if name in HANDED_ON or name.startswith(PREFIXES_HANDED_ON)]
-    return sorted({*names, *profile.export})
+    names = {name for name in os.environ if name in HANDED_ON or name.startswith(PREFIXES_HANDED_ON)}
+    return sorted({*names.difference(OF_THIS_MACHINE), *profile.export})
 
 
 def _for_sbatch(value: str) -> str:

@@ -266,7 +266,8 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
     run = base / "mistaken"
     setup = 'echo "the job sees ${WANDB_API_KEY} and ${OTHER:-nothing else} and $GIVEN"'
     options = ["--nodes", "2", "--gpus_per_node", "2", "--setup", json.dumps([setup]), "--env.GIVEN", "it's $HOME"]
-    cluster.submit(run, options, [*settings(base, run), "--data.path", "/nowhere"], WANDB_API_KEY="a,b", OTHER="c")
+    mistaken = [*settings(base, run), "--engine.device", "cpu", "--data.path", "/nowhere"]  # nothing is behind the GPUs
+    cluster.submit(run, options, mistaken, WANDB_API_KEY="a,b", OTHER="c")
     cluster.wait(run, "FAILED")
     assert cluster.restarts(run) == 0
     assert "rank 3 of 4, number 1 of 2 on " in cluster.said(run), "a process for each GPU"
@@ -321,7 +322,9 @@ def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
     run = base / "by sbatch"
     log = base / "by sbatch.log"
     options = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--output={log}", "--parsable"]
-    job = cluster.run("sbatch", *options, str(ROOT / "slurm/train.sbatch"), *settings(base, run)).strip()
+    # With a whole node come its GPUs, and nothing is behind them.
+    ours = [*settings(base, run), "--run.epochs", "5", "--engine.device", "cpu"]
+    job = cluster.run("sbatch", *options, str(ROOT / "slurm/train.sbatch"), *ours).strip()
 
     def state() -> str:
         return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
@@ -382,6 +385,13 @@ def test_dry_run_writes_nothing(cluster: Cluster, base: Path) -> None:
     for line in ("--nodes=2", "--ntasks-per-node=2", "--partition=low", "--time=60", "--requeue"):
         assert f"#SBATCH {line}\n" in done.stdout
     assert "WANDB_API_KEY" in done.stdout and "secret" not in done.stdout
+    assert "#SBATCH --cpus-per-task=2\n" in done.stdout, "of a node's four, for each of two processes"
+    given = {"DALI_X": "1", "FI_X": "1", "CUDA_HOME": "/cuda", "CUDA_VISIBLE_DEVICES": "3"}
+    done = cluster.launch("submit", "--gpus_per_node", "1", "--dry_run", "--", *settings(base, run), **given)
+    assert "#SBATCH --cpus-per-task=2\n" in done.stdout, "half of a node's GPUs, and half of its cores"
+    exported = next(line for line in done.stdout.splitlines() if "--export=" in line and line.startswith("#SBATCH"))
+    assert {"DALI_X", "FI_X", "CUDA_HOME"} <= set(exported.partition("=")[2].split(","))
+    assert "CUDA_VISIBLE_DEVICES" not in exported
 
 
 @pytest.mark.parametrize(

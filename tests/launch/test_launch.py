@@ -18,6 +18,7 @@ from launch.cli import COMMANDS, MODULES, main, sluice
 from launch.runs import table, tail
 from launch.slurm.after import decide
 from launch.slurm.commands import Queued, own_job
+from launch.slurm.cores import share
 from launch.slurm.job import rank_variables
 from launch.slurm.profile import PROFILES, Profile, parse_request
 from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
@@ -254,6 +255,32 @@ def test_time_without_quotes_is_explained(tmp_path: Path) -> None:
     file.write_text("time: 4:00:00\n")
     with pytest.raises(UserError, match="time: 14400 does not fit; give text, in quotes"):
         parse_request("submit", ["--profile", str(file)])
+
+
+PARTITIONS = """PartitionName=gpu Default=NO MaxCPUsPerNode=UNLIMITED Nodes=a[1-2] State=UP
+PartitionName=mixed Default=YES MaxCPUsPerNode=60 Nodes=a1,b1,c1 State=UP
+"""
+NODES = """NodeName=a1 Arch=x86_64 CPUAlloc=0 CPUEfctv=124 CPUTot=128 Gres=gpu:a100:8(S:0-1) Partitions=gpu,mixed State=IDLE
+NodeName=a2 Arch=x86_64 CPUAlloc=0 CPUTot=128 Gres=gpu:a100:4,gpu:v100:2 Partitions=gpu State=DOWN
+NodeName=b1 CPUAlloc=0 CPUEfctv=64 CPUTot=64 Gres=gpu:2 Partitions=mixed State=IDLE
+NodeName=c1 CPUAlloc=0 CPUEfctv=48 CPUTot=48 Gres=(null) Partitions=mixed State=IDLE
+"""
+
+
+@pytest.mark.parametrize(
+    ("profile", "cores"),
+    [
+        (Profile(partition="gpu", gpus_per_node=8), 15),  # without the cores that the system keeps
+        (Profile(partition="gpu", gpus_per_node=1), 15),  # a1 has fewer cores a GPU than a2
+        (Profile(gpus_per_node=2), 7),  # of the default partition's 60 on a1
+        (Profile(partition="gpu,mixed", gpus_per_node=4), 7),
+        (Profile(tasks_per_node=2), 24),
+        (Profile(partition="gpu", gpus_per_node=9), None),
+        (Profile(partition="other"), None),
+    ],
+)
+def test_a_task_asks_for_its_share_of_a_node(profile: Profile, cores: int | None) -> None:
+    assert share(profile, PARTITIONS, NODES) == cores
 
 
 # What a job's processes and its folder say
