@@ -15,6 +15,7 @@ from safetensors.torch import save
 from data_pipeline.common.entry_point import run_command
 from tests.support.runs import images, place_checkpoint, tree
 from trainer.config import RECIPES, load, recipes, to_yaml
+from trainer.distributed import open_dist_context
 from trainer.model.resnet import ModelConfig, build_resnet
 
 NO_DATA = (
@@ -293,6 +294,28 @@ def test_what_needs_a_gpu_is_refused_before_anything_is_written(
         run_command(entry_point("trainer"))
     assert ended.value.code == 2
     assert tree(place) == before
+
+
+def test_a_gpu_that_cannot_be_used_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM has handed out one, and here is no driver; a CPU is trained on only if it is asked for."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    monkeypatch.setattr(sys, "argv", ["", "--run.dir", "new"])
+    before = tree(place)
+    with pytest.raises(SystemExit) as ended:
+        run_command(entry_point("trainer"))
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1, said
+    assert said.startswith(f"error: engine.device: SLURM_JOB_GPUS is 0, but torch {torch.__version__} can use no GPU: ")
+    assert tree(place) == before
+    with open_dist_context(device="cpu") as ctx:
+        assert ctx.device.type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with open_dist_context() as ctx:
+        assert ctx.device.type == "cpu"
 
 
 def test_every_command_is_there() -> None:

@@ -323,7 +323,8 @@ def bench(args: argparse.Namespace, options: list[str], cfg: Config) -> None:
         with kept:
             measure_worlds(worlds_of(args.worlds), own, args.minutes, measured)
         return
-    with open_dist_context(device=cfg.engine.device) as ctx, kept if ctx.primary else nullcontext():
+    joined = open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores)
+    with joined as ctx, kept if ctx.primary else nullcontext():
         measure(
             cfg,
             ctx,
