@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+DISTINCT = 128
+"""Different images of a dataset, as to draw one takes longer than to read it; even, for two classes."""
+
 
 def picture(seed: int, side_px: int = 256) -> Image.Image:
     """Draw a square RGB image of smooth waves, sharp edges and some noise."""
@@ -96,9 +99,10 @@ def flipped(data: bytes, at: int) -> bytes:
 
 def write_dataset(folder: Path, count: int, side_px: int = 256, kind: str = "plain.jpg") -> Path:
     """Write train/ and val/ of two classes into `folder`, `count` files in train/ and a quarter of that in val/."""
+    contents = [KINDS[kind](picture(number, side_px)) for number in range(min(count, DISTINCT))]
     for split, images in (("train", count), ("val", count // 4)):
         for number in range(images):
             path = folder / split / ("even", "odd")[number % 2] / f"{number:05}{Path(kind).suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(KINDS[kind](picture(number, side_px)))
+            path.write_bytes(contents[number % len(contents)])
     return folder

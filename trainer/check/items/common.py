@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -47,8 +47,9 @@ class Scale:
 
 
 GPU = Scale(batch=256, size_px=224, width=1.0, images=4096, steps=20, values=25_000_000)
+SMALL_GPU = replace(GPU, batch=32)
 CPU = Scale(batch=8, size_px=64, width=0.25, images=256, steps=2, values=2_500_000)
-SCALE = GPU if gpu_count() else CPU
+SCALE = CPU if not gpu_count() else GPU if torch.cuda.mem_get_info()[1] > 30 << 30 else SMALL_GPU
 
 
 def make_engine(

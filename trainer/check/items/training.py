@@ -4,7 +4,8 @@ import copy
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,12 +35,13 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 def optimizers() -> Found:
     steps, names = 0, available()
     with open_dist_context() as ctx:
+        plain, mixed = noise(ctx), noise(ctx, mixed=True)
         for name in names:
             for precision in PRECISIONS:
                 engine = make_engine(ctx, OptimConfig(name=name), replace(EAGER, precision=precision))
                 before = [weights.clone() for weights in engine.module.parameters()]
-                for mixed in (False, True, False):  # fp16 may leave out the first, as its scale is too high
-                    sums = engine.step([noise(ctx, mixed=mixed)], 1e-3)
+                for batch in (plain, mixed, plain):  # fp16 may leave out the first, as its scale is too high
+                    sums = engine.step([batch], 1e-3)
                     assert torch.isfinite(sums[:4]).all(), f"{name} in {precision}: {sums.tolist()}"
                     steps += 1
                 after = list(engine.module.parameters())
@@ -67,27 +69,35 @@ def no_host_sync() -> Found:
     """On a GPU torch raises where a step waits for it. Elsewhere the operators are watched that would wait there."""
     names = available()
     with open_dist_context() as ctx:
+        batches = [noise(ctx), noise(ctx, mixed=True)]
         for name in names:
             # In fp16, torch's loss scaling waits for all optimizers that are not fused.
             for precision in ("bf16", "fp16") if name in ("sgd", "adamw") else ("bf16",):
                 optim = OptimConfig(name=name, clip_norm=1.0, ema_decay=0.9)
                 engine = make_engine(ctx, optim, replace(EAGER, precision=precision))
-                batches = [noise(ctx), noise(ctx, mixed=True)]
                 for _ in range(WARM):
                     engine.step(batches, 1e-3)
                 synchronize(ctx)
                 if ctx.device.type == "cuda":
-                    torch.cuda.set_sync_debug_mode("error")
-                try:
-                    counters = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
-                    with Waits(on_host=counters) as waits:
+                    with alarm_of_torch():
                         engine.step(batches, 1e-3)
-                finally:
-                    if ctx.device.type == "cuda":
-                        torch.cuda.set_sync_debug_mode("default")
-                assert ctx.device.type == "cuda" or not waits.seen, f"{name} in {precision} waits: {dict(waits.seen)}"
+                    continue
+                counters = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
+                with Waits(on_host=counters) as waits:
+                    engine.step(batches, 1e-3)
+                assert not waits.seen, f"{name} in {precision} waits: {dict(waits.seen)}"
     how = "by torch's own alarm" if ctx.device.type == "cuda" else "by the operators that would wait on a GPU"
     return Found(f"a warm step of {', '.join(names)}, {how}{without(names)}")
+
+
+@contextmanager
+def alarm_of_torch() -> Iterator[None]:
+    """Within it, waiting for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Waits(TorchDispatchMode):
@@ -199,20 +209,21 @@ def accumulation() -> Found:
 
 
 def fit_memory() -> Found:
+    """Give torch little of the GPU's memory, and a batch that takes more; then train on it."""
+    rows, limit_gib = 1024, 6.0
     with open_dist_context() as ctx:
         if ctx.device.type != "cuda":
             raise Skip("there is no GPU whose memory could run out")
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(limit_gib * 2**30, 0.8 * free) / total)
         engine = make_engine(ctx)
-        free_bytes, _ = torch.cuda.mem_get_info()
-        side = common.SCALE.size_px
-        rows = max(free_bytes // (side * side * 3 * 4 * 8), 2)  # far more than the activations of a network leave free
-        engine.fit_memory(rows, side)
+        engine.fit_memory(rows, common.SCALE.size_px)
         pieces = engine.chunks_per_micro_batch
         assert pieces > 1, f"{rows} images fit at once, so nothing was tried"
         sums = engine.step([noise(ctx, rows=rows)], 1e-3)
-        assert torch.isfinite(sums).all(), sums.tolist()
-        peak_gib = torch.cuda.max_memory_allocated() / 2**30
-    return Found(f"{rows} images of {side} px in {pieces} pieces, at most {peak_gib:.1f} GiB")
+        assert torch.isfinite(sums[:4]).all(), sums.tolist()
+        peak_gib = torch.cuda.max_memory_reserved() / 2**30
+    return Found(f"{rows} images of {common.SCALE.size_px} px in {pieces} pieces; at most {peak_gib:.1f} GiB")
 
 
 def deepspeed() -> Found:
