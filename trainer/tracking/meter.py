@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Self, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -72,8 +73,42 @@ class BadUpdate(NamedTuple):
     what: str
 
 
+class HostClock:
+    """Clock of a device that has done its work when a call returns: the CPU."""
+
+    def mark(self) -> Any:
+        """Mark this moment: everything started until now comes before it."""
+        return time.perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(end - start)
+
+    def settle(self, mark: Any) -> None:
+        """Wait until the device is past `mark`. Only then `seconds` may be asked for."""
+
+
+class GpuClock(HostClock):
+    """Clock of a GPU, which works behind the host: marks lie between its kernels.
+
+    The host runs ahead until a queue is full, so its own clock would count as a wait for data what is a wait for the GPU.
+    """
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1e3
+
+    def settle(self, mark: Any) -> None:
+        mark.synchronize()
+
+
 class Meter:
     """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
+
+    The wait for data is the time in which the device has nothing to do because its next batch is not there.
 
     With loss scaling (`scaled`) a gradient that is not finite is normal: the step is left out, and the scale
     lowered.
@@ -91,7 +126,8 @@ class Meter:
         """Seconds of training up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
         """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.StepSums`."""
-        self._start = self._last = time.perf_counter()
+        self._clock = GpuClock() if ctx.device.type == "cuda" else HostClock()
+        self._start = time.perf_counter()
         self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
         self._restart()
 
@@ -99,29 +135,31 @@ class Meter:
         """Yield from `batches`, and count the wait for each as data wait."""
         iterator = iter(batches)
         while True:
-            start = time.perf_counter()
+            start = self._clock.mark()
             try:
                 with Phase("data"):
                     batch = next(iterator)
             except StopIteration:
                 return
-            self._wait_s += time.perf_counter() - start
+            self._waits.append((start, self._clock.mark()))
             yield batch
 
     def add(self, sums: torch.Tensor) -> None:
         """Count one optimizer step; `sums` is what `Engine.step` returned."""
         self._updates.append(sums)
-        now = time.perf_counter()
-        self._step_s.append(now - self._last)
-        self._last = now
+        self._ends.append(self._clock.mark())
 
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
         """Compute scores and speed since the last call, and add `counts` up over the ranks along the way. Collective."""
-        # One reduction serves scores, waiting and the caller's counts: the only time that the host waits for the device.
-        steps = len(self._step_s)
+        # The only time that the host waits for the device: first for the marks, then for the one reduction that serves scores,
+        # waiting and the caller's counts.
+        if self._ends[1:]:
+            self._clock.settle(self._ends[-1])
+        steps = len(self._ends) - 1
+        wait_s = sum(self._clock.seconds(start, end) for start, end in self._waits)
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
-        values = torch.cat([table.sum(dim=0), table.new_tensor([self._wait_s, *counts]), lost.any()[None]])
+        values = torch.cat([table.sum(dim=0), table.new_tensor([wait_s, *counts]), lost.any()[None]])
         totals = self.ctx.sum(values).tolist()  # on a GPU this waits for the steps of the interval
         self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
         sums = StepSums(*totals[: len(StepSums._fields)])
@@ -136,7 +174,7 @@ class Meter:
         # Rates are of all ranks: they step together, so this rank's clock serves.
         scalars = {}
         if steps:
-            times_ms = sorted(1e3 * s for s in self._step_s)
+            times_ms = sorted(1e3 * self._clock.seconds(start, end) for start, end in pairwise(self._ends))
             scalars = {
                 **(Scores.of(sums).named("train", self.classes) if sums.images else {}),
                 "train/grad_norm": sums.grad_norm / steps,
@@ -160,7 +198,9 @@ class Meter:
 
     def pause(self) -> None:
         """Restart the clock: the time until now was not training."""
-        self._start = self._last = time.perf_counter()
+        self._start = time.perf_counter()
+        self._waits: list[tuple[Any, Any]] = []
+        self._ends = [self._clock.mark()]  # of the steps, behind the mark where the first begins
 
     def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
         """Find the step by `lost` on this rank: [1 + steps, 1 or 2] for the loss, and for the gradient's norm. Collective."""
@@ -171,6 +211,4 @@ class Meter:
     def _restart(self) -> None:
         nothing = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=self.ctx.device)
         self._updates = [nothing]  # and behind it what each step returned
-        self._wait_s = 0.0
-        self._step_s: list[float] = []
         self.pause()

@@ -10,7 +10,7 @@ from tests.support.runs import SOLO
 from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
 from trainer.tracking import meter as meter_module
-from trainer.tracking.meter import Meter, Scores
+from trainer.tracking.meter import GpuClock, Meter, Scores
 
 CLASSES = 6
 
@@ -100,6 +100,70 @@ def test_an_interval(clock: Clock) -> None:
     )
 
 
+class Gpu:
+    """A device that works through what it was given while the host goes on, and its events."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.done_s = clock, 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.done_s = max(self.done_s, self.clock.now) + seconds
+
+    def event(self, *, enable_timing: bool) -> "Event":
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at_s = max(self.gpu.done_s, self.gpu.clock.now)
+
+    def synchronize(self) -> None:
+        self.gpu.clock.now = max(self.gpu.clock.now, self.at_s)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.at_s <= self.gpu.clock.now, "the device is not there yet: torch raises an error"
+        return 1e3 * (end.at_s - self.at_s)
+
+
+@pytest.mark.parametrize(
+    ("data_s", "wait_s", "step_s"),
+    [(0.25, 0.25, [0.75, 0.5, 0.5, 0.5]), (0.75, 3.0 - 3 * 0.5, [1.25, 0.75, 0.75, 0.75])],
+    ids=["device behind", "device starved"],
+)
+def test_a_device_that_works_behind_the_host(
+    data_s: float, wait_s: float, step_s: list[float], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 0.5 s on the device, whose batches take `data_s` on the host.
+
+    Only the device's idle time is a wait for data: in the first case but that for the first batch.
+    """
+    gpu = Gpu(clock)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    meter = Meter(SOLO, [], CLASSES)
+    meter._clock = GpuClock()
+    meter.pause()
+
+    def batches() -> Iterator[int]:
+        for number in range(4):
+            clock.now += data_s
+            yield number
+
+    for _ in meter.waiting(batches()):
+        gpu.launch(0.5)
+        meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=1.0))
+    assert clock.now == 1000 + 4 * data_s, "nothing has waited for the device"
+    scalars, _ = meter.reduce()
+    elapsed_s = clock.now - 1000
+    assert elapsed_s == sum(step_s)
+    assert scalars["perf/data_wait_pct"] == pytest.approx(100 * wait_s / elapsed_s)
+    assert scalars["perf/step_ms_p50"] == 1e3 * sorted(step_s)[2]
+    assert scalars["perf/step_ms_p95"] == 1e3 * max(step_s)
+
+
 def test_an_epoch_adds_up_and_leaves_pauses_out(clock: Clock) -> None:
     meter = Meter(SOLO, [], CLASSES)
     for images in (8.0, 8.0, 5.0):
@@ -139,10 +203,15 @@ def test_a_resumed_epoch_scores_all_and_times_its_own_part(clock: Clock) -> None
 def test_two_ranks(clock: Clock) -> None:
     """Images and hits add up, waits are averaged, the gradient's norm is everybody's, one who stops stops all."""
     meter = Meter(TwoRanks(torch.device("cpu"), rank=0, world=2, cores=1), [], CLASSES)
-    for _ in meter.waiting(range(2)):
-        clock.now += 2
+
+    def batches() -> Iterator[int]:
+        for number in range(2):
+            clock.now += 0.5
+            yield number
+
+    for _ in meter.waiting(batches()):
+        clock.now += 1.5
         meter.add(sums(loss=4.0, top1=1.0, top5=2.0, images=4.0, grad_norm=3.0))
-    meter._wait_s = 1.0
     scalars, (stop,) = meter.reduce(False)
     assert stop
     assert scalars["train/grad_norm"] == 3.0
