@@ -30,7 +30,7 @@ ITEMS = {
     "no host sync": Item("training", "a warm step waits for nothing on the GPU"),
     "exact resume": Item("training", "save, load, five steps: the bits of the run that went on"),
     "capture": Item("training", "a state written while training goes on holds the weights of its step"),
-    "accumulation": Item("training", "micro-batches add up to the plain gradient; with graphs on a GPU too"),
+    "accumulation": Item("training", "micro-batches add up to the plain gradient, and on a GPU a graph does its step"),
     "fit memory": Item("training", "micro-batches are cut to what memory holds, where it runs out"),
     "deepspeed": Item("training", "DeepSpeed's stages 0 to 2 end at DDP's weights"),
     "step speed": Item("speed", "images/s of ResNet-18 and -50, eager, compiled and graphed, with MFU", 600.0),

@@ -1,6 +1,5 @@
 """Item about the speed of optimizer steps, beside that of a large product of matrices. Without DALI."""
 
-import shutil
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +11,7 @@ from trainer.check.items.common import CLASSES, make_engine, noise, rate
 from trainer.check.results import Found
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
+from trainer.engine.compilation import lacking
 from trainer.engine.config import EngineConfig
 from trainer.engine.precision import resolve_precision
 from trainer.model.config import ModelConfig, ModelName
@@ -54,7 +54,7 @@ def ways(name: ModelName, ctx: DistContext) -> Iterator[tuple[str, EngineConfig]
     yield "eager", WAYS["eager"]
     if ctx.device.type == "cuda":
         yield from ((way, WAYS[way]) for way in ("compiled", "graphed"))
-    elif name == "resnet18" and common.SCALE.compiles and shutil.which("g++"):
+    elif name == "resnet18" and common.SCALE.compiles and not lacking("cpu"):
         yield "compiled", WAYS["compiled"]
 
 
