@@ -22,7 +22,7 @@ from data_pipeline.sources.class_folders import are_parts, class_folders, class_
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
 from data_pipeline.sources.published.huggingface_cache import is_repository, reference, snapshot
-from data_pipeline.sources.published.huggingface_tables import huggingface_tables
+from data_pipeline.sources.published.huggingface_tables import holds_images, huggingface_tables
 from data_pipeline.sources.published.ilsvrc_tars import ilsvrc_tars
 from data_pipeline.sources.published.kaggle_imagenet import kaggle_imagenet
 from data_pipeline.sources.published.zip_archives import zip_archives
@@ -36,6 +36,7 @@ PUBLISHED = (ilsvrc_tars, kaggle_imagenet, zip_archives, huggingface_tables)
 """Layouts in which data sets are published; each is recognised with certainty, or refuses what comes close to it."""
 FILES = (*TABLES, ".zip", ".arrow")
 """Ends of the names of files that are a dataset by themselves."""
+_ONLY_FILES = "images without their classes are read from a folder of image files or a table of these"
 _DEEPEST = 8  # folders that may be wrapped around a dataset
 
 
@@ -93,13 +94,17 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
 
     Raises `UserError`.
     """
-    if root.is_file():
-        return table_images(root, cfg)[1]
     if is_repository(root):
         return list_images(snapshot(root), cfg)
+    require(
+        not (root.is_file() and holds_images(root)) and not root.name.lower().endswith((".zip", ".arrow")),
+        f"data.path: {_ONLY_FILES}; unpack {root}",
+    )
+    if root.is_file():
+        return table_images(root, cfg)[1]
     found = walk(root, [root])
     paths = found.images[0]
-    require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it")
+    require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it, as {_ONLY_FILES}")
     return Listing(root, paths, [UNLABELLED] * len(paths), [], found.folders)
 
 

@@ -38,7 +38,7 @@ def huggingface_tables(root: Path, cfg: DataConfig, split: str, classes: list[st
     """List the samples of `split` in such tables; None where `root` is or has none. Raises `UserError`."""
     folder, names = (root.parent, [root.name]) if root.is_file() else (root, _tables_below(root))
     names = [name for name in names if name.lower().endswith(_SUFFIXES)]
-    if not names or not _has_images(folder / names[0]):
+    if not names or not holds_images(folder / names[0]):
         return None
     require(
         cfg.split_column is None,
@@ -57,8 +57,10 @@ def huggingface_tables(root: Path, cfg: DataConfig, split: str, classes: list[st
     return listing if files.val else share(listing, cfg.val_share, split)
 
 
-def _has_images(file: Path) -> bool:
+def holds_images(file: Path) -> bool:
     """Return True where a table holds images itself; a file that cannot be read is left to those who read other tables."""
+    if not file.name.lower().endswith(_SUFFIXES):
+        return False
     try:
         return bool(image_columns(guarded(file, schema_of)))
     except UserError:

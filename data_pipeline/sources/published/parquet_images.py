@@ -5,9 +5,11 @@ length: it is read like a member of a tar. Any other column is read by whole row
 """
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from concurrent.futures import Future
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 from data_pipeline.common.atomic_io import read_bytes
 
 _MOST_KEPT = 1 << 28  # bytes of row groups that a process keeps, besides those being read
-_OPEN_FILES = 64
+_KNOWN_FILES = 1024
 
 
 class Rows(NamedTuple):
@@ -45,7 +47,8 @@ class Column(NamedTuple):
 
 def parquet_schema(file: Path) -> Any:
     """Read the schema of a file. Raises OSError, or pyarrow's ArrowException."""
-    return _opened(str(file), os.stat(file).st_mtime_ns).schema_arrow
+    with _opened(str(file), os.stat(file).st_mtime_ns) as source:
+        return source.schema_arrow
 
 
 def parquet_rows(file: Path, columns: Column) -> Rows:
@@ -120,20 +123,33 @@ def read_row(path: str, column: str, row: int) -> bytes:
 
     try:
         key = (path, os.stat(path).st_mtime_ns)
-        source = _opened(*key)
-        group = 0
-        while row >= (rows := source.metadata.row_group(group).num_rows):
-            row, group = row - rows, group + 1
-        return bytes(_groups.get((*key, column, group))[row].as_buffer())
+        firsts = _first_rows(*key)
+        group = bisect_right(firsts, row) - 1
+        return bytes(_groups.get((*key, column, group))[row - firsts[group]].as_buffer())
     except (pyarrow.ArrowException, IndexError) as error:
         raise OSError(None, f"not as when it was listed: {error}") from None
 
 
-@lru_cache(_OPEN_FILES)
-def _opened(path: str, _changed_ns: int) -> Any:
+def _opened(path: str, changed_ns: int) -> Any:
+    """Open a file anew, as several threads must not read by one object; its metadata are parsed but once."""
     from pyarrow import parquet
 
-    return parquet.ParquetFile(path)
+    return parquet.ParquetFile(path, metadata=_metadata(path, changed_ns))
+
+
+@lru_cache(_KNOWN_FILES)
+def _metadata(path: str, _changed_ns: int) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_metadata(path)
+
+
+@lru_cache(_KNOWN_FILES)
+def _first_rows(path: str, changed_ns: int) -> list[int]:
+    """List the number of the first row of each row group."""
+    metadata = _metadata(path, changed_ns)
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return [0, *accumulate(rows)][:-1]
 
 
 _Key = tuple[str, int, str, int]
@@ -173,10 +189,11 @@ class _RowGroups:
 
 
 def _read_group(path: str, changed_ns: int, column: str, group: int) -> Any:
-    table = _opened(path, changed_ns).read_row_group(group, [column], use_threads=False)
-    name, _, field = column.partition(".")
     from pyarrow import compute
 
+    with _opened(path, changed_ns) as source:
+        table = source.read_row_group(group, [column], use_threads=False)
+    name, _, field = column.partition(".")
     values = compute.struct_field(table.column(name), field) if field else table.column(name)
     return values.combine_chunks()
 

@@ -6,6 +6,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped]
@@ -17,7 +18,7 @@ from data_pipeline.bench.source_writers import write_imagenet_tars, write_parque
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog, open_catalog, open_images
 from data_pipeline.sources.published import parquet_images
 from data_pipeline.sources.published.mat_file import read_structs
 from data_pipeline.summary import summary
@@ -445,9 +446,24 @@ def test_row_groups_that_are_kept_are_bounded(folders: Path, tmp_path: Path, mon
     monkeypatch.setattr(parquet_images, "_groups", groups := parquet_images._RowGroups())
     assert sorted(streams(train) + streams(val)) == sorted(noise)
     assert 1 <= len(groups._kept) <= 4
+    with ThreadPoolExecutor(8) as pool:  # as a scan and a loader read
+        rows = [row for _ in range(20) for row in range(len(train))]
+        assert list(pool.map(train.read, rows)) == 20 * streams(train)
     (root / "set.parquet").write_bytes(b"PAR1 replaced")
     with pytest.raises(OSError, match="not as when it was listed"):
         train.read(0)
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_images_without_labels_are_read_from_files_only(layout: str, folders: Path, tmp_path: Path) -> None:
+    path = PUBLISHED[layout](folders, tmp_path / "published")
+    if layout == "Kaggle's ImageNet":
+        assert len(open_images(DataConfig(str(path)))) == 24
+        return
+    with pytest.raises(
+        UserError, match=r"images without their classes are read from a folder of image files or a table"
+    ):
+        open_images(DataConfig(str(path)))
 
 
 def test_a_hub_folder_without_a_certain_snapshot(folders: Path, tmp_path: Path) -> None:
