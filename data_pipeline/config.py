@@ -124,7 +124,8 @@ class DataConfig:
     shards in WebDataset layout in place of the CLASS/ folders; a pack; a CSV or Parquet table of images and labels, or a
     folder with one; ImageNet's tars, a zip file of class folders, or Parquet that holds its images. "builtin" is the built-in
     set; imagenette, cifar10, flowers102, oxford_pets and food101 are downloaded once, unless a file or folder of that name
-    exists. Packs are also read from s3://bucket/folder, gs:// and https://."""
+    exists. Packs are also read from s3://bucket/folder, gs:// and https://, shards
+    from the first two."""
     cache_gb: float = free(50.0)
     """Most GB on this machine's disk for what is read from such an address, shared by all runs; the least recently used makes
     room. 0 keeps nothing."""

@@ -29,6 +29,7 @@ from data_pipeline.sources.layouts import FILES, list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
 from data_pipeline.sources.published.stored_forms import read_form, read_plain
 from data_pipeline.sources.quarantine import quarantined
+from data_pipeline.sources.remote_shards import find_shards, remote_shards
 from data_pipeline.sources.storage.objects import Objects, open_objects
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 
@@ -115,7 +116,8 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     """
     root = dataset_root(cfg)
     if isinstance(root, Address):
-        return _without(_from_store(root, cfg, split, classes), quarantined(cfg, root / split))
+        catalog = _from_store(root, cfg, split, classes)
+        return _without(catalog, quarantined(cfg, catalog.root))
     try:
         there = root.is_dir() or (root.is_file() and root.name.lower().endswith(FILES))
     except OSError as error:
@@ -166,11 +168,18 @@ def open_images(cfg: DataConfig) -> Catalog:
 
 
 def _from_store(root: Address, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
-    require(
-        pack_format.is_pack(root),
-        f"data.path: {root} has no {pack_format.MANIFEST}; give the address of a pack (python -m data_pipeline.pack SRC {root})",
-    )
-    return _from_pack(root, cfg, split, classes)
+    if pack_format.is_pack(root):
+        return _from_pack(root, cfg, split, classes)
+    if split == "val" and classes is None:
+        classes = _from_store(root, cfg, "train", None).classes
+    found = find_shards(root, split)
+    key: list[object] = [str(root), split, classes, cfg.val_share, found.names, found.versions]
+    catalog = _remembered(key, lambda: remote_shards(found, cfg, split, classes))
+    return replace(catalog, objects=_objects(found.base, catalog.shards, cfg, split))
+
+
+def _objects(base: Address, shards: list[str], cfg: DataConfig, split: str) -> Objects:
+    return open_objects(base, shards, cfg.cache_gb, keep=split != "train" or bool(cfg.shuffle_shards))
 
 
 def _from_pack(root: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
@@ -333,6 +342,9 @@ def _fault(listing: Listing, row: int) -> str | None:
         # Locate the bytes: in a shard, or the whole file.
         if listing.shards:
             shard, start, length = listing.spans[row].tolist()
+            if listing.objects:
+                inspect(listing.objects.read(shard, start, length))
+                return None
             path = listing.root / listing.shards[shard]
             if listing.forms and listing.forms[shard]:
                 inspect(read_form(listing.forms[shard], str(path), start, length))  # only the whole can be read

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import require
 from data_pipeline.sources.image_headers import SUFFIXES
+from data_pipeline.sources.storage.objects import Objects
 
 UNLABELLED = -1
 """Label of images of unknown class; the same number as `host_batch.IGNORE_LABEL`."""
@@ -52,6 +53,8 @@ class Listing:
     spans: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
     """[N, 3] number of the shard, offset and length in bytes of each sample; empty where each is a file."""
     taken: Taken = field(default_factory=Taken)
+    objects: Objects | None = None
+    """The shards, where `root` is an address."""
     forms: list[str] = field(default_factory=list)
     """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
 

@@ -3,7 +3,8 @@
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from data_pipeline.common.errors import UserError, require
 from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.listing import Listing, Taken, counted, is_foreign, is_image
 from data_pipeline.sources.splits import role_of
+from data_pipeline.sources.storage.objects import ObjectFile, Objects
 
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of a compressed file -> program that decompresses it."""
@@ -62,7 +64,11 @@ def split_shards(base: Path) -> ShardNames:
 
     Raises `UserError` where only some mention one.
     """
-    names = shard_names(base)
+    return divided_by_name(shard_names(base), base)
+
+
+def divided_by_name(names: list[str], base: Path) -> ShardNames:
+    """Divide these shards as `split_shards` does."""
     roles = {role: [name for name in names if role_of(name) == role] for role in ("train", "val", "test", None)}
     if len(roles[None]) == len(names):
         return ShardNames(names, [], [])
@@ -75,9 +81,20 @@ def split_shards(base: Path) -> ShardNames:
     return ShardNames(roles["train"], val, [f"left alone: {counted(len(left), 'shard')}, as {left[0]}"] if left else [])
 
 
-def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listing:
-    """List the samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given."""
-    samples = [(number, sample) for number, name in enumerate(names) for sample in _samples(base / name)]
+def tar_shards(base: Path, names: list[str], classes: list[str] | None, objects: Objects | None = None) -> Listing:
+    """List the samples of the shards `names` in `base`; their labels are the classes, unless `classes` are given.
+
+    `objects` are the shards where `base` is an address.
+    """
+
+    def opened(number: int) -> _Small:
+        return _SmallReadsOfObject(objects, number) if objects else _SmallReads(base / names[number])
+
+    samples = [
+        (number, sample)
+        for number, name in enumerate(names)
+        for sample in _samples(base / name, partial(opened, number))
+    ]
     twice = len(samples) - len({(number, sample.name) for number, sample in samples})
     require(
         twice == 0,
@@ -108,6 +125,7 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None) -> Listi
         names,
         np.array([(number, sample.offset, sample.length) for number, sample, _ in labelled], np.int64),
         Taken(counted(len(names), "tar shard"), notes=[note] if bare else []),
+        objects=objects,
     )
 
 
@@ -126,11 +144,12 @@ def _in_order(labels: set[str]) -> list[str]:
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
 
 
-def _samples(shard: Path) -> Iterator[_Sample]:
+def _samples(shard: Path, opened: Callable[[], "_Small"]) -> Iterator[_Sample]:
     """Yield the images of a shard. The members of one sample stand together, in any order."""
     try:
-        _check_whole(shard)
-        with _SmallReads(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with opened() as file:
+            _check_whole(shard, file)
+        with opened() as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for _, members in groupby(_members(tar, shard), lambda member: _key(member.name)):
                 sample = list(members)
                 labels = [member.name for member in sample if member.name.endswith(".cls")]
@@ -150,21 +169,20 @@ def _samples(shard: Path) -> Iterator[_Sample]:
         raise UserError(f"data.path: the shard {shard} cannot be read ({error}); copy it again or remove it") from None
 
 
-def _check_whole(shard: Path) -> None:
-    with open(shard, "rb") as file:
-        start = file.read(8)
-        undo = next((undo for magic, undo in _PACKED.items() if start.startswith(magic)), None)
-        require(
-            undo is None,
-            f"data.path: the shard {shard} is compressed, so no image in it can be reached alone; decompress it "
-            f"(`{undo} < OLD.tar > NEW.tar`), as images are compressed already",
-        )
-        file.seek(max(os.path.getsize(shard) - tarfile.BLOCKSIZE, 0))
-        end = file.read()
-        require(
-            len(end) == tarfile.BLOCKSIZE and not any(end),
-            f"data.path: the shard {shard} is cut off; copy it again or remove it",
-        )
+def _check_whole(shard: Path, file: "_Small") -> None:
+    start = file.read(8)
+    undo = next((undo for magic, undo in _PACKED.items() if start.startswith(magic)), None)
+    require(
+        undo is None,
+        f"data.path: the shard {shard} is compressed, so no image in it can be reached alone; decompress it "
+        f"(`{undo} < OLD.tar > NEW.tar`), as images are compressed already",
+    )
+    file.seek(max(file.seek(0, os.SEEK_END) - tarfile.BLOCKSIZE, 0))
+    end = file.read(tarfile.BLOCKSIZE)
+    require(
+        len(end) == tarfile.BLOCKSIZE and not any(end),
+        f"data.path: the shard {shard} is cut off; copy it again or remove it",
+    )
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:
@@ -197,9 +215,17 @@ def _bound(size: int) -> None:
         raise tarfile.ReadError(f"a header or label of {size} bytes")
 
 
-class _SmallReads(io.FileIO):
+class _Small(io.RawIOBase):
     """File that reads at most the bytes of a header or a label at once, however many are asked for."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         _bound(-1 if size is None else size)
-        return super().read(size) or b""
+        return super().read(-1 if size is None else size) or b""
+
+
+class _SmallReads(_Small, io.FileIO):
+    """Such a file on this machine."""
+
+
+class _SmallReadsOfObject(_Small, ObjectFile):
+    """Such a file in an object store."""

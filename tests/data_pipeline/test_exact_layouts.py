@@ -20,7 +20,7 @@ from tests.data_pipeline.dali.test_augment import EVERYTHING
 from tests.support import object_stores
 from tests.support.published import PUBLISHED
 
-LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack", "pack in s3")
+LAYOUTS = ("class folders", "csv", "parquet", "tar shards", "pack", "pack in s3", "tar shards in s3")
 BATCH, IMAGES = 8, {"train": 44, "val": 10}
 UNEVEN = 12  # images to train on of the uneven set
 STOP = 16  # images, two updates
@@ -55,10 +55,12 @@ def dataset(request: pytest.FixtureRequest, folders: Path, tmp_path: Path) -> Da
         if request.param == "pack":
             return DataConfig(str(tmp_path / "pack"))
         return DataConfig(object_stores.upload(tmp_path / "pack", f"{request.getfixturevalue('bucket')}/a pack/ü"))
-    if request.param == "tar shards":
+    if request.param.startswith("tar shards"):
         for split in IMAGES:
             write_shards(folders, split, tmp_path / split)
-        return DataConfig(str(tmp_path))
+        if request.param == "tar shards":
+            return DataConfig(str(tmp_path))
+        return DataConfig(object_stores.upload(tmp_path, f"{request.getfixturevalue('bucket')}/shards"))
     rows = [(file, split) for split in IMAGES for file in sorted((folders / split).glob("*/*"))]
     table = pd.DataFrame(
         {

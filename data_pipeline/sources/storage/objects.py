@@ -1,6 +1,7 @@
 """Read parts of the objects of a dataset, ahead of their use, through the cache on disk."""
 
 import errno
+import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -58,8 +59,13 @@ class Objects:
     def read_all(self, number: int) -> bytes:
         """Read a whole object."""
         size = self.stats[number].size
-        self.prefetch(np.array([(number, 0, size)]))
+        self.prefetch_whole(number)
         return self.read(number, 0, size)
+
+    def prefetch_whole(self, number: int) -> None:
+        """Begin to fetch an object, if there is one of this number. Returns at once."""
+        spans = [(number, 0, self.stats[number].size)] if number < len(self.stats) else []
+        self.prefetch(np.array(spans, np.int64).reshape(-1, 3))
 
     def prefetch(self, spans: NDArray[np.int64]) -> None:
         """Begin to fetch what is not there of spans [N, 3]: number of the object, offset, length. Returns at once."""
@@ -111,6 +117,36 @@ class Objects:
         stat = self.stats[part.number]
         version = stat.etag or f"{stat.size} bytes"
         return self.cache.path(self.root / self.names[part.number], version, part.start // BLOCK)
+
+
+class ObjectFile(io.RawIOBase):
+    """An object as a file that is read here and there up to its end, and then the next one."""
+
+    def __init__(self, objects: Objects, number: int) -> None:
+        self._objects, self._number, self._at = objects, number, 0
+        for ahead in (number, number + 1):
+            objects.prefetch_whole(ahead)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        size = self._objects.stats[self._number].size
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self._objects.stats[self._number].size - self._at, 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = self._objects.read(self._number, self._at, wanted) if wanted else b""
+        self._at += len(data)
+        return data
 
 
 def open_objects(root: Address, names: list[str], cache_gb: float, *, keep: bool = True) -> Objects:

@@ -1,0 +1,72 @@
+"""List tar shards in an object store, as `layouts` lists those of a folder: in train/ and val/, or divided by their names."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from data_pipeline.common.address import Address
+from data_pipeline.common.errors import require
+from data_pipeline.config import DataConfig
+from data_pipeline.sources.listing import Listing, share
+from data_pipeline.sources.splits import find_splits
+from data_pipeline.sources.storage.objects import open_objects
+from data_pipeline.sources.storage.store import list_below
+from data_pipeline.sources.webdataset import divided_by_name, is_shard, tar_shards
+
+
+class RemoteShards(NamedTuple):
+    """Shards of one split, before any is opened."""
+
+    base: Address
+    """Folder of the split."""
+    names: list[str]
+    """Paths of the shards below `base`."""
+    versions: list[tuple[int, str]]
+    """Size and ETag of each."""
+    layout: str
+    """Words behind the number of shards, such as " in train/"; may be empty."""
+    val_from: str
+    """Source of the validation images; empty where they are a share of the others."""
+    notes: list[str]
+
+
+def find_shards(root: Address, split: str) -> RemoteShards:
+    """Find the shards of `split` ("train" or "val") below an address. Raises `UserError` where there are none."""
+    require(
+        root.can_list,
+        f"data.path: {root} has no manifest.json, so it is no pack, and a web server does not list its files; give a pack's "
+        "address, or shards at an s3:// or gs:// address",
+    )
+    stats = {name: stat for name, stat in list_below(root) if is_shard(name)}
+    require(
+        len(stats) > 0,
+        f"data.path: {root} holds neither a pack nor .tar shards; pack the images: python -m data_pipeline.pack SRC {root}",
+    )
+    # The splits are folders, or words in the shards' names.
+    splits = find_splits({name.partition("/")[0] for name in stats if "/" in name}, root)
+    val = splits.val or splits.test
+    if splits.train:
+        folder = splits.train if split == "train" or not val else val
+        names = [name.removeprefix(f"{folder}/") for name in stats if name.startswith(f"{folder}/")]
+        base, layout, val_from, notes = root / folder, f" in {folder}/", f"{val}/" if val else "", list[str]()
+    else:
+        parts = divided_by_name(list(stats), root)
+        names = parts.val if split == "val" and parts.val else parts.train
+        base, layout, val_from, notes = root, "", parts.val_from, parts.notes
+    versions = [stats[str(base / name).removeprefix(f"{root}/")] for name in names]
+    return RemoteShards(base, names, [(stat.size, stat.etag) for stat in versions], layout, val_from, notes)
+
+
+def remote_shards(found: RemoteShards, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:
+    """List the samples of these shards; they are read once, through the cache. Raises `UserError`."""
+    require(
+        cfg.cache_gb > 0,
+        f"data.cache_gb: the tar shards in {found.base} are listed through the cache; give it room for one at least",
+    )
+    objects = open_objects(found.base, found.names, cfg.cache_gb)
+    listing = tar_shards(found.base, found.names, classes, objects)
+    taken = listing.taken
+    taken = replace(
+        taken, layout=taken.layout + found.layout, val_from=found.val_from, notes=[*found.notes, *taken.notes]
+    )
+    listing = replace(listing, watched=[], taken=taken)
+    return listing if found.val_from else share(listing, cfg.val_share, split)
