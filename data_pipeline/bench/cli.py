@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 
 from data_pipeline.bench.budget import MINUTES, reported, rounds_within
-from data_pipeline.bench.peers import CONTESTANTS, OURS, Task, copy_sample
+from data_pipeline.bench.object_store import serving_in_background
+from data_pipeline.bench.peers import CONTESTANTS, OURS, Contestant, Task, copy_sample
 from data_pipeline.bench.sources import SOURCES, write_sources
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
@@ -163,11 +164,12 @@ def measure(
 ) -> None:
     """Measure the contestants, or with `sources` our own in all layouts; append a row for each turn. Raises `UserError`."""
     deadline_s = time.monotonic() + 60 * minutes
-    with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder:
+    with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder, ExitStack() as prepared:
         copy_sample(cfg, Path(folder, "folders") if sources else Path(folder), sample)
         if sources:
             write_sources(Path(folder))
-        names = list(SOURCES) if sources else _installed()
+            prepared.enter_context(serving_in_background(Path(folder)))
+        names = _installed(SOURCES if sources else CONTESTANTS)
         # Sizes share the time evenly; within a size the contestants take turns.
         for place, size_px in enumerate(sizes_px):
             now_s = time.monotonic()
@@ -194,12 +196,12 @@ def turns_of(rows: list[Row]) -> pd.DataFrame:
     return turns
 
 
-def _installed() -> list[str]:
+def _installed(contestants: Mapping[str, Contestant]) -> list[str]:
     """Names of the contestants; one whose package is missing is printed and left out."""
-    missing = {name: needs for name, (_, needs) in CONTESTANTS.items() if needs and not importlib.util.find_spec(needs)}
+    missing = {name: needs for name, (_, needs) in contestants.items() if needs and not importlib.util.find_spec(needs)}
     for name, needs in missing.items():
         print(f"{name} is left out: {needs} is not installed", file=sys.stderr)
-    return [name for name in CONTESTANTS if name not in missing]
+    return [name for name in contestants if name not in missing]
 
 
 def _start(names: list[str], task: Task, stack: ExitStack) -> list[Runner]:

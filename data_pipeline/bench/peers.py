@@ -51,9 +51,9 @@ def _sluice(task: Task) -> Delivery:
     return ours(task, task.folder)
 
 
-def ours(task: Task, path: Path) -> Delivery:
-    """Deliver the images in any of the layouts."""
-    cfg = DataConfig(path=str(path), batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
+def ours(task: Task, path: Path | str, cache_gb: float = 50) -> Delivery:
+    """Deliver the images in any of the layouts, or from an address."""
+    cfg = DataConfig(path=str(path), cache_gb=cache_gb, batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
     loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(cores=task.workers), training=True, epochs=1 << 30)
     for epoch in range(1 << 30):
         loader.seek(Cursor(epoch))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.bench.object_store import PACK, REMOTE
 from data_pipeline.bench.peers import Contestant, Delivery, Task, ours
 from data_pipeline.bench.source_writers import write_imagenet_tars, write_parquet, write_zip
 from data_pipeline.common.worker_pool import progress
@@ -20,7 +21,7 @@ class _Source(NamedTuple):
 
 _SOURCES = {
     "class folders": _Source("folders"),
-    "pack": _Source("as pack", lambda folders, into: pack(DataConfig(str(folders)), into, PackConfig())),
+    "pack": _Source(PACK, lambda folders, into: pack(DataConfig(str(folders)), into, PackConfig())),
     "tar shards": _Source("as shards", lambda folders, into: _link_shards(folders, into)),
     "ImageNet's tars": _Source("as imagenet", write_imagenet_tars),
     "zip, stored": _Source("stored.zip", lambda folders, into: write_zip(folders, into, deflated=False)),
@@ -43,7 +44,7 @@ def _reading(path: str) -> Callable[[Task], Delivery]:
     return lambda task: ours(task, task.folder / path)
 
 
-SOURCES = {name: Contestant(_reading(source.path)) for name, source in _SOURCES.items()}
+SOURCES = {name: Contestant(_reading(source.path)) for name, source in _SOURCES.items()} | REMOTE
 """Name -> contestant. The first reads class folders; the CPU time of the others is compared with its."""
 
 

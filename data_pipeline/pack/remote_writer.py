@@ -16,10 +16,11 @@ from typing import Any
 
 from data_pipeline.common.address import Address
 from data_pipeline.common.errors import require
-from data_pipeline.pack.writer import PLAN, UNDER_WAY, Note, Shard, Workshop, as_json, lock_folder
+from data_pipeline.pack.writer import UNDER_WAY, Note, Shard, Workshop, as_json, lock_folder
 from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.pack_format import Pack, is_pack, shard_name
+from data_pipeline.sources.remote_shards import unfinished
 from data_pipeline.sources.storage import store
 from data_pipeline.sources.storage.objects import read_object
 
@@ -30,7 +31,8 @@ class RemoteWorkshop(Workshop):
     def __init__(self, dst: Path, options: Mapping[str, Any], catalogs: Mapping[str, Catalog]) -> None:
         super().__init__(dst, options, catalogs)
         assert isinstance(dst, Address)
-        self._address, self._partial = dst, _beside(dst)
+        self._address, self._plan = dst, unfinished(dst)
+        self._partial = self._plan.parent
         self.folder = cache_root() / "packs" / hashlib.blake2b(str(dst).encode(), digest_size=8).hexdigest()
 
     @staticmethod
@@ -40,7 +42,7 @@ class RemoteWorkshop(Workshop):
             dst.can_list, f"DST: {dst} is on a web server, where nothing can be written; give an s3:// or gs:// address"
         )
         require(dst.key != "", f"DST: {dst} is a whole bucket; give a folder in it, as {dst}/pack")
-        if not is_pack(dst) and store.stat(_beside(dst) / PLAN) is None:
+        if not is_pack(dst) and store.stat(unfinished(dst)) is None:
             there = next(store.list_below(dst), None)
             require(
                 there is None,
@@ -61,10 +63,10 @@ class RemoteWorkshop(Workshop):
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
             lock_folder(lock.fileno(), self._address)
-            if store.stat(self._partial / PLAN):
-                self.compare(self._partial, json.loads(read_object(self._partial / PLAN)))
+            if store.stat(self._plan):
+                self.compare(self._partial, json.loads(read_object(self._plan)))
             else:
-                store.write(self._partial / PLAN, as_json(self.plan))
+                store.write(self._plan, as_json(self.plan))
             try:
                 yield
             finally:
@@ -102,10 +104,6 @@ class RemoteWorkshop(Workshop):
 
     def _remove_notes(self) -> None:
         store.remove([self._partial / name for name, _ in store.list_below(self._partial)])
-
-
-def _beside(dst: Address) -> Address:
-    return dst.with_name(f"{dst.name}.partial")
 
 
 def _note(split: str, number: int) -> str:

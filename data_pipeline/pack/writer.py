@@ -37,7 +37,7 @@ from data_pipeline.sources.pack_format import (
     shard_name,
 )
 
-PLAN, UNDER_WAY = "plan.json", "shard.tar"
+_PLAN, UNDER_WAY = "plan.json", "shard.tar"
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Workshop:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
             lock_folder(lock.fileno(), self.folder)
-            plan = self.folder / PLAN
+            plan = self.folder / _PLAN
             # A pack is only continued with the images and options that it was begun with.
             if plan.exists():
                 self.compare(self.folder, json.loads(plan.read_bytes()))
@@ -230,7 +230,7 @@ def refuse_foreign(dst: Path) -> None:
         raise UserError(f"DST: {dst} is a mount point, which cannot appear at once; give a folder within it")
     folder = _beside(dst)
     # The lock file is made before the plan.
-    if folder.exists() and not (_ours(folder / PLAN) or _empty(folder, "lock")):
+    if folder.exists() and not (_ours(folder / _PLAN) or _empty(folder, "lock")):
         raise UserError(f"DST: {folder}, where it would grow, is in use for something else; give another DST")
 
 

@@ -9,8 +9,13 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.listing import Listing, share
 from data_pipeline.sources.splits import find_splits
 from data_pipeline.sources.storage.objects import open_objects
-from data_pipeline.sources.storage.store import list_below
+from data_pipeline.sources.storage.store import list_below, stat
 from data_pipeline.sources.webdataset import divided_by_name, is_shard, tar_shards
+
+
+def unfinished(pack: Address) -> Address:
+    """Name the object that is there as long as a pack is being written, with the plan of it."""
+    return pack.with_name(f"{pack.name}.partial") / "plan.json"
 
 
 class RemoteShards(NamedTuple):
@@ -36,10 +41,14 @@ def find_shards(root: Address, split: str) -> RemoteShards:
         f"data.path: {root} has no manifest.json, so it is no pack, and a web server does not list its files; give a pack's "
         "address, or shards at an s3:// or gs:// address",
     )
-    stats = {name: stat for name, stat in list_below(root) if is_shard(name)}
+    stats = {name: version for name, version in list_below(root) if is_shard(name)}
     require(
         len(stats) > 0,
         f"data.path: {root} holds neither a pack nor .tar shards; pack the images: python -m data_pipeline.pack SRC {root}",
+    )
+    require(
+        not root.key or stat(unfinished(root)) is None,
+        f"data.path: {root} is a pack that is not finished; let python -m data_pipeline.pack go on with it",
     )
     # The splits are folders, or words in the shards' names.
     splits = find_splits({name.partition("/")[0] for name in stats if "/" in name}, root)
@@ -53,7 +62,7 @@ def find_shards(root: Address, split: str) -> RemoteShards:
         names = parts.val if split == "val" and parts.val else parts.train
         base, layout, val_from, notes = root, "", parts.val_from, parts.notes
     versions = [stats[str(base / name).removeprefix(f"{root}/")] for name in names]
-    return RemoteShards(base, names, [(stat.size, stat.etag) for stat in versions], layout, val_from, notes)
+    return RemoteShards(base, names, [(version.size, version.etag) for version in versions], layout, val_from, notes)
 
 
 def remote_shards(found: RemoteShards, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:

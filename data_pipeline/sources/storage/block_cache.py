@@ -56,12 +56,12 @@ class BlockCache:
         disk = os.statvfs(self.folder)
         return min(self._most_bytes, (self._held + disk.f_bavail * disk.f_frsize) / 2)
 
-    def path(self, address: Address, version: str, number: int) -> str:
-        """Name the file of a block."""
+    def folder_of(self, address: Address, version: str) -> str:
+        """Name the folder of an object's blocks, whose names are their numbers."""
         name = hashlib.blake2b(
             f"{BLOCK}\n{address}\n{version}".encode(errors="surrogateescape"), digest_size=16
         ).hexdigest()
-        return f"{self.folder}/{name[:2]}/{name}/{number}"
+        return f"{self.folder}/{name[:2]}/{name}"
 
     def read(self, path: str, offset: int, length: int) -> bytes | None:
         """Read a part of a block; None where it is not there, or not whole. Raises OSError."""

@@ -3,9 +3,9 @@
 import errno
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,9 @@ from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.storage import store
 from data_pipeline.sources.storage.block_cache import BLOCK, BlockCache
 
-_THREADS = 32  # requests under way at a time
+THREADS = 32
+"""Requests under way at a time."""
 _ROOM = 0.8  # share of the cache that a dataset may take whose every image is read in every epoch
-
-
-class _Part(NamedTuple):
-    """Bytes that are fetched by one request: of a block of an object, or exactly those that are asked for."""
-
-    number: int
-    start: int
-    end: int
 
 
 class Objects:
@@ -34,7 +27,9 @@ class Objects:
 
     def __init__(self, root: Address, names: list[str], stats: list[store.Stat], cache: BlockCache | None) -> None:
         self.root, self.names, self.stats, self.cache = root, names, stats, cache
-        self._coming: dict[_Part, Future[bytes]] = {}
+        self._coming: dict[tuple[int, ...], Future[bytes]] = {}  # by object and block, or by object, offset and length
+        self._seen: set[tuple[int, int]] = set()  # blocks that are in the cache, unless they have made room since
+        self._folders: dict[int, str] = {}  # of each object's blocks
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -47,14 +42,16 @@ class Objects:
         if offset + length > self.stats[number].size:
             raise OSError(errno.EIO, "its shard is cut off")
         if not self.cache:
-            part = _Part(number, offset, offset + length)
-            coming = self._coming.pop(part, None)
-            return coming.result() if coming else self._fetch(part)
+            coming = self._coming.pop((number, offset, length), None)
+            return coming.result() if coming else self._request(number, offset, offset + length)
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        if first == last:  # as of nearly all images
+            return self._read_block(number, first, offset - first * BLOCK, length)
         pieces = []
-        for part in self._blocks(number, offset, length):
-            start, end = max(offset, part.start), min(offset + length, part.end)
-            pieces.append(self._read_block(part, start - part.start, end - start))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        for block in range(first, last + 1):
+            start, end = max(offset, block * BLOCK), min(offset + length, (block + 1) * BLOCK)
+            pieces.append(self._read_block(number, block, start - block * BLOCK, end - start))
+        return b"".join(pieces)
 
     def read_all(self, number: int) -> bytes:
         """Read a whole object."""
@@ -69,54 +66,66 @@ class Objects:
 
     def prefetch(self, spans: NDArray[np.int64]) -> None:
         """Begin to fetch what is not there of spans [N, 3]: number of the object, offset, length. Returns at once."""
+        if not self.cache:
+            for number, offset, length in spans.tolist():
+                self._begin((number, offset, length), self._request, number, offset, offset + length)
+            return
+        firsts, lasts = spans[:, 1] // BLOCK, (spans[:, 1] + spans[:, 2] - 1) // BLOCK
+        wanted = {
+            (number, block)
+            for number, first, last in zip(spans[:, 0].tolist(), firsts.tolist(), lasts.tolist(), strict=True)
+            for block in range(first, last + 1)
+        }
+        for number, block in sorted(wanted - self._seen):
+            if os.path.exists(self._path(number, block)):
+                self._seen.add((number, block))
+            else:
+                self._begin((number, block), self._fetch_ahead, number, block)
+
+    def _begin(self, key: tuple[int, ...], work: Callable[..., bytes], *arguments: int) -> None:
+        """Start a request that is not under way yet. In the cache it is done with; otherwise its bytes wait for their reader."""
+        if key in self._coming:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS)
+        self._coming[key] = coming = self._pool.submit(work, *arguments)
         if self.cache:
-            wanted = dict.fromkeys(part for span in spans.tolist() for part in self._blocks(*span))
-            missing = [part for part in wanted if not os.path.exists(self._path(part))]
-        else:
-            missing = [_Part(number, offset, offset + length) for number, offset, length in spans.tolist()]
-        if missing and self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS)
-        for part in missing:
-            if part not in self._coming:
-                assert self._pool
-                self._coming[part] = coming = self._pool.submit(self._fetch_ahead, part)
-                if self.cache:
-                    coming.add_done_callback(lambda _, part=part: self._coming.pop(part, None))  # type: ignore[misc]
+            coming.add_done_callback(lambda _: self._coming.pop(key, None))
 
-    def _fetch_ahead(self, part: _Part) -> bytes:
-        """Fetch into the cache; without one, the bytes wait in memory for whoever reads them."""
-        data = self._fetch(part)
-        return b"" if self.cache else data
+    def _fetch_ahead(self, number: int, block: int) -> bytes:
+        self._fetch(number, block)
+        return b""
 
-    def _blocks(self, number: int, offset: int, length: int) -> list[_Part]:
-        size = self.stats[number].size
-        starts = range(offset // BLOCK * BLOCK, offset + length, BLOCK)
-        return [_Part(number, start, min(start + BLOCK, size)) for start in starts]
-
-    def _read_block(self, part: _Part, offset: int, length: int) -> bytes:
+    def _read_block(self, number: int, block: int, offset: int, length: int) -> bytes:
         assert self.cache
-        coming = self._coming.get(part)
+        coming = self._coming.get((number, block))
         if coming:
             coming.result()
-        data = self.cache.read(self._path(part), offset, length)
-        return self._fetch(part)[offset : offset + length] if data is None else data
+        data = self.cache.read(self._path(number, block), offset, length)
+        return self._fetch(number, block)[offset : offset + length] if data is None else data
 
-    def _fetch(self, part: _Part) -> bytes:
-        address, stat = self.root / self.names[part.number], self.stats[part.number]
-
-        def fetch() -> bytes:
-            try:
-                return store.read(address, part.start, part.end, stat.etag)
-            except FileNotFoundError:
-                raise UserError(f"{address}: it was removed since it was opened; restore it, and start again") from None
-
-        return self.cache.fetched(self._path(part), part.end - part.start, fetch) if self.cache else fetch()
-
-    def _path(self, part: _Part) -> str:
+    def _fetch(self, number: int, block: int) -> bytes:
+        """Fetch a block into the cache, unless it is there by now. Returns all of it."""
         assert self.cache
-        stat = self.stats[part.number]
-        version = stat.etag or f"{stat.size} bytes"
-        return self.cache.path(self.root / self.names[part.number], version, part.start // BLOCK)
+        self._seen.discard((number, block))
+        start = block * BLOCK
+        end = min(start + BLOCK, self.stats[number].size)
+        return self.cache.fetched(self._path(number, block), end - start, lambda: self._request(number, start, end))
+
+    def _request(self, number: int, start: int, end: int) -> bytes:
+        address = self.root / self.names[number]
+        try:
+            return store.read(address, start, end, self.stats[number].etag)
+        except FileNotFoundError:
+            raise UserError(f"{address}: it was removed since it was opened; restore it, and start again") from None
+
+    def _path(self, number: int, block: int) -> str:
+        if number not in self._folders:
+            assert self.cache
+            stat = self.stats[number]
+            version = stat.etag or f"{stat.size} bytes"
+            self._folders[number] = self.cache.folder_of(self.root / self.names[number], version)
+        return f"{self._folders[number]}/{block}"
 
 
 class ObjectFile(io.RawIOBase):
@@ -177,7 +186,7 @@ def _stats(root: Address, names: list[str]) -> list[store.Stat | None]:
     if root.can_list and len(names) > 1:
         known = dict(store.list_below(root))
         return [known.get(name) for name in names]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda name: store.stat(root / name), names))
 
 

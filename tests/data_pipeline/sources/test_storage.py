@@ -146,7 +146,8 @@ def test_missing_credentials_are_told_at_once(server: RangeServer, monkeypatch: 
 
 
 def test_refused_credentials_and_wrong_addresses_are_told(server: RangeServer) -> None:
-    assert "no manifest.json" in complaint(lambda: open_catalog(DataConfig("s3://b/elsewhere"), "train"))
+    assert "neither a pack nor" in complaint(lambda: open_catalog(DataConfig("s3://b/elsewhere"), "train"))
+    assert "no manifest.json" in complaint(lambda: open_catalog(DataConfig(f"{server.url}/b/elsewhere"), "train"))
     server.fault = lambda method, path: "403"
     told = complaint(lambda: open_catalog(DataConfig("s3://b/pack"), "train"))
     assert told.startswith("s3://b/pack/manifest.json: access is refused (")
@@ -190,7 +191,7 @@ def test_processes_share_the_cache_and_fetch_each_block_once(server: RangeServer
 
 def test_the_least_recently_used_blocks_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = BlockCache(tmp_path, 100_000)
-    paths = [cache.path(Address("s3:", "b", f"{number}"), "v", 0) for number in range(120)]
+    paths = [f"{cache.folder_of(Address('s3:', 'b', str(number)), 'v')}/0" for number in range(120)]
     for number, path in enumerate(paths):
         assert cache.fetched(path, 1000, lambda number=number: b"%04d" % number * 250) == b"%04d" % number * 250  # type: ignore[misc]
         os.utime(path, (number, number + 1e9))
@@ -203,7 +204,7 @@ def test_the_least_recently_used_blocks_make_room(tmp_path: Path, monkeypatch: p
 
 def test_half_blocks_of_killed_processes_are_not_read_and_go(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 1e6)
-    path = cache.path(Address("s3:", "b", "x"), "v", 0)
+    path = f"{cache.folder_of(Address('s3:', 'b', 'x'), 'v')}/0"
     os.makedirs(os.path.dirname(path))
     for name, age_s in ((f"{path}.1.partial", 7200), (f"{path}.2.partial", 0)):
         Path(name).write_bytes(b"half")
