@@ -106,6 +106,27 @@ def test_one_thread_writes_all_saves_and_ends(tmp_path: Path) -> None:
     assert not threads[0].is_alive()
 
 
+class Claimed(DistContext):
+    """Rank whose threads each note that they have taken its device, before they use it."""
+
+    def enter_thread(self) -> None:
+        threading.current_thread().name += " on its device"
+
+
+def test_the_writing_thread_uses_the_ranks_own_gpu(tmp_path: Path) -> None:
+    """It waits for copies from there; on the first GPU a context would take half a gigabyte for each rank."""
+    names: list[str] = []
+
+    def write(folder: Path) -> dict[str, Stamp]:
+        names.append(threading.current_thread().name)
+        return writer(1)(folder)
+
+    with saver(tmp_path, Claimed(torch.device("cpu"), rank=0, world=1, cores=1)) as one:
+        one.start(progress(1), write, best=False)
+        assert one.wait() is None
+    assert names == ["saver on its device"]
+
+
 def test_what_is_written_is_the_moment_of_the_snapshot(tmp_path: Path) -> None:
     """The engine goes on training before the first byte is written, and resumes from there bit for bit."""
     torch.manual_seed(0)
