@@ -214,7 +214,11 @@ class _Cast(nn.Module):
 def _import_deepspeed(ctx: DistContext) -> Any:
     """DeepSpeed, ready for `initialize`, without its messages; a single process gets a group of its own."""
     os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(ctx.device.index or 0))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if (
+        ctx.device.type == "cuda"
+    ):  # DeepSpeed takes it for the GPU's number, which it is not where a process sees one alone
+        os.environ["LOCAL_RANK"] = str(ctx.device.index)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
