@@ -113,6 +113,7 @@ PUBLISHED: dict[str, Callable[[Path, Path], Path]] = {
     "zip": lambda folders, into: zipped(folders, into, deflated=False),
     "zip, deflated": lambda folders, into: zipped(folders, into, deflated=True),
     "Parquet": lambda folders, into: write_parquet(folders, into, compression="none", splits=("train", "val")),
+    "Parquet, zstd": lambda folders, into: write_parquet(folders, into, compression="zstd", splits=("train", "val")),
     "hub": hub,
     "Arrow": arrow,
 }

@@ -21,7 +21,7 @@ def arrow_rows(file: Path, columns: Column) -> Rows:
     """Read the rows of a file from its map in memory. Raises OSError, ValueError, or pyarrow's ArrowException."""
     from pyarrow import compute  # type: ignore[import-untyped]
 
-    rows = Rows([], [], [], plain=True)
+    rows = Rows([], [], [], form="")
     with _mapped(file) as source:
         whole = source.read_buffer(source.size())
         source.seek(0)

@@ -18,7 +18,7 @@ from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.listing import Listing, Taken, counted, is_image, share
 from data_pipeline.sources.published.arrow_images import arrow_rows
 from data_pipeline.sources.published.huggingface_columns import Table, guarded, image_columns, schema_of, table_of
-from data_pipeline.sources.published.parquet_images import Column, Rows, parquet_rows
+from data_pipeline.sources.published.parquet_images import ROWS, Column, Rows, parquet_rows
 from data_pipeline.sources.splits import Role, role_of
 from data_pipeline.sources.tables.text_table import few
 from data_pipeline.sources.webdataset import is_archive, is_shard
@@ -159,13 +159,12 @@ def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | 
     )
     left = len(labels) - len(kept)
     notes = [f"without an image or a class, so left out: {counted(left, 'row')}"] if left else []
-    grouped = [name for name, rows in zip(files, read, strict=True) if not rows.plain]
+    grouped = [name for name, rows in zip(files, read, strict=True) if rows.form.startswith(ROWS)]
     if grouped:
         notes.append(
             f"images are compressed in row groups, as in {grouped[0]}, so that each reading of one reads many; to read faster, "
             "once: python -m data_pipeline.pack"
         )
-    form = f"rows of {table.columns.data}"
     kind = "Arrow" if files[0].endswith(".arrow") else "Parquet"
     return Listing(
         folder,
@@ -179,7 +178,7 @@ def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | 
             f"{counted(len(files), f'{kind} file')}: images in {table.columns.image}, classes by {table.columns.label}",
             notes=notes,
         ),
-        forms=["" if rows.plain else form for rows in read] if grouped else [],
+        forms=[rows.form for rows in read],
     )
 
 

@@ -1,21 +1,27 @@
 """Images in a column of a Parquet file: by their places in the file where these can be found, else by row groups.
 
 A column that is not compressed (as `datasets` has written images since version 4) holds each image as it is, behind its
-length: it is read like a member of a tar. Any other column is read by whole row groups, of which a few are kept.
+length: it is read like a member of a tar. Of one that Snappy has compressed, as most are, a few blocks are read. Any other
+column is read by whole row groups, of which a few are kept.
 """
 
 import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from data_pipeline.common.atomic_io import read_bytes
+from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes
+from data_pipeline.sources.published.parquet_pages import pages
+from data_pipeline.sources.published.snappy_blocks import BLOCK, blocks
 
+SNAPPY, ROWS = "snappy", "rows of "
+"""Forms of images in a column; ROWS is followed by its name."""
 _MOST_KEPT = 1 << 28  # bytes of row groups that a process keeps, besides those being read
 _KNOWN_FILES = 1024
 
@@ -24,12 +30,11 @@ class Rows(NamedTuple):
     """Rows of one file."""
 
     images: list[tuple[int, int]]
-    """Place of each row's image: first byte and bytes, or the row's number and bytes; (0, -1) where it has none."""
+    """Place of each row's image, as its form has it (see `stored_forms`); (0, -1) where it has none."""
     names: list[str]
     """File name that each image had; "" where that is unknown."""
     labels: list[Any]
-    plain: bool
-    """True where `images` are places in the file."""
+    form: str
 
 
 class Column(NamedTuple):
@@ -57,19 +62,21 @@ def parquet_rows(file: Path, columns: Column) -> Rows:
     source = _opened(str(file), os.stat(file).st_mtime_ns)
     images: list[tuple[int, int]] = []
     places: list[tuple[int, int]] = []
+    form: str | None = None
     names: list[str] = []
     labels: list[Any] = []
-    plain = True
     for group in range(source.num_row_groups):
         table = source.read_row_group(group, wanted, use_threads=False)
         data, paths = _parts(table.column(columns.image), columns)
         images += [(len(images) + row, -1 if value is None else len(value)) for row, value in enumerate(data)]
-        found = _places(_raw_column(source, file, group, columns.data), data) if plain else None
-        plain = found is not None
-        places += found or []
+        if form is None or not form.startswith(ROWS):
+            own, found = _places(source, file, group, columns.data, data)
+            form = own if form in (None, own) else ROWS + columns.data
+            places += found
         names += paths
         labels += table.column(columns.label).to_pylist()
-    return Rows(places if plain else images, names, labels, plain)
+    form = form or ""
+    return Rows(images if form.startswith(ROWS) else places, names, labels, form)
 
 
 def _parts(column: Any, columns: Column) -> tuple[list[bytes | None], list[str]]:
@@ -82,36 +89,78 @@ def _parts(column: Any, columns: Column) -> tuple[list[bytes | None], list[str]]
     return compute.struct_field(column, "bytes").to_pylist(), [os.path.basename(path or "") for path in paths]
 
 
-def _raw_column(source: Any, file: Path, group: int, name: str) -> tuple[int, bytes] | None:
-    """Read a column of a row group as it lies in the file, with its first byte; None where it is compressed."""
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+
+class _Text(NamedTuple):
+    """Part of a column, decompressed, in which values lie one after the other, each behind its length in four bytes."""
+
+    data: bytes
+    place: Callable[[int, int], tuple[int, int]]
+    """Function that gives the place of a value, by its first byte in `data`, that of its length, and its bytes."""
+
+
+def _places(
+    source: Any, file: Path, group: int, name: str, values: list[bytes | None]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Find the place of each value of a column in a row group, and their form. Every byte is compared."""
     row_group = source.metadata.row_group(group)
     column = next(
         column for at in range(row_group.num_columns) if (column := row_group.column(at)).path_in_schema == name
     )
-    if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
-        return None
-    start = column.data_page_offset
-    return start, read_bytes(file, start, column.total_compressed_size)
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    kinds = {"UNCOMPRESSED": ("", _whole), "SNAPPY": (SNAPPY, _decompressed)}
+    if column.compression in kinds and column.total_compressed_size <= MOST_BYTES:
+        form, texts = kinds[column.compression]
+        found = _found(texts(read_bytes(file, start, column.total_compressed_size), start), values)
+        if found is not None:
+            return form, found
+    return ROWS + name, []
 
 
-def _places(raw: tuple[int, bytes] | None, values: list[bytes | None]) -> list[tuple[int, int]] | None:
-    """Find first byte and bytes of each value, which lie in this order, each behind its length; None if one is not there."""
-    if raw is None:
-        return None
-    start, column = raw
-    found, at = [], 0
+def _found(texts: Iterator[_Text], values: list[bytes | None]) -> list[tuple[int, int]] | None:
+    """Find each value in the texts, where they are in order, each once; None if one is not there."""
+    found: dict[bytes | None, tuple[int, int]] = {None: (0, -1)}
+    text, at = next(texts, None), 0
     for value in values:
-        if value is None:
-            found.append((0, -1))
+        if value is None or value in found:
             continue
         written = len(value).to_bytes(4, "little") + value
-        if not column.startswith(written, at):  # a new page begins
-            at = column.find(written, at)
+        while text and not text.data.startswith(written, at):
+            at = text.data.find(written, at)
             if at < 0:
-                return None
-        found.append((start + at + 4, len(value)))
+                text, at = next(texts, None), 0
+        if text is None:
+            return None
+        found[value] = text.place(at, len(value))
         at += len(written)
-    return found
+    return [found[value] for value in values]
+
+
+def _whole(column: bytes, start: int) -> Iterator[_Text]:
+    yield _Text(column, lambda at, length: (start + at + 4, length))
+
+
+def _decompressed(column: bytes, start: int) -> Iterator[_Text]:
+    """Yield the pages of a column; none behind the first whose blocks cannot be read alone."""
+    from pyarrow import decompress
+
+    try:
+        for page in pages(column):
+            stream = column[page.start : page.end]
+            starts = blocks(stream)
+            if starts is None:
+                return
+            data = decompress(stream, page.size, codec="snappy", asbytes=True)
+            yield _Text(data, partial(_blocks_of, start + page.start, starts))
+    except (ValueError, IndexError, KeyError):  # a kind of page that is not known here
+        return
+
+
+def _blocks_of(start: int, starts: list[int], at: int, length: int) -> tuple[int, int]:
+    """Place of a value in a page that begins at byte `start` of the file: its blocks, and where it begins in the first."""
+    first, last = at // BLOCK, (at + 4 + length - 1) // BLOCK
+    return (start + starts[first]) * BLOCK + at % BLOCK, starts[last + 1] - starts[first]
 
 
 # ---- row groups -----------------------------------------------------------------------------------------------------

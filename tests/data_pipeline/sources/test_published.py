@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 import pytest
 import scipy.io  # type: ignore[import-untyped]
@@ -19,8 +20,11 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources.catalog import Catalog, open_catalog, open_images
+from data_pipeline.sources.image_headers import BadImage
 from data_pipeline.sources.published import parquet_images
 from data_pipeline.sources.published.mat_file import read_structs
+from data_pipeline.sources.published.parquet_images import Column, parquet_rows
+from data_pipeline.sources.published.stored_forms import read_form
 from data_pipeline.summary import summary
 from tests.conftest import KINDS, picture
 from tests.support.published import KIT, PUBLISHED, write_kit
@@ -112,8 +116,8 @@ def test_a_quarantine_and_a_pack_take_it_in_one_command(published: DataConfig, f
             "by name, as val-00000-of-00002.parquet)\n3 classes of 4 training images each: cat, dog, emu\ndata: only",
         ),
         (
-            "hub",
-            "data: images are compressed in row groups, as in data/train-00000-of-00002.parquet, so that each reading of one "
+            "Parquet, zstd",
+            "data: images are compressed in row groups, as in train-00000-of-00002.parquet, so that each reading of one "
             "reads many; to read faster, once: python -m data_pipeline.pack\n",
         ),
         (
@@ -434,13 +438,54 @@ def test_columns_are_found_with_certainty_or_refused(tmp_path: Path) -> None:
     assert both(file)[0].classes == ["a", "b"]
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("page", ["1.0", "2.0"])
+def test_every_way_to_write_parquet_gives_the_same_bytes(
+    compression: str, dictionary: bool, page: str, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    values = [draw.bytes(size) for size in (0, 1, 65_531, 65_532, 65_533, 300_000, 7, 130_000, *range(100, 200, 9))]
+    values += [bytes(200_000), b"again and again " * 20_000, draw.bytes(40_000) * 5, *values[5:8], None]  # type: ignore[list-item]
+    table = pyarrow.table(
+        {"image": pyarrow.array([{"bytes": value, "path": ""} for value in values]), "label": [0] * len(values)}
+    )
+    file = tmp_path / "set.parquet"
+    parquet.write_table(
+        table,
+        file,
+        row_group_size=11,
+        compression=compression,
+        use_dictionary=dictionary,
+        data_page_version=page,
+        data_page_size=1 << 16,
+        write_batch_size=3,
+    )
+    rows = parquet_rows(file, Column("image", True, "label"))
+    read = [read_form(rows.form, str(file), *place) if place[1] >= 0 else None for place in rows.images]
+    assert read == values
+    if page == "1.0":
+        assert rows.form == {"none": "", "snappy": "snappy", "zstd": "rows of image.bytes"}[compression]
+
+
+def test_damage_in_a_compressed_page_is_one_bad_image(tmp_path: Path) -> None:
+    file = table(tmp_path / "set.parquet", image=[{"bytes": JPEG + bytes([row]), "path": ""} for row in range(8)])
+    catalog = both(file)[0]
+    assert catalog.forms == ["snappy"]
+    data = bytearray(file.read_bytes())
+    data[100:200] = b"\xff" * 100
+    file.write_bytes(data)
+    with pytest.raises(BadImage, match="damaged in the Parquet file"):
+        catalog.read(0)
+
+
 def test_row_groups_that_are_kept_are_bounded(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "set"
     root.mkdir()
     noise = [KINDS["plain.jpg"](picture(40, 40, seed)) for seed in range(40)]
     image = pyarrow.array([{"bytes": data, "path": ""} for data in noise])
     made = pyarrow.table({"image": image, "label": [row % 2 for row in range(40)]})
-    parquet.write_table(made, root / "set.parquet", row_group_size=4)
+    parquet.write_table(made, root / "set.parquet", row_group_size=4, compression="zstd")
     train, val = both(root / "set.parquet", val_share=0.2)  # type: ignore[arg-type]
     monkeypatch.setattr(parquet_images, "_MOST_KEPT", 3 * sum(map(len, noise[:4])))
     monkeypatch.setattr(parquet_images, "_groups", groups := parquet_images._RowGroups())
