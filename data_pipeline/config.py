@@ -179,6 +179,8 @@ class DataConfig:
     """Height in pixels of the largest images, for the same purpose."""
     threads: int | None = free(None)
     """Decoding threads of each rank; if not given, its share of the processors it may use."""
+    prefetch: int = free(2)
+    """Batches that DALI works on ahead of the one handed out; more of them bridge slow ones, and take memory."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -229,6 +231,7 @@ class DataConfig:
         )
         hints = (self.preallocate_width_hint, self.preallocate_height_hint)
         require(min(hints) >= 0, f"data.preallocate_width_hint, preallocate_height_hint: {hints} must not be negative")
+        require(self.prefetch > 0, f"data.prefetch: {self.prefetch} is not positive; give 1 batch or more")
         require(
             self.threads is None or self.threads > 0,
             f"data.threads: {self.threads} is not positive; leave it out to use the processors there are",

@@ -79,6 +79,11 @@ class Loader:
         """Optimizer steps of a whole epoch; for validation, batches."""
         return steps_per_epoch(self._sharding_of(epoch), len(self.catalog))
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and size in pixels of all micro-batches of the run, each once."""
+        epochs = range(self.epochs if self.training else 1)
+        return list(dict.fromkeys((self._sharding_of(epoch).rows, self._size_of(epoch)) for epoch in epochs))
+
     def seek(self, cursor: Cursor) -> None:
         """Let the next iteration start at `cursor`; takes no time, wherever that is."""
         self.cursor = cursor

@@ -14,6 +14,7 @@ import torch
 from data_pipeline.common.address import is_address
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
+from data_pipeline.gpu_memory import gpu_bytes
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.torchvision_sets import NAMED
@@ -149,6 +150,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         "classes": json.dumps(catalog.classes),
         "data": catalog.fingerprint(),
     }
+    pieces = [*_fit_memory(start, engine)] if start.engine.fit_memory else []
     engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
     # The destinations of its metrics, and its first lines.
@@ -165,7 +167,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
             primary=ctx.primary,
         )
     )
-    for line in _first_lines(start, started, total_steps):
+    for line in (*_first_lines(start, started, total_steps), *pieces):
         tracker.note(line)
     if not progress.step:
         tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
@@ -191,6 +193,18 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     opened()
     with tracker, trace, saver, watchdog:
         yield session
+
+
+def _fit_memory(start: Start, engine: Engine) -> Iterator[str]:
+    """Let the engine try each size of batch that the run has, before DALI takes its part; yields what came of it. Collective.
+
+    All at once, because a run that was resumed later would find other parts of the memory taken.
+    """
+    ctx = start.ctx
+    beside = ctx.raise_together(lambda: gpu_bytes(start.train) + gpu_bytes(start.val))
+    for rows, size_px in start.train.shapes():
+        pieces = engine.fit_memory(rows, size_px, beside)
+        yield f"engine.fit_memory: {rows} images of {size_px} px on each rank, in {pieces} piece{'s' * (pieces > 1)}"
 
 
 def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterator[str]:

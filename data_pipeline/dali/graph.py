@@ -29,8 +29,6 @@ from data_pipeline.dali.augment import Operator
 if TYPE_CHECKING:
     from data_pipeline.dali.cpu_resize import Addresses
 
-PREFETCH = 2  # batches that DALI works on ahead of the one handed out
-
 # A pool gives memory for larger CPU buffers: malloc would return it to the system and fetch it anew, at ten page
 # faults an image. DALI reads this when it first allocates.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "65536")
@@ -75,6 +73,8 @@ class ImagePipeline:
     ) -> None:
         self.shape = batch, size_px
         self._device = device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # DALI takes memory of its own, and torch may hold all of it for tensors to come
         self._feed = _Feed()
         self._pipeline = build_graph(
             self._feed.next_inputs,
@@ -150,7 +150,7 @@ def build_graph(
         batch_size=batch,
         num_threads=threads,
         device_id=gpu,
-        prefetch_queue_depth=PREFETCH,
+        prefetch_queue_depth=cfg.prefetch,
     )
     pipeline.build()
     _remove_generated_files()

@@ -96,6 +96,41 @@ def test_a_deterministic_run(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded(replace(cfg, engine=EngineConfig(deterministic=True))).hw_decoder_load == 0
 
 
+def with_memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a forward pass over more images fail, as on a GPU whose memory is full."""
+
+    def logits(self: DdpEngine, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > images:
+            raise torch.OutOfMemoryError(f"no memory for {len(batch)} images")
+        return plainly(self, batch)
+
+    plainly = DdpEngine._logits
+    monkeypatch.setattr(DdpEngine, "_logits", logits)
+
+
+def test_batches_are_cut_to_what_memory_holds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each size of batch that the run has, before its first step; a resumed run cuts as before, for the same bits."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = {"engine__fit_memory": "true", "data__size_px": "[32,40]", "run__epochs": "2"}
+    with monkeypatch.context() as patch:
+        with_memory_for(4, patch)
+        train(base, whole, **options)
+        said = capsys.readouterr().out
+        train(base, run, **options, run__max_steps="2")
+    for size_px in (32, 40):
+        assert f"engine.fit_memory: 12 images of {size_px} px on each rank, in 4 pieces" in said
+    train(base, run, **options)
+    assert "12 images of 32 px on each rank, in 4 pieces" in capsys.readouterr().out
+    assert weights(run) == weights(whole)
+
+    monkeypatch.undo()
+    with_memory_for(0, monkeypatch)
+    with pytest.raises(UserError, match=r"data.size_px: there is no memory for one image of 32 px; give a lower one"):
+        train(base, tmp_path / "none", **options)
+
+
 def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the schedule of all its epochs, and exactly, if it is interrupted in them."""
     run, whole = tmp_path / "run", tmp_path / "whole"

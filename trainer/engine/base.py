@@ -37,6 +37,10 @@ class Engine(Protocol):
         """Make one optimizer step. Returns this rank's sums [5] float64 on the device (see StepSums); nothing waits for them."""
         ...
 
+    def fit_memory(self, rows: int, size_px: int, beside_bytes: int = 0) -> int:
+        """Cut micro-batches of so many images into the fewest pieces that memory holds; returns their number. Collective."""
+        ...
+
     def sync_buffers(self) -> None:
         """Give all ranks rank 0's statistics of batch normalisation, before evaluating. Collective."""
         ...

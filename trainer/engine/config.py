@@ -50,7 +50,7 @@ class EngineConfig:
     sync_bn: bool = False
     """Statistics of batch normalisation over all ranks instead of each rank's own images. GPUs only."""
     fit_memory: bool = False
-    """Cut micro-batches into the fewest pieces that fit into memory, found by a trial before the first optimizer step. Batch
+    """Cut micro-batches into the fewest pieces that fit into memory beside DALI, found by trials before the first step. Batch
     normalisation then sees one piece at a time. For ddp."""
 
     def __post_init__(self) -> None:

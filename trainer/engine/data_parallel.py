@@ -72,6 +72,10 @@ class DataParallel(ABC):
     def sync_buffers(self) -> None:
         self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
 
+    def fit_memory(self, rows: int, size_px: int, beside_bytes: int = 0) -> int:
+        """See `Engine`. Only DDP cuts (see `check_deepspeed`)."""
+        return 1
+
     def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
         """Parts of a batch that each have a forward and a backward pass of their own."""
         return micro_batches

@@ -20,7 +20,7 @@ from trainer.engine.compilation import check_device, compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.prediction import Predictor
-from trainer.optim.optimizer import OptimConfig, build_optimizer
+from trainer.optim.optimizer import OptimConfig, build_optimizer, state_share
 
 
 class DdpEngine(DataParallel):
@@ -63,26 +63,36 @@ class DdpEngine(DataParallel):
         # One network runs through DDP, the other bypasses it while some parameters are frozen.
         self._forward = compiled(self.ddp_model, cfg, device)
         self._lone_forward = compiled(self.module, cfg, device) if ctx.world > 1 else self._forward
-        self.chunks_per_micro_batch = 1  # of a micro-batch, each with a forward and a backward pass of its own
+        self.pieces: dict[tuple[int, int], int] = {}
+        """Pieces of a micro-batch of (rows, size_px), each with a forward and a backward pass of its own; 1 if not there."""
 
-    def fit_memory(self, rows: int, size_px: int) -> None:
-        """Cut micro-batches of so many images into the fewest pieces that memory holds, found by trial. Collective.
+    def fit_memory(self, rows: int, size_px: int, beside_bytes: int = 0) -> int:
+        """Cut micro-batches of so many images into the fewest pieces that memory holds, found by trial; returns their number.
 
-        Raises `UserError` where not even one image fits.
+        `beside_bytes` of a GPU are left to others. A restored engine begins with as many pieces as before, which bits
+        depend on. Collective. Raises `UserError` where not even one image fits.
         """
-        while not self._fits(-(-rows // self.chunks_per_micro_batch), size_px):
+        pieces = self.pieces.get((rows, size_px), 1)
+        while not self._fits(-(-rows // pieces), size_px, beside_bytes):
             require(
-                self.chunks_per_micro_batch < rows,
+                pieces < rows,
                 f"data.size_px: there is no memory for one image of {size_px} px; give a lower one",
             )
-            self.chunks_per_micro_batch *= 2
+            pieces *= 2
+        self.pieces[rows, size_px] = pieces
+        return pieces
 
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
         if self.powersgd:
             files |= gradient_compression.packed(self.powersgd, self.ctx, self.copy)
         if self.ctx.primary:
-            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            pieces = [(*shape, number) for shape, number in self.pieces.items()]
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                **({"pieces": pieces} if pieces else {}),
+            }
             files |= self._captured(state, metadata)
         return writer(files, self.copy.wait)
 
@@ -94,6 +104,7 @@ class DdpEngine(DataParallel):
         )
         self._restore(state, folder)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.pieces = {(rows, size_px): number for rows, size_px, number in state.get("pieces", ())}
         if state["scaler"]:  # empty where the run has been in another precision up to now
             self.scaler.load_state_dict(state["scaler"])
         if self.powersgd:
@@ -105,7 +116,7 @@ class DdpEngine(DataParallel):
         return not all(parameter.requires_grad for parameter in self.trained)
 
     def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
-        return [chunk for batch in micro_batches for chunk in _cut(batch, self.chunks_per_micro_batch)]
+        return [chunk for batch in micro_batches for chunk in _cut(batch, self.pieces.get(_shape(batch), 1))]
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.ddp_model, DistributedDataParallel):
@@ -139,12 +150,19 @@ class DdpEngine(DataParallel):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _fits(self, rows: int, size_px: int) -> bool:
+    def _fits(self, rows: int, size_px: int, beside_bytes: int) -> bool:
         """Return True where every rank has memory for both passes over so many images, beside what the optimiser will keep."""
         failed = torch.zeros(1, device=self.ctx.device)
         statistics = [buffer.clone() for buffer in self.module.buffers()]
+        held = sum(
+            value.nbytes
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        to_come = round(state_share(self.optim) * sum(parameter.nbytes for parameter in self.trained)) - held
         try:
-            kept = [torch.empty_like(parameter) for parameter in self.module.parameters() for _ in range(2)]
+            kept = torch.empty(max(to_come, 0) + beside_bytes, dtype=torch.uint8, device=self.ctx.device)
             images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.ctx.device)
             with self._accumulating(last=False):
                 logits = self._logits(images.to(memory_format=torch.channels_last))
@@ -155,6 +173,8 @@ class DdpEngine(DataParallel):
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.module.buffers(), statistics, strict=True):
             buffer.copy_(before)
+        if self.ctx.device.type == "cuda":
+            torch.cuda.empty_cache()  # what this trial took is DALI's, too
         return not self.ctx.sum(failed).item()
 
     def _settle_buckets(self) -> None:
@@ -169,6 +189,10 @@ class DdpEngine(DataParallel):
         self.ddp_model(pixels).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.train()
+
+
+def _shape(batch: Batch) -> tuple[int, int]:
+    return len(batch.images), batch.images.shape[-1]
 
 
 def _cut(batch: Batch, pieces: int) -> list[Batch]:

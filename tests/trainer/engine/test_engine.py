@@ -421,8 +421,7 @@ def out_of_memory_above(rows: int, module: nn.Module) -> None:
 def test_pieces_that_fit_are_one_batch(room: int, pieces: int) -> None:
     whole, cut = build(small_net()), build(small_net())
     out_of_memory_above(room, cut.module)
-    cut.fit_memory(8, 32)
-    assert cut.chunks_per_micro_batch == pieces
+    assert cut.fit_memory(8, 32) == pieces
     for seed in range(2):
         torch.testing.assert_close(
             cut.step([batch(8, seed)], 0.1), whole.step([batch(8, seed)], 0.1), rtol=1e-5, atol=1e-7
@@ -434,8 +433,7 @@ def test_a_trial_of_memory_changes_nothing() -> None:
     engine = build(resnet())
     before = {name: value.clone() for name, value in engine.module.state_dict().items()}
     out_of_memory_above(4, engine.module)
-    engine.fit_memory(8, 32)
-    assert engine.chunks_per_micro_batch == 2
+    assert engine.fit_memory(8, 32) == 2
     assert_equal(engine.module.state_dict(), before)
     assert all(parameter.grad is None for parameter in engine.module.parameters())
 

@@ -225,8 +225,7 @@ def fit_memory() -> Found:
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(limit_gib * 2**30, 0.8 * free) / total)
         engine = make_engine(ctx)
-        engine.fit_memory(rows, common.SCALE.size_px)
-        pieces = engine.chunks_per_micro_batch
+        pieces = engine.fit_memory(rows, common.SCALE.size_px)
         assert pieces > 1, f"{rows} images fit at once, so nothing was tried"
         sums = engine.step([noise(ctx, rows=rows)], 1e-3)
         assert torch.isfinite(sums[:4]).all(), sums.tolist()
