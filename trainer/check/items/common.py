@@ -57,10 +57,11 @@ def make_engine(
     optim: OptimConfig | None = None,
     engine: EngineConfig = EAGER,
     model: ModelConfig | None = None,
+    classes: int = CLASSES,
 ) -> DdpEngine:
     """Make an engine with freshly drawn weights, the same each time."""
     torch.manual_seed(0)
-    network = build_resnet(model or ModelConfig(width=SCALE.width), CLASSES)
+    network = build_resnet(model or ModelConfig(width=SCALE.width), classes)
     return DdpEngine(network, Normalise(MEAN, STD, ctx.device), engine, optim or OptimConfig(), ctx)
 
 

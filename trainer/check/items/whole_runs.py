@@ -83,7 +83,7 @@ def validation_memory() -> Found:
         cfg = DataConfig(path=str(folder), batch=BATCH, size_px=64)
         train = Loader(cfg, open_catalog(cfg, "train"), ctx, training=True)
         val = Loader(cfg, open_catalog(cfg, "val"), ctx, training=False)
-        engine = make_engine(ctx)
+        engine = make_engine(ctx, classes=len(train.catalog.classes))
         for _ in range(3):
             for batch in train:
                 engine.step([batch], 1e-3)
