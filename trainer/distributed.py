@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -140,9 +141,9 @@ def open_dist_context(
         yield DistContext(gpu or CPU, cores=_use_threads(len(os.sched_getaffinity(0))))
         return
 
-    # torchrun keeps its store when it restarts ranks, with the addresses of those that died.
+    # The store outlives a meeting: torchrun keeps it when it restarts ranks, and a process may join several times.
     meeting, _, _ = next(dist.rendezvous("env://", rank, world))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), meeting)
+    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", meeting)
     gpu, found = None, Arrival()
     try:
         gpu, found = _find_gpu(local_rank, device)
@@ -219,6 +220,7 @@ def _prepare_backends(interface: str | None, timeout_s: float) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
+_meetings = count()
 _groups: list[object] = []
 atexit.register(_groups.clear)
 

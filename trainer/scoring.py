@@ -139,7 +139,10 @@ def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
 
 def score_run(folder: Path, cfg: Config, *, flip: bool) -> None:
     """Score the run in `folder` on the images of `cfg.data`, and print it. Collective. Raises `UserError`."""
-    with progress("opening the run"), open_dist_context(device=cfg.engine.device) as ctx:
+    with (
+        progress("opening the run"),
+        open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores) as ctx,
+    ):
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
         loader = Loader(cfg.data, catalog, ctx, training=False)

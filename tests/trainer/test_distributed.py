@@ -41,7 +41,6 @@ def timeouts(rank: int, port: int, folder: Path) -> None:
     os.environ |= variables(rank, port)
     told = []
     for stall_s in (1.0, 3600.0, 0.0):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(stall_s)  # a meeting of its own
         with open_dist_context(patience_s=FRESH * stall_s) as ctx:
             groups = [dist.group.WORLD, ctx.new_group()]
             told += [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
@@ -147,8 +146,7 @@ def test_one_rank_fails_in_mid_epoch(kind: str, code: int, line: str, base: Path
 def mistake_of_all(rank: int, port: int, folder: Path) -> None:
     """All ranks meet a mistake at once; the process can then join again."""
     os.environ |= variables(rank, port)
-    for attempt in range(2):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    for _ in range(2):
         with pytest.raises(UserError), open_dist_context() as ctx:
             ctx.raise_together(lambda: int("x") if rank else (_ for _ in ()).throw(UserError("a mistake")))
     from data_pipeline.common.launcher import leaves_alone

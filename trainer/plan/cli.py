@@ -234,7 +234,10 @@ def plan_nodes(args: argparse.Namespace, cfg: Config, layout: Layout) -> None:
     """Measure, plan and print, as the command's options say. Collective. Raises `UserError`."""
     nodes, gpus_per_node, images = layout
     out, kept = Path(args.out) if args.out else None, Path(args.save_parts) if args.save_parts else None
-    with progress("opening the data"), open_dist_context(device=cfg.engine.device) as ctx:
+    with (
+        progress("opening the data"),
+        open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores) as ctx,
+    ):
         parts = _read(Path(args.parts), cfg) if args.parts else measure(cfg, ctx, images, gpus_per_node)
     if not ctx.primary:
         return

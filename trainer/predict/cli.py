@@ -182,7 +182,10 @@ def _table(
 def write_predictions(args: argparse.Namespace, cfg: Config) -> None:
     """Predict the images that `cfg.data` names, as the command's options say. Collective. Raises `UserError`."""
     view = _view(args, cfg.data)
-    with progress("opening the run"), open_dist_context(device=cfg.engine.device) as ctx:
+    with (
+        progress("opening the run"),
+        open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores) as ctx,
+    ):
         trained = ctx.raise_together(lambda: open_trained(Path(args.run), cfg, ctx))
         classes = trained.classes
         require(

@@ -174,7 +174,10 @@ def print_report(report: Report, title: str, out: Path) -> None:
 
 def report_run(folder: Path, cfg: Config, out: Path) -> None:
     """Score the run in `folder` and write its report to `out`. Collective. Raises `UserError`."""
-    with progress("opening the run"), open_dist_context(device=cfg.engine.device) as ctx:
+    with (
+        progress("opening the run"),
+        open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores) as ctx,
+    ):
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         classes = trained.classes
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))

@@ -77,7 +77,6 @@ def report_cores(rank: int, port: int, folder: Path) -> None:
         ("own", [all_cores[-rank]], True),
     ):
         os.sched_setaffinity(0, given)
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = name  # a meeting of its own
         with open_dist_context(bind_cores=bind) as ctx:
             (folder / f"{name} {rank}").write_text(f"{ctx.cores} {sorted(os.sched_getaffinity(0))}")
             ctx.barrier()
