@@ -146,9 +146,10 @@ def _chosen(only: list[str] | None) -> list[str]:
 def describe_machine() -> dict[str, str]:
     """Describe hardware, driver and versions, each in a few words."""
     about = {
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
+        "machine": f"{len(os.sched_getaffinity(0))} cores ({_processor()}), Python {platform.python_version()}",
+        "system": platform.platform(),
     }
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,uuid", "--format=csv,noheader"]
     try:
         gpus = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
     except (OSError, subprocess.TimeoutExpired):
@@ -159,4 +160,13 @@ def describe_machine() -> dict[str, str]:
             about[package] = version(package)
         except PackageNotFoundError:
             continue
-    return about
+    return {name: printable(value) for name, value in about.items()}
+
+
+def _processor() -> str:
+    """Name the model of the CPU, or at least its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

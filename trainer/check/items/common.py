@@ -46,7 +46,7 @@ class Scale:
     """Compile a network too, which takes a minute on a CPU."""
 
 
-GPU = Scale(batch=256, size_px=224, width=1.0, images=4096, steps=20, values=25_000_000)
+GPU = Scale(batch=256, size_px=224, width=1.0, images=16384, steps=20, values=25_000_000)
 SMALL_GPU = replace(GPU, batch=32)
 CPU = Scale(batch=8, size_px=64, width=0.25, images=256, steps=2, values=2_500_000)
 SCALE = CPU if not gpu_count() else GPU if torch.cuda.mem_get_info()[1] > 30 << 30 else SMALL_GPU

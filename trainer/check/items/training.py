@@ -27,6 +27,7 @@ from trainer.engine.compilation import check_graphs
 from trainer.engine.config import Precision
 from trainer.engine.ddp import DdpEngine
 from trainer.optim.config import OptimConfig, OptimizerName
+from trainer.tracking.meter import Meter
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 OF_TIMM = ("lars", "lamb")
@@ -72,7 +73,7 @@ def no_host_sync() -> Found:
     """On a GPU torch raises where a step waits for it. Elsewhere the operators are watched that would wait there."""
     names = available()
     with open_dist_context() as ctx:
-        batches = [noise(ctx), noise(ctx, mixed=True)]
+        batches, meter = [noise(ctx), noise(ctx, mixed=True)], Meter(ctx, [], CLASSES)
         for name in names:
             # In fp16, torch's loss scaling waits for all optimizers that are not fused.
             for precision in ("bf16", "fp16") if name in ("sgd", "adamw") else ("bf16",):
@@ -83,11 +84,11 @@ def no_host_sync() -> Found:
                 synchronize(ctx)
                 if ctx.device.type == "cuda":
                     with alarm_of_torch():
-                        engine.step(batches, 1e-3)
+                        meter.add(engine.step(batches, 1e-3))
                     continue
                 counters = [group["step"] for group in engine.optimizer.param_groups if "step" in group]
                 with Waits(on_host=counters) as waits:
-                    engine.step(batches, 1e-3)
+                    meter.add(engine.step(batches, 1e-3))
                 assert not waits.seen, f"{name} in {precision} waits: {dict(waits.seen)}"
     how = "by torch's own alarm" if ctx.device.type == "cuda" else "by the operators that would wait on a GPU"
     return Found(f"a warm step of {', '.join(names)}, {how}{without(names)}")
@@ -148,14 +149,12 @@ def capture() -> Found:
     """Write in another thread, as the saver does, while steps go on."""
     with open_dist_context() as ctx, TemporaryDirectory() as folder:
         engine = make_engine(ctx)
-        engine.step([noise(ctx)], 1e-2)
-        synchronize(ctx)
-        expected = {name: value.clone() for name, value in states(engine).items()}
-        engine.step([noise(ctx)], 0.0)  # work is under way when the state is taken
-        expected |= {
-            name: value.clone() for name, value in states(engine).items() if "running" in name or "num_" in name
-        }
+        for _ in range(WARM):  # under way on a GPU when the state is taken
+            engine.step([noise(ctx)], 1e-2)
         write = engine.capture_state({})
+        expected = {
+            name: value.clone() for name, value in states(engine).items()
+        }  # the device does so before further steps
         writing = threading.Thread(target=write, args=(Path(folder),))
         writing.start()
         steps = 0
