@@ -1,6 +1,7 @@
 """Options of the data: its place, its splits, cropping and augmentation, batches."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
@@ -141,6 +142,12 @@ class DataConfig:
     val_share: float = 0.1
     """Share of each class held out for validation where the data has no validation part: those whose paths have the
     smallest hashes, and at least one image of a class of two or more."""
+    fold: str | None = None
+    """Fold for validation in place of val_share, as 2/5: the second of five parts of each class, by the hashes of the paths.
+    The same images are in one fold at any seed, and each in exactly one."""
+    group: str | None = None
+    """Images that val_share and fold must not divide between training and validation, as those of one patient or video: the
+    column of a table that names it, or the level of the folder that holds them, 1 for those in the images' folder."""
     balance: Balance = "none"
     """Images that an epoch takes of each class: none takes all once; sqrt as many as the square root of their number asks
     for; uniform the same of every class. A small class's images then come several times, a large one's in turn, epoch by
@@ -204,6 +211,13 @@ class DataConfig:
         )
         require(self.quarantine != "", "data.quarantine: it is empty; give a list that verify wrote, or leave it out")
         require(0 < self.val_share <= 1, f"data.val_share: {self.val_share} is not a share; give a number in (0, 1]")
+        require(self.group != "", "data.group: it is empty; give a column or a level of folders, or leave it out")
+        if self.fold is not None:
+            parts = re.fullmatch(r"(\d+)/(\d+)", self.fold)
+            require(
+                parts is not None and 1 <= int(parts[1]) <= int(parts[2]) and int(parts[2]) > 1,
+                f"data.fold: {self.fold!r} is no fold; give its number and how many there are, as 2/5",
+            )
         require(
             len(self.batches) > 0 and min(self.batches) > 0,
             f"data.batch: {self.batch} is not positive; give the number of images per optimizer step",

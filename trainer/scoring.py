@@ -65,11 +65,17 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
 
     The run's own set is recognised by its training images, even if it was moved. Raises `UserError`.
     """
-    catalog = open_catalog(cfg, "val", trained.classes)
+    try:
+        catalog = open_catalog(cfg, "val", trained.classes)
+    except UserError:  # another set may have validation images of its own, or no such groups
+        if cfg.fold is None and cfg.group is None:
+            raise
+        cfg = replace(cfg, fold=None, group=None)
+        catalog = open_catalog(cfg, "val", trained.classes)
     if not catalog.taken.divided_from or _was_trained_on(cfg, trained):
         return catalog
     if Path(cfg.path).resolve() != Path(load_run(folder, []).data.path).resolve():
-        return open_catalog(replace(cfg, val_share=1.0), "val", trained.classes)
+        return open_catalog(replace(cfg, val_share=1.0, fold=None, group=None), "val", trained.classes)
     warn_on_rank0(
         f"{cfg.path} has other images than when {folder} was trained, or was divided otherwise then: some of its "
         f"{len(catalog)} validation images may have been trained on"

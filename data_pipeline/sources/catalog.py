@@ -24,6 +24,7 @@ from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.sources import pack_format
 from data_pipeline.sources.builtin import cache_root
+from data_pipeline.sources.held_out import refuse_division
 from data_pipeline.sources.image_headers import BadImage, inspect
 from data_pipeline.sources.layouts import FILES, list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
@@ -132,7 +133,9 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
         catalog = _from_pack(root, cfg, split, classes)
     else:
         key = [str(root.resolve()), split, classes, cfg.val_share, cfg.images, cfg.image_column, cfg.label_column]
-        catalog = _remembered([*key, cfg.split_column], lambda: list_samples(root, cfg, split, classes))
+        catalog = _remembered(
+            [*key, cfg.split_column, cfg.fold, cfg.group], lambda: list_samples(root, cfg, split, classes)
+        )
     return _without(catalog, quarantined(cfg, catalog.root))
 
 
@@ -183,6 +186,7 @@ def _objects(base: Address, shards: list[str], cfg: DataConfig, split: str) -> O
 
 
 def _from_pack(root: Path, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
+    refuse_division(cfg, f"{root} is a pack, divided since it was written")
     pack = pack_format.Pack.open(root)
     index = pack.index(split, cfg.cache_gb)
     names = classes or index.classes

@@ -55,8 +55,11 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     )
 
 
-def class_names(base: Path) -> list[str]:
-    """List the class folders of BASE. Raises `UserError` where they are no classes."""
+def class_names(base: Path, *, nested: bool = False) -> list[str]:
+    """List the class folders of BASE. Raises `UserError` where they are no classes.
+
+    Folders in them are refused, as they may be the classes, unless `nested`.
+    """
     entries, _ = _entries(base)
     # Refuse what is no dataset of class folders, with a hint of what it may be.
     require(
@@ -74,12 +77,13 @@ def class_names(base: Path) -> list[str]:
             f"data.path: {link} is a link that leads nowhere; mend it or remove it",
         )
     # Classes may lie one folder deeper, as in SPECIES/BREED/: the user must choose a level.
-    for folder in (base / name for name in entries.folders):
+    for folder in (base / name for name in entries.folders if not nested):
         folder, parts = _parts_of(folder)
         require(
             len(parts) < 2,
             f"data.path: {folder} holds folders in place of images ({', '.join(parts[:3])}{', …' * (len(parts) > 3)}); if "
-            f"these are the classes, give {folder}, else put their images into {folder} itself",
+            f"these are the classes, give {folder}; if they are patients or the like, data.group 2 keeps each whole; else put "
+            f"their images into {folder} itself",
         )
     return entries.folders
 

@@ -20,7 +20,8 @@ from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.class_folders import are_parts, class_folders, class_names
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
-from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image
 from data_pipeline.sources.published.huggingface_cache import is_repository, reference, snapshot
 from data_pipeline.sources.published.huggingface_tables import holds_images, huggingface_tables
 from data_pipeline.sources.published.ilsvrc_tars import ilsvrc_tars
@@ -78,7 +79,7 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
         return replace(listing, watched=[*halves.watched, *listing.watched], taken=taken)
     base = halves.val if split == "val" and halves.val else halves.train
     in_shards = bool(shard_names(base))
-    listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes)
+    listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes, cfg)
     if not in_shards and base == halves.train:
         listing = _beside(tables, listing)
     taken = listing.taken
@@ -86,7 +87,7 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     val_from = f"{halves.val.relative_to(root)}/" if halves.val else taken.val_from
     taken = replace(taken, layout=taken.layout + where, val_from=val_from, notes=[*halves.notes, *taken.notes])
     listing = replace(listing, watched=[*halves.watched, *listing.watched], taken=taken)
-    return listing if val_from else share(listing, cfg.val_share, split)
+    return divided(listing, cfg, split)
 
 
 def list_images(root: Path, cfg: DataConfig) -> Listing:
@@ -108,10 +109,10 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
     return Listing(root, paths, [UNLABELLED] * len(paths), [], found.folders)
 
 
-def _of_folders(halves: _Halves, base: Path, classes: list[str] | None) -> Listing:
+def _of_folders(halves: _Halves, base: Path, classes: list[str] | None, cfg: DataConfig) -> Listing:
     if not look_into(base).folders:
         refuse_archives(base)
-    return class_folders(base, classes or class_names(halves.train))
+    return class_folders(base, classes or class_names(halves.train, nested=cfg.group is not None))
 
 
 def _are_classes(base: Path) -> bool:

@@ -1,14 +1,12 @@
 """Result of every layout: the samples of one split, before any file is opened."""
 
-import hashlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.common.errors import require
 from data_pipeline.sources.image_headers import SUFFIXES
 from data_pipeline.sources.storage.objects import Objects
 
@@ -32,7 +30,7 @@ class Taken:
     val_from: str = ""
     """Source of the validation images, as "Testing/" or "10 % of each class, by a hash of the names"."""
     divided_from: int = 0
-    """Images of the whole set where `data.val_share` has divided it and the listing is one part; else 0."""
+    """Images of the whole set where `data.val_share` or `data.fold` has divided it and the listing is one part; else 0."""
     notes: list[str] = field(default_factory=list)
     """Oddities and files left out, a line each, as "3 .gif files are not read"."""
 
@@ -76,37 +74,3 @@ def is_unread(name: str) -> bool:
 def is_foreign(name: str) -> bool:
     """Return True for a file or folder of another program: hidden, a Mac's companion file, a server's thumbnails."""
     return name.startswith(".") or name in _FOREIGN
-
-
-def share(listing: Listing, val_share: float, split: str) -> Listing:
-    """Divide a set: of each class, the names with the smallest hashes are for validation, the others for training.
-
-    Held out are `val_share` of a class's images, rounded, but at least one where it has two, and not all of them unless that
-    is asked for. A new file moves few others: it may take the place of the held-out one with the largest hash.
-    """
-    # Hold out by hash, class by class, so that every class is validated and the choice survives added files.
-    classes: dict[int, list[int]] = {}
-    for row, label in enumerate(listing.labels):
-        classes.setdefault(label, []).append(row)
-    held: set[int] = set()
-    for members in classes.values():
-        most = len(members) - (val_share < 1)
-        count = min(max(round(val_share * len(members)), 1), most)
-        held.update(sorted(members, key=lambda row: (_hash(listing.paths[row]), listing.paths[row]))[:count])
-    rows = [row for row in range(len(listing.paths)) if (row in held) == (split == "val")]
-    require(
-        len(rows) > 0,
-        f"data.val_share: {val_share} leaves no image in {listing.root} for {split}; give another share or more images",
-    )
-    how = f"{100 * val_share:g} % of each class, by a hash of the names"
-    return replace(
-        listing,
-        paths=[listing.paths[row] for row in rows],
-        labels=[listing.labels[row] for row in rows],
-        spans=listing.spans[rows] if len(listing.spans) else listing.spans,
-        taken=replace(listing.taken, val_from=how, divided_from=len(listing.paths)),
-    )
-
-
-def _hash(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).digest(), "big")

@@ -21,6 +21,7 @@ from launch.sweep.summary import over_seeds, plot, summarise, text_of
 from tests.support import warm
 from tests.support.runs import QUICK, environment, images, rows, tree
 from trainer.checkpoint.store import Store
+from trainer.config import load
 
 GRID = "grid: {optim.lr: [0.1, 1e-2], run.seed: [0, 1]}"
 
@@ -36,6 +37,14 @@ def sweep_of(tmp_path: Path, text: str) -> Sweep:
 
 
 # What a file asks for
+
+
+def test_a_sweep_over_folds(tmp_path: Path) -> None:
+    """The text 1/5 is no number, no date and no folder."""
+    sweep = read_sweep(written(tmp_path, "grid: {data.fold: [1/3, 2/3, 3/3]}\noptions: {data.group: 2}\n"))
+    assert sweep.names == ["fold=1-3", "fold=2-3", "fold=3-3"]
+    found = [load(member.arguments).data for member in sweep.members(tmp_path / "folds")]
+    assert [(data.fold, data.group) for data in found] == [("1/3", "2"), ("2/3", "2"), ("3/3", "2")]
 
 
 def test_a_grid_is_every_combination(tmp_path: Path) -> None:

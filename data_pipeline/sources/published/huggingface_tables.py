@@ -15,7 +15,8 @@ import numpy as np
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import look_into
-from data_pipeline.sources.listing import Listing, Taken, counted, is_image, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import Listing, Taken, counted, is_image
 from data_pipeline.sources.published.arrow_images import arrow_rows
 from data_pipeline.sources.published.huggingface_columns import Table, guarded, image_columns, schema_of, table_of
 from data_pipeline.sources.published.parquet_images import ROWS, Column, Rows, parquet_rows
@@ -54,7 +55,7 @@ def huggingface_tables(root: Path, cfg: DataConfig, split: str, classes: list[st
     watched = [folder, *(folder / name for name in names)]
     taken = replace(listing.taken, val_from=files.val_from, notes=[*files.notes, *listing.taken.notes])
     listing = replace(listing, watched=watched, taken=taken)
-    return listing if files.val else share(listing, cfg.val_share, split)
+    return divided(listing, cfg, split)
 
 
 def holds_images(file: Path) -> bool:

@@ -17,7 +17,8 @@ from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import look_into
-from data_pipeline.sources.listing import Listing, Taken, counted, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import Listing, Taken, counted
 from data_pipeline.sources.published.mat_file import read_structs
 from data_pipeline.sources.published.tar_headers import Member, members
 
@@ -46,7 +47,7 @@ def ilsvrc_tars(root: Path, cfg: DataConfig, split: str, classes: list[str] | No
             f"data.path: cannot read {error.filename or root} ({error.strerror}); mend that first"
         ) from None
     if VAL not in names:
-        return share(listing, cfg.val_share, split)
+        return divided(listing, cfg, split)
     # The kit is asked for before the hours of a training, not after.
     kit = _kit(root)
     others = [name for name in names if _OTHERS.fullmatch(name) and name not in (TRAIN, VAL, kit.name)]

@@ -15,7 +15,8 @@ from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import holds_below, look_into
-from data_pipeline.sources.listing import Listing, Taken, counted, is_image, is_unread, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import Listing, Taken, counted, is_image, is_unread
 from data_pipeline.sources.published.archived_folders import Halves, Tree, classes_in, find_halves, labelled
 from data_pipeline.sources.published.kaggle_imagenet import INSIDE, SOLUTION, solution
 from data_pipeline.sources.published.zip_members import Member, inflated, members
@@ -50,7 +51,7 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     val_from = f"{halves.val}/{f' by {SOLUTION}' * flat}" if halves.val is not None else ""
     notes = [*halves.notes, *notes, *_unread(places), *_deflated(places, rows)]
     listing = replace(listing, taken=Taken(f"class folders in {name}{inside}", val_from, notes=notes))
-    return listing if val_from else share(listing, cfg.val_share, split)
+    return divided(listing, cfg, split)
 
 
 def _archives(root: Path) -> list[Path]:

@@ -254,6 +254,8 @@ def require_named(table: TextTable, file: Path, cfg: DataConfig) -> None:
         column = getattr(cfg, option)
         if column is not None:
             _require_column(table, column, f"data.{option}", file)
+    if cfg.group is not None and not cfg.group.isdecimal():
+        _require_column(table, cfg.group, "data.group", file)
 
 
 def _require_column(table: TextTable, column: str, option: str, file: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
-from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image
 from data_pipeline.sources.splits import role_of
 from data_pipeline.sources.tables.columns import (
     Images,
@@ -42,7 +43,8 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     table = whole.only(rows)
     own_role = role if parts.column else role_of(file.stem) or "train"
     images = image_column(table, file, root, cfg, own_role)
-    rest = whole.without([images.column, parts.column])
+    group = cfg.group if cfg.group in whole.columns else None
+    rest = whole.without([images.column, parts.column, *([group] if group else [])])
     found = class_column(rest, file, cfg)
     # Labels are numbered by the classes of the training rows, for both splits.
     if classes is None:
@@ -54,7 +56,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     val_from = f"{where}{few(parts.val_names)}" if parts.val_names else ""
     taken = Taken(f"{_said(file, images)}, classes by {found.source}", val_from, notes=_notes(table, images))
     listing = _labelled(images.located.paths, [found.names[row] for row in rows], classes, file, cfg, taken)
-    return listing if val_from else share(listing, cfg.val_share, split)
+    return divided(listing, cfg, split, _groups(table, group, images.located.paths, listing, file) if group else None)
 
 
 def table_images(file: Path, cfg: DataConfig) -> tuple[list[str], Listing]:
@@ -64,6 +66,19 @@ def table_images(file: Path, cfg: DataConfig) -> tuple[list[str], Listing]:
     paths, taken = images.located.paths, Taken(_said(file, images), notes=_notes(table, images))
     listing = Listing(_root(file, cfg), paths, [UNLABELLED] * len(paths), [], [file], taken=taken)
     return table.columns[images.column], listing
+
+
+def _groups(table: TextTable, column: str, paths: list[str], listing: Listing, file: Path) -> list[str]:
+    """Name the group of each image of a listing. Raises `UserError` where a row has none, or an image has two."""
+    groups: dict[str, str] = {}
+    for path, name in zip(paths, table.columns[column], strict=True):
+        require(name != "", f"data.group: {file} has rows without a {shown(column)}, as {shown(path)}; fill them")
+        require(
+            groups.setdefault(path, name) == name,
+            f"data.group: {file} gives {shown(path)} two of {shown(column)}, {shown(groups[path])} and {shown(name)}; leave "
+            "one of its rows",
+        )
+    return [groups[path] for path in listing.paths]
 
 
 def _read(file: Path) -> TextTable:
