@@ -6,7 +6,8 @@ from typing import NamedTuple
 from data_pipeline.common.address import Address
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
-from data_pipeline.sources.listing import Listing, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import Listing
 from data_pipeline.sources.splits import find_splits
 from data_pipeline.sources.storage.objects import open_objects
 from data_pipeline.sources.storage.store import list_below, stat
@@ -78,4 +79,4 @@ def remote_shards(found: RemoteShards, cfg: DataConfig, split: str, classes: lis
         taken, layout=taken.layout + found.layout, val_from=found.val_from, notes=[*found.notes, *taken.notes]
     )
     listing = replace(listing, watched=[], taken=taken)
-    return listing if found.val_from else share(listing, cfg.val_share, split)
+    return divided(listing, cfg, split)

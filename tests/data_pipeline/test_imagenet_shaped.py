@@ -10,7 +10,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources import catalog
 from data_pipeline.sources.catalog import open_catalog
-from data_pipeline.sources.listing import Listing, Taken, share
+from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.listing import Listing, Taken
 from tests.conftest import KINDS, picture
 
 CLASSES, IMAGES = 1000, 1_281_167
@@ -35,7 +36,7 @@ def test_a_million_images_open_at_once(tmp_path: Path, monkeypatch: pytest.Monke
             np.tile(np.array([0, 0, len(jpeg)]), (IMAGES, 1)),
             Taken("a test"),
         )
-        return share(whole, 0.04, split)
+        return divided(whole, DataConfig(val_share=0.04), split)
 
     monkeypatch.setattr(catalog, "list_samples", listing)
     cfg = DataConfig(str(tmp_path), batch=64, size_px=32, threads=1)
