@@ -33,6 +33,7 @@ from data_pipeline.sources.quarantine import quarantined
 from data_pipeline.sources.remote_shards import find_shards, remote_shards
 from data_pipeline.sources.storage.objects import Objects, open_objects
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
+from data_pipeline.sources.webdataset import is_shard
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
@@ -123,6 +124,10 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
         there = root.is_dir() or (root.is_file() and root.name.lower().endswith(FILES))
     except OSError as error:
         raise UserError(f"data.path: cannot look into {cfg.path} ({error.strerror}); mend that first") from None
+    require(
+        there or not root.is_file() or not is_shard(root.name),
+        f"data.path: {cfg.path} is a tar; give the folder that it lies in",
+    )
     if not there:
         raise UserError(
             f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table or archive ({', '.join(FILES)}), "

@@ -110,6 +110,8 @@ def guarded(file: Path, read: Callable[[Path], Any]) -> Any:
 
     try:
         return read(file)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, ArrowException) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(f"data.path: {file} cannot be read ({why}); download it again") from None

@@ -17,12 +17,14 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes
+from data_pipeline.common.errors import require
 from data_pipeline.sources.published.parquet_pages import pages
 from data_pipeline.sources.published.snappy_blocks import BLOCK, blocks
 
 SNAPPY, ROWS = "snappy", "rows of "
 """Forms of images in a column; ROWS is followed by its name."""
 _MOST_KEPT = 1 << 28  # bytes of row groups that a process keeps, besides those being read
+_LARGEST_GROUP = 1 << 31  # bytes: a row group is read at once, several at a time
 _KNOWN_FILES = 1024
 
 
@@ -57,9 +59,15 @@ def parquet_schema(file: Path) -> Any:
 
 
 def parquet_rows(file: Path, columns: Column) -> Rows:
-    """Read the rows of a file, one row group at a time. Raises OSError, or pyarrow's ArrowException."""
+    """Read the rows of a file, one row group at a time. Raises OSError, `UserError`, or pyarrow's ArrowException."""
     wanted = [columns.data, *([f"{columns.image}.path"] if columns.is_struct else []), columns.label]
     source = _opened(str(file), os.stat(file).st_mtime_ns)
+    groups = [source.metadata.row_group(group).total_byte_size for group in range(source.num_row_groups)]
+    require(
+        max(groups, default=0) <= _LARGEST_GROUP,
+        f"data.path: {file} has a row group of {max(groups, default=0) / 1e9:.1f} GB, which would be read at once; write it in "
+        "smaller ones, as by pyarrow.parquet.write_table(…, row_group_size=100)",
+    )
     images: list[tuple[int, int]] = []
     places: list[tuple[int, int]] = []
     form: str | None = None

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from data_pipeline.sources.published import parquet_images
 from data_pipeline.sources.published.mat_file import read_structs
 from data_pipeline.sources.published.parquet_images import Column, parquet_rows
 from data_pipeline.sources.published.stored_forms import read_form
+from data_pipeline.sources.quarantine import relative_to_data
 from data_pipeline.summary import summary
 from tests.conftest import KINDS, picture
 from tests.support.published import KIT, PUBLISHED, write_kit
@@ -82,7 +84,15 @@ def test_a_second_start_reads_the_cache(published: DataConfig, folders: Path) ->
         assert len(set(first.paths)) == len(wanted) and first.bad == {}
 
 
-def test_a_quarantine_and_a_pack_take_it_in_one_command(published: DataConfig, folders: Path, tmp_path: Path) -> None:
+def test_a_quarantine_leaves_an_image_out(published: DataConfig, tmp_path: Path) -> None:
+    train = open_catalog(published, "train")
+    name = relative_to_data(published, train.root, train.paths[5])
+    (tmp_path / "bad.txt").write_text(f"{name}\n")
+    rest = open_catalog(replace(published, quarantine=str(tmp_path / "bad.txt")), "train")
+    assert rest.paths == train.paths[:5] + train.paths[6:] and streams(rest) == streams(train)[:5] + streams(train)[6:]
+
+
+def test_a_pack_takes_it_in_one_command(published: DataConfig, tmp_path: Path) -> None:
     train = open_catalog(published, "train")
     packed, faults = pack(published, tmp_path / "pack", PackConfig(), workers=1)
     assert faults == [] and packed["splits"]["train"]["copied"] == 12
@@ -499,6 +509,12 @@ def test_row_groups_that_are_kept_are_bounded(folders: Path, tmp_path: Path, mon
         train.read(0)
 
 
+def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = table(tmp_path / "set.parquet")
+    monkeypatch.setattr(parquet_images, "_LARGEST_GROUP", 100)
+    assert "PATH has a row group of 0.0 GB, which would be read at once; write it in smaller ones" in complaint(file)
+
+
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_images_without_labels_are_read_from_files_only(layout: str, folders: Path, tmp_path: Path) -> None:
     path = PUBLISHED[layout](folders, tmp_path / "published")
@@ -524,4 +540,4 @@ def test_a_file_that_is_no_data_set_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"nothing")
     assert "PATH cannot be read (" in complaint(tmp_path / "a.arrow")
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
-    assert "PATH is not a folder; give one with train/CLASS/ images" in complaint(tmp_path / "ILSVRC2012_img_train.tar")
+    assert "PATH is a tar; give the folder that it lies in" in complaint(tmp_path / "ILSVRC2012_img_train.tar")
