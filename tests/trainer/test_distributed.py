@@ -1,6 +1,7 @@
 """Processes of a run: how long they wait for each other, and how they leave when one of them fails."""
 
 import argparse
+import ctypes
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from data_pipeline.loader import Batch
 from tests.support import warm
 from tests.support.runs import dotted, environment, free_port, settings_of
 from trainer.distributed import PATIENCE_S, open_dist_context
+from trainer.resilience import watchdog
 from trainer.resilience.watchdog import COLLECTIVES, FRESH, Watchdog
 
 
@@ -44,6 +46,7 @@ def timeouts(rank: int, port: int, folder: Path) -> None:
         with open_dist_context(patience_s=FRESH * stall_s) as ctx:
             groups = [dist.group.WORLD, ctx.new_group()]
             told += [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "1800", "of NCCL's own watchdog"
     (folder / str(rank)).write_text(" ".join(str(int(one.total_seconds())) for one in told))
 
 
@@ -86,6 +89,22 @@ def test_the_latest_collectives_are_written(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert sums == [[[[3]], [[5]]], [[[3]]]], "the sum that rank 1 has not begun"
+
+
+def hang_while_asked(rank: int, port: int, folder: Path) -> None:
+    """Hold the interpreter's lock, as torch does while it asks a GPU that does not answer."""
+    os.environ |= variables(rank, port)
+    watchdog._REPORT_S = 1.0
+    torch._C._distributed_c10d._dump_fr_trace = lambda: ctypes.PyDLL(None).sleep(60)  # type: ignore[attr-defined]
+    with open_dist_context() as ctx:
+        Watchdog(60, folder, ctx, print)._write_collectives()
+
+
+def test_a_record_that_cannot_be_had_keeps_no_process(tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGALRM"):
+        warm.start_ranks(hang_while_asked, (free_port(), tmp_path), 2)
+    assert time.monotonic() - start_s < 50
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------

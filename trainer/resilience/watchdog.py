@@ -21,7 +21,7 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -211,14 +211,16 @@ class Watchdog:
 
     def _write_collectives(self) -> None:
         """Write what torch's flight recorder has of the process groups: the last 2,000 collectives and their states."""
-        if not dist.is_initialized():
+        name = "_dump_nccl_trace" if self.ctx.device.type == "cuda" else "_dump_fr_trace"
+        dump = getattr(torch._C._distributed_c10d, name, None)  # private, so another torch may lack it
+        if dump is None or not dist.is_initialized():
             return
-        c10d: Any = torch._C._distributed_c10d
-        # It asks the GPU, which may be what hangs, and keeps the interpreter's lock meanwhile: then only the kernel can help.
+        # It asks the GPU, which may be what hangs, and keeps the interpreter's lock meanwhile: then only the kernel can end us.
         signal.alarm(math.ceil(_REPORT_S))
-        dump = c10d._dump_nccl_trace if self.ctx.device.type == "cuda" else c10d._dump_fr_trace
-        content = dump()
-        signal.alarm(0)
+        try:
+            content = dump()
+        finally:
+            signal.alarm(0)
         (self.folder / f"{COLLECTIVES}{self.ctx.rank}").write_bytes(content)
 
 
