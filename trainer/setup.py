@@ -113,7 +113,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
             limit_bad(loader)
         ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
         engine = choose_compile(cfg.engine, ctx)
-        keep_compiled(engine, ctx)
+        held.callback(keep_compiled(engine, ctx))
 
         # The same precision and threads as before, while this run trains.
         engine, arithmetic, lines = choose_arithmetic(engine, ctx, progress.arithmetic)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -451,9 +452,11 @@ def test_synchronised_statistics_need_gpus() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_once_a_shape(tmp_path: Path) -> None:
+def test_compiled_once_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resolutions come and go, evaluation too; weights have their plain names, and what they are is as without."""
-    keep_compiled(EngineConfig(compile="on", compile_cache=str(tmp_path)), SOLO)
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    end = keep_compiled(EngineConfig(compile="on", compile_cache=str(tmp_path / "shared")), SOLO)
     eager, fast = build(small_net()), build(small_net(), compile="on")
 
     def rounds() -> None:
@@ -470,7 +473,8 @@ def test_compiled_once_a_shape(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
     assert_close(parameters(fast), parameters(eager))
     assert fast.module.state_dict().keys() == small_net().state_dict().keys()
-    assert any(tmp_path.rglob("*.so")), "kept for the next run"
+    end()
+    assert any((tmp_path / "shared").rglob("*.so")), "kept for the next run"
 
 
 def test_fp16_skips_an_update_that_overflows() -> None:
