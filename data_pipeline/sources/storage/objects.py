@@ -4,7 +4,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -31,6 +31,7 @@ class Objects:
         self._seen: set[tuple[int, int]] = set()  # blocks that are in the cache, unless they have made room since
         self._folders: dict[int, str] = {}  # of each object's blocks
         self._pool: ThreadPoolExecutor | None = None
+        self._failure: UserError | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -43,7 +44,7 @@ class Objects:
             raise OSError(errno.EIO, "its shard is cut off")
         if not self.cache:
             coming = self._coming.pop((number, offset, length), None)
-            return coming.result() if coming else self._request(number, offset, offset + length)
+            return self._awaited(coming) if coming else self._request(number, offset, offset + length)
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
         if first == last:  # as of nearly all images
             return self._read_block(number, first, offset - first * BLOCK, length)
@@ -86,11 +87,19 @@ class Objects:
         """Start a request that is not under way yet. In the cache it is done with; otherwise its bytes wait for their reader."""
         if key in self._coming:
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS)
-        self._coming[key] = coming = self._pool.submit(work, *arguments)
+        pool = self._pool = self._pool or ThreadPoolExecutor(THREADS)
+        try:
+            self._coming[key] = coming = pool.submit(work, *arguments)
+        except RuntimeError:  # another thread has given up just now
+            return
         if self.cache:
             coming.add_done_callback(lambda _: self._coming.pop(key, None))
+
+    def _awaited(self, coming: Future[bytes]) -> bytes:
+        try:
+            return coming.result()
+        except CancelledError:
+            raise self._failure or UserError(f"{self.root}: reading was given up; start again") from None
 
     def _fetch_ahead(self, number: int, block: int) -> bytes:
         self._fetch(number, block)
@@ -100,7 +109,7 @@ class Objects:
         assert self.cache
         coming = self._coming.get((number, block))
         if coming:
-            coming.result()
+            self._awaited(coming)
         data = self.cache.read(self._path(number, block), offset, length)
         return self._fetch(number, block)[offset : offset + length] if data is None else data
 
@@ -118,6 +127,15 @@ class Objects:
             return store.read(address, start, end, self.stats[number].etag)
         except FileNotFoundError:
             raise UserError(f"{address}: it was removed since it was opened; restore it, and start again") from None
+        except UserError as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, failure: UserError) -> None:
+        """Drop the requests that wait for their turn: each would try for as long again, and keep the process from its end."""
+        self._failure, pool, self._pool = failure, self._pool, None
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _path(self, number: int, block: int) -> str:
         if number not in self._folders:

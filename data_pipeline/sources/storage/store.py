@@ -25,7 +25,8 @@ T = TypeVar("T")
 PATIENCE_S = 120.0
 """Longest time that a request is repeated before the run ends."""
 _FIRST_S, _LONGEST_S = 0.2, 15.0  # first and longest pause between two attempts
-_QUIET_S = 2.0  # time for which nothing is said of a request that fails
+_QUIET_S, _SPEAK_S = 2.0, 10.0  # time for which nothing is said of a request that fails, and between two lines
+_speaking, _spoken_s = threading.Lock(), dict[str, float]()
 _CLIENT = {"connect_timeout": "5s", "read_timeout": "15s", "timeout": "90s"}
 _PART = 16 << 20  # bytes of an upload's part
 _HINTS = {
@@ -130,16 +131,24 @@ def _patiently(address: Address, attempt: Callable[[], T]) -> T:
             why, waited_s = _why(error), time.monotonic() - start_s
             if _lacks_credentials(error):
                 raise UserError(f"{address}: no credentials are found; {_HINTS[address.scheme]}") from None
-            ending = not threading.main_thread().is_alive()
-            if waited_s + pause_s > PATIENCE_S or ending or isinstance(error, _lasting()):
+            if waited_s + pause_s > PATIENCE_S or isinstance(error, _lasting()):
                 raise UserError(
                     f"{address}: cannot be reached, after trying for {waited_s:.0f} s ({why}); mend that, and start "
                     "again: a run goes on from its last checkpoint, a pack from its last shard"
                 ) from None
             if waited_s > _QUIET_S:
-                print(printable(f"{address}: {why}; trying again in {pause_s:.0f} s"), file=sys.stderr, flush=True)
+                _say(f"{address}: {why}; trying again")
         time.sleep(pause_s * random.uniform(0.5, 1))  # nosec B311 # ranks must not return all at once
         pause_s = min(2 * pause_s, _LONGEST_S)
+
+
+def _say(line: str) -> None:
+    """Print a line, but only the first of many threads, every `_SPEAK_S`."""
+    with _speaking:
+        if time.monotonic() - _spoken_s.get("last", -_SPEAK_S) < _SPEAK_S:
+            return
+        _spoken_s["last"] = time.monotonic()
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @cache
@@ -167,6 +176,9 @@ def _why(error: Exception) -> str:
     text = re.sub(r"(Error performing \w+) \S+ in [\d.]+\S+ - ", "", text)
     text = re.sub(r"\w+://\S+", "…", text)
     text = re.sub(r"^Generic \w+ error: |^.* for path .*?: ", "", text)
+    text = re.sub(r"^Server returned non-2xx status code: ", "answer ", text).partition(": <")[
+        0
+    ]  # its XML says no more
     return text[:200].rstrip(" :") or type(error).__name__
 
 
