@@ -5,7 +5,8 @@ as many threads or processes as there are processors. Each runs in a process of 
 round; outside its turn a loader is stopped, with its children. So no loader works ahead in another's time, and a
 machine that slows down slows them all. A loader's CPU time is that of its process and its children. There are as many
 rounds as fit into --minutes. If the benchmark is broken off, it reports and keeps its measurements so far.
-With --sources the contestants are our own loader, on the same images in each layout.
+With --sources the contestants are our own loader, on the same images in each layout, and behind an S3 server on loopback;
+a turn of the cold one is an epoch from an empty cache on.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ import pandas as pd
 import torch
 
 from data_pipeline.bench.budget import MINUTES, reported, rounds_within
-from data_pipeline.bench.object_store import serving_in_background
+from data_pipeline.bench.object_store import images_of_pack, serving_in_background
 from data_pipeline.bench.peers import CONTESTANTS, OURS, Contestant, Task, copy_sample
 from data_pipeline.bench.sources import SOURCES, write_sources
 from data_pipeline.common.atomic_io import replace_file
@@ -177,14 +178,17 @@ def measure(
                 len(sizes_px) - place
             )  # time that one size leaves is for the others
             task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
+            turns = dict.fromkeys(names, images)
+            if sources:
+                turns |= {name: images_of_pack(Path(folder)) for name in names if SOURCES[name].whole_epochs}
             with ExitStack() as stack:
                 runners = _start(names, task, stack)
                 for runner in runners:
-                    runner.turn(images)  # not counted: it uses what was made before
+                    runner.turn(turns[runner.name])  # not counted: it uses what was made before
                 advance = stack.enter_context(progress(f"{size_px} px", rounds * len(runners), unit="turns"))
                 for number in rounds_within(rounds, end_s):
                     for runner in runners:
-                        into.append((size_px, runner.name, number, *runner.turn(images)))
+                        into.append((size_px, runner.name, number, *runner.turn(turns[runner.name])))
                         advance(1)
 
 
@@ -198,7 +202,8 @@ def turns_of(rows: list[Row]) -> pd.DataFrame:
 
 def _installed(contestants: Mapping[str, Contestant]) -> list[str]:
     """Names of the contestants; one whose package is missing is printed and left out."""
-    missing = {name: needs for name, (_, needs) in contestants.items() if needs and not importlib.util.find_spec(needs)}
+    needed = {name: contestant.needs for name, contestant in contestants.items() if contestant.needs}
+    missing = {name: needs for name, needs in needed.items() if not importlib.util.find_spec(needs)}
     for name, needs in missing.items():
         print(f"{name} is left out: {needs} is not installed", file=sys.stderr)
     return [name for name in contestants if name not in missing]

@@ -9,17 +9,26 @@ from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from data_pipeline import sampling
-from data_pipeline.bench.peers import BATCH, Contestant, Delivery, Task, ours
+from data_pipeline.bench.peers import BATCH, Contestant, Delivery, Task, config, ours
 from data_pipeline.bench.range_server import RangeServer
 from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.pack_format import Pack
 from data_pipeline.sources.storage.objects import THREADS
 
 PACK = "as pack"
 """Folder of the pack, below that of the sample."""
 _AHEAD = 2  # batches of requests under way, as of the loader
+
+
+def images_of_pack(folder: Path) -> int:
+    """Count the images of an epoch."""
+    images: int = Pack.open(folder / PACK).manifest["splits"]["train"]["images"]
+    return images
 
 
 @contextmanager
@@ -58,6 +67,15 @@ def _warm(task: Task) -> Delivery:
     return ours(task, _address(task))
 
 
+def _cold(task: Task) -> Delivery:
+    """Begin each epoch with nothing in the cache, from the opening of the pack on."""
+    for epoch in count():
+        with TemporaryDirectory(dir=task.folder) as folder:
+            os.environ["SLUICE_CACHE"] = folder
+            for batch in Loader(config(task, _address(task)), seed=epoch):
+                yield batch.num_real
+
+
 def _each_time(task: Task) -> Delivery:
     return ours(task, _address(task), cache_gb=0)
 
@@ -85,6 +103,7 @@ def _address(task: Task) -> str:
 
 REMOTE = {
     "pack in S3, cached": Contestant(_warm, "obstore"),
+    "pack in S3, cold": Contestant(_cold, "obstore", whole_epochs=True),
     "pack in S3, not cached": Contestant(_each_time, "obstore"),
     "range reads alone": Contestant(_requests_alone, "obstore"),
 }

@@ -53,12 +53,24 @@ def _sluice(task: Task) -> Delivery:
 
 def ours(task: Task, path: Path | str, cache_gb: float = 50) -> Delivery:
     """Deliver the images in any of the layouts, or from an address."""
-    cfg = DataConfig(path=str(path), cache_gb=cache_gb, batch=BATCH, size_px=task.size_px, augment=_AUGMENT)
+    cfg = config(task, path, cache_gb)
     loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(cores=task.workers), training=True, epochs=1 << 30)
     for epoch in range(1 << 30):
         loader.seek(Cursor(epoch))
         for batch in loader:
             yield batch.num_real
+
+
+def config(task: Task, path: Path | str, cache_gb: float = 50) -> DataConfig:
+    """Options of our loader for images in a folder or at an address."""
+    return DataConfig(
+        path=str(path),
+        cache_gb=cache_gb,
+        batch=BATCH,
+        size_px=task.size_px,
+        threads=task.workers,
+        augment=_AUGMENT,
+    )
 
 
 def _plain_dali(task: Task) -> Delivery:
@@ -148,6 +160,8 @@ class Contestant(NamedTuple):
     deliver: Callable[[Task], Delivery]
     needs: str = ""
     """Package that may be missing."""
+    whole_epochs: bool = False
+    """True where a turn is an epoch, because its beginning differs from the rest."""
 
 
 CONTESTANTS = {
