@@ -20,7 +20,7 @@ from data_pipeline.sources.listing import Listing, Taken, counted, is_image, is_
 from data_pipeline.sources.published.archived_folders import Halves, Tree, classes_in, find_halves, labelled
 from data_pipeline.sources.published.kaggle_imagenet import INSIDE, SOLUTION, solution
 from data_pipeline.sources.published.zip_members import Member, inflated, members
-from data_pipeline.sources.tables.text_table import TABLES, TextTable
+from data_pipeline.sources.tables.text_table import TABLES, TextTable, few
 from data_pipeline.sources.webdataset import is_shard
 
 _Places = dict[str, tuple[int, Member]]
@@ -37,7 +37,8 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     places = _places(files)
     tree = Tree(filter(is_image, places))
     require(len(tree.images) > 0, f"data.path: no images in {where}; unzip it, and give the folder of the images")
-    halves = _kaggle_imagenet(tree) or _class_folders(tree, places, where)
+    tables = [path for path in places if path.lower().endswith(TABLES)]
+    halves = _kaggle_imagenet(tree) or _class_folders(tree, tables, where)
     classes = classes or classes_in(tree, halves.train, where)
     folder = halves.val if split == "val" and halves.val is not None else halves.train
     flat = halves.val is not None and folder == halves.val and tree.holds_images(folder)
@@ -87,15 +88,15 @@ def _places(files: list[Path]) -> _Places:
     }
 
 
-def _class_folders(tree: Tree, places: _Places, where: Path) -> Halves:
+def _class_folders(tree: Tree, tables: list[str], where: Path) -> Halves:
     halves = find_halves(tree, where)
-    table = next((path for path in places if path.lower().endswith(TABLES)), None)
     require(
-        halves.train in tree.folders or table is None,
-        f"data.path: {where} has no class folders, and a table, {table}; unzip it, as a table's images are read from folders "
-        "only, and give the table",
+        halves.train in tree.folders or not tables,
+        f"data.path: {where} has no class folders, and a table, {few(tables, 1)}; unzip it, as a table's images are read from "
+        "folders only, and give the table",
     )
-    return halves
+    notes = [f"left alone, as the folders are the classes: {few(tables)}"] if tables else []
+    return halves._replace(notes=[*halves.notes, *notes])
 
 
 def _kaggle_imagenet(tree: Tree) -> Halves | None:

@@ -279,6 +279,11 @@ def test_class_folders_in_a_zip_file(names: list[str], val_from: str, tmp_path: 
     assert streams(train) + streams(val) == [JPEG] * (len(train) + len(val))
 
 
+def test_a_table_beside_class_folders_in_a_zip_file_is_told(tmp_path: Path) -> None:
+    file = archive(tmp_path / "set.zip", [*some("train", "val"), "labels.csv"])
+    assert "data: left alone, as the folders are the classes: labels.csv\n" in said(file)
+
+
 def test_an_archive_a_split(tmp_path: Path) -> None:
     for name in ("train", "val"):
         archive(tmp_path / f"{name}.zip", some(name) if name == "train" else ["a/0.jpg", "b/1.jpg"])
