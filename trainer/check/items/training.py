@@ -1,9 +1,9 @@
 """Items about optimizer steps: they are finite, wait for nothing, repeat to the bit, and fit into memory. Without DALI."""
 
 import copy
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -155,13 +155,12 @@ def capture() -> Found:
         expected = {
             name: value.clone() for name, value in states(engine).items()
         }  # the device does so before further steps
-        writing = threading.Thread(target=write, args=(Path(folder),))
-        writing.start()
-        steps = 0
-        while writing.is_alive() or steps < 3:
-            engine.step([noise(ctx, steps)], 1e-1)
-            steps += 1
-        writing.join()
+        with ThreadPoolExecutor() as pool:
+            writing, steps = pool.submit(write, Path(folder)), 0
+            while not writing.done() or steps < 3:
+                engine.step([noise(ctx, steps)], 1e-1)
+                steps += 1
+        writing.result()
         restored = make_engine(ctx)
         restored.load(Path(folder))
         different = differing(restored, expected)
