@@ -181,7 +181,7 @@ def _from_store(root: Address, cfg: DataConfig, split: str, classes: list[str] |
     if split == "val" and classes is None:
         classes = _from_store(root, cfg, "train", None).classes
     found = find_shards(root, split)
-    key: list[object] = [str(root), split, classes, cfg.val_share, found.names, found.versions]
+    key: list[object] = [str(root), split, classes, cfg.val_share, found.names, found.versions, cfg.fold, cfg.group]
     catalog = _remembered(key, lambda: remote_shards(found, cfg, split, classes))
     return replace(catalog, objects=_objects(found.base, catalog.shards, cfg, split))
 

@@ -1,6 +1,6 @@
 """Predict the classes of images: one row for each image, in order, with any number of ranks.
 
-python -m trainer.predict RUN IMAGES --out FILE.csv [--sample sample_submission.csv] [--data.images FOLDER]
+python -m trainer.predict RUN [RUN …] IMAGES --out FILE.csv [--sample sample_submission.csv] [--data.images FOLDER]
 
 IMAGES is a folder with images anywhere below it, or a table that names them. The rows are in the order of the files'
 paths, of that table, or of the sample; with a sample they have its columns and ids.
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,37 @@ class View(NamedTuple):
         return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
 
 
+def predict_mean(
+    runs: list[tuple[Path, Config]], first: Trained, catalog: Catalog, ctx: DistContext, views: list[View]
+) -> Predictions:
+    """Average the probabilities of runs, in the order of the classes of the `first`, which is open. Collective."""
+    classes = first.classes
+    founds: list[Predictions] = []
+    for (folder, cfg), view in zip(runs, views, strict=True):
+        trained = ctx.raise_together(partial(open_alike, folder, cfg, ctx, classes)) if founds else first
+        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, view)
+        founds.append(found._replace(probabilities=found.probabilities[:, places_of(classes, trained)]))
+    mean = np.stack([found.probabilities for found in founds]).mean(axis=0, dtype=np.float64)
+    readable = np.logical_and.reduce([found.readable for found in founds])
+    return Predictions(mean.astype(np.float32), readable)
+
+
+def open_alike(folder: Path, cfg: Config, ctx: DistContext, classes: list[str]) -> Trained:
+    """Open a run that has these classes, in any order; any classes where none are given. Raises `UserError`."""
+    trained = open_trained(folder, cfg, ctx)
+    odd = sorted({*trained.classes} ^ {*(classes or trained.classes)})
+    require(
+        not odd,
+        f"RUN: {folder} has other classes than the first run, which {sample.few(odd)} tell apart; give runs of the same classes",
+    )
+    return trained
+
+
+def places_of(classes: list[str], trained: Trained) -> list[int]:
+    """Find the columns of a run's probabilities in the order of `classes`."""
+    return [trained.classes.index(name) for name in classes]
+
+
 def plain_table(names: list[str], ranked: NDArray[np.int64], found: Predictions, classes: list[str]) -> pd.DataFrame:
     """List each image with its likeliest classes and their probabilities. `ranked` [N, K] has these classes' rows."""
     columns: dict[str, object] = {"image": names}
@@ -145,7 +177,7 @@ def _refuse_unreadable(found: Predictions, catalog: Catalog) -> None:
         )
 
 
-def _view(args: argparse.Namespace, cfg: DataConfig) -> View:
+def view_of(args: argparse.Namespace, cfg: DataConfig) -> View:
     require(
         args.crops == 1 or cfg.eval_crop < 1,
         f"--crops: {args.crops} crops of {cfg.eval_crop:.0%} of the image are all the same; give a lower --data.eval_crop",
@@ -179,18 +211,15 @@ def _table(
     return table
 
 
-def write_predictions(args: argparse.Namespace, cfg: Config) -> None:
-    """Predict the images that `cfg.data` names, as the command's options say. Collective. Raises `UserError`."""
-    view = _view(args, cfg.data)
-    with (
-        progress("opening the run"),
-        open_dist_context(device=cfg.engine.device, bind_cores=cfg.engine.bind_cores) as ctx,
-    ):
-        trained = ctx.raise_together(lambda: open_trained(Path(args.run), cfg, ctx))
+def write_predictions(args: argparse.Namespace, runs: list[tuple[Path, Config]]) -> None:
+    """Predict the images that `data` of the runs names, as the command's options say. Collective. Raises `UserError`."""
+    (first, cfg), views = runs[0], [view_of(args, cfg.data) for _, cfg in runs]
+    with progress("opening the run"), open_dist_context() as ctx:
+        trained = ctx.raise_together(lambda: open_trained(first, cfg, ctx))
         classes = trained.classes
         require(
             args.fallback is None or args.fallback in classes,
-            f"--fallback: {args.fallback} is no class of {args.run}; give one of {sample.few(classes)}",
+            f"--fallback: {args.fallback} is no class of {first}; give one of {sample.few(classes)}",
         )
         require(args.topk <= len(classes), f"--topk: {args.topk} is more than the {len(classes)} classes; lower it")
         catalog = ctx.raise_together(lambda: open_images(cfg.data))
@@ -198,22 +227,24 @@ def write_predictions(args: argparse.Namespace, cfg: Config) -> None:
         form = ctx.raise_together(
             lambda: sample.read(args.sample, catalog.paths, classes, args.topk) if args.sample else None
         )
-        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, view)
+        found = predict_mean(runs, trained, catalog, ctx, views)
         if args.fallback is None:
             _refuse_unreadable(found, catalog)
-        ctx.run_on_rank0(lambda: _write(_table(args, form, names, found, trained), args.out))
+        ctx.run_on_rank0(lambda: write_table(_table(args, form, names, found, trained), args.out, "--out"))
     if ctx.primary:
         unread = int((~found.readable).sum())
+        by = str(trained.checkpoint) if len(runs) == 1 else f"the mean of {len(runs)} runs"
         rest = f"; {unread} cannot be read and are given {args.fallback}" if unread else ""
         rest += f"; {form.meaning}" if form and form.meaning else ""
-        print(printable(f"{args.out}: {len(catalog)} images of {args.images} by {trained.checkpoint}{rest}"))
+        print(printable(f"{args.out}: {len(catalog)} images of {args.images} by {by}{rest}"))
 
 
-def _write(table: pd.DataFrame, out: Path) -> None:
+def write_table(table: pd.DataFrame, out: Path, option: str) -> None:
+    """Write a table as CSV. Raises a `UserError` that begins with `option`."""
     try:
         replace_file(out, csv(table))
     except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({error.strerror}); give another file") from None
+        raise UserError(f"{option}: cannot write {out} ({error.strerror}); give another file") from None
 
 
 def csv(table: pd.DataFrame) -> bytes:

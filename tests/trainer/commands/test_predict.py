@@ -12,13 +12,25 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import functional as transforms  # type: ignore[import-untyped]
 
+import trainer
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL
-from data_pipeline.sources.catalog import open_images
+from data_pipeline.sources.catalog import open_catalog, open_images
 from data_pipeline.sources.listing import UNLABELLED
 from tests.conftest import encode, picture
-from tests.support.runs import QUICK, SOLO, TINTS, Job, dotted, images, reference, torchvision_network, tree
+from tests.support.runs import (
+    QUICK,
+    SOLO,
+    TINTS,
+    Job,
+    dotted,
+    images,
+    reference,
+    settings_of,
+    torchvision_network,
+    tree,
+)
 from trainer.config import load_run
 from trainer.predict import cli as predict
 from trainer.predict import kaggle_submission as sample
@@ -310,11 +322,67 @@ def test_nothing_is_overwritten_unasked(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.fixture(scope="module")
+def folds(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of two steps, each trained on one half of the images and validated on the other."""
+    root = tmp_path_factory.mktemp("folds")
+    for number in (1, 2):
+        settings = settings_of(base, root / str(number)) | {"optim.ema_decay": "0", "run.max_steps": "2"}
+        settings |= {"data.path": str(images(base) / "train"), "data.fold": f"{number}/2", "run.seed": str(number)}
+        trainer.train(trainer.load(dotted(settings)))
+    return [root / "1", root / "2"]
+
+
+def test_several_runs_are_averaged(
+    folds: list[Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = images(base) / "val"
+    alone = []
+    for run in folds:
+        call(monkeypatch, run, folder, "--out", tmp_path / "one.csv", "--probabilities", "--force")
+        alone.append(pd.read_csv(tmp_path / "one.csv"))
+    call(monkeypatch, *folds, folder, "--out", tmp_path / "mean.csv", "--probabilities")
+    mean = pd.read_csv(tmp_path / "mean.csv")
+    assert list(mean.columns) == list(alone[0].columns) and (mean.image == alone[0].image).all()
+    np.testing.assert_allclose(mean[CLASSES], (alone[0][CLASSES] + alone[1][CLASSES]) / 2, atol=1e-6)
+    assert not np.allclose(alone[0][CLASSES], alone[1][CLASSES], atol=1e-3), "the runs must differ"
+    assert (mean.predicted == mean[CLASSES].idxmax(axis=1)).all()
+
+
+def test_the_out_of_fold_table_has_every_image_once_by_the_run_that_held_it_out(
+    folds: list[Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, *folds, "--oof", tmp_path / "oof.csv")
+    table = pd.read_csv(tmp_path / "oof.csv")
+    root = images(base) / "train"
+    assert sorted(table.image) == sorted(map(str, root.rglob("*.jpg")))
+    assert (table.label == table.image.map(lambda name: Path(name).parent.name)).all()
+    right = table.predicted == table.label
+    recall = 100 * right.groupby(table.label).mean().mean()
+    assert capsys.readouterr().out.endswith(
+        f"{len(table)} images held out by 2 runs: top-1 {100 * right.mean():.2f} %  macro recall {recall:.2f} %\n"
+    )
+    # The second run's rows are those that it predicts of a folder.
+    call(monkeypatch, folds[1], root, "--out", tmp_path / "second.csv", "--probabilities")
+    second = pd.read_csv(tmp_path / "second.csv").assign(image=lambda rows: [f"{root}/{name}" for name in rows.image])
+    cfg = load_run(folds[1], []).data
+    held = [f"{root}/{name}" for name in open_catalog(cfg, "val").paths]
+    ours, theirs = (rows.set_index("image").loc[held, CLASSES] for rows in (table, second))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    # An image that both runs held out has their mean.
+    call(monkeypatch, folds[1], folds[1], "--oof", tmp_path / "oof.csv", "--force")
+    twice = pd.read_csv(tmp_path / "oof.csv").set_index("image")
+    np.testing.assert_allclose(twice.loc[held, CLASSES], theirs, atol=1e-5)
+    assert len(twice) == len(held)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["no such folder", "--out", "x.csv"], "IMAGES: no such folder is neither"),
         (["--out", "x.csv"], "IMAGES: they are missing"),
+        (["FOLDER", "FOLDER", "--out", "x.csv"], "FOLDER is not a run folder"),
+        (["--oof", "nowhere/x.csv"], "--oof: nowhere is not a folder"),
         (["FOLDER"], "--out: it is missing"),
         (["FOLDER", "--out", "no such folder/x.csv"], "--out: no such folder is not"),
         (["FOLDER", "--out", "x.csv", "--topk", "0"], "--topk: 0"),
@@ -337,5 +405,5 @@ def test_mistakes_are_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         call(monkeypatch, run, *(folder if option == "FOLDER" else option for option in options))
-    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+    assert str(error.value).startswith(says.replace("FOLDER", folder)) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
