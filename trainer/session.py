@@ -46,6 +46,8 @@ class Session:
     meter: Meter = field(init=False)
     save_time: dict[str, float] = field(default_factory=dict)
     """Duration of the last checkpoint, for the next row of metrics."""
+    validated: bool = False
+    """True once this process has begun to score the validation images."""
     steps_back: Counter[int] = field(default_factory=Counter)
     """Steps back, by the number of steps in the checkpoint that they led to."""
 
@@ -146,6 +148,7 @@ class Session:
         """Score the validation images; returns the metrics, and True where they are the best so far. Collective."""
         heartbeat("save")
         self.wait_for_checkpoint()
+        self.validated = True
         heartbeat("evaluate", fresh=True)
         self.engine.sync_buffers()
         scores = evaluate(self._predict, self.val_loader, self.ctx)
@@ -171,6 +174,11 @@ class Session:
 
     def close_epoch(self, rest: dict[str, float]) -> None:
         """Evaluate, report with the `rest` of the metrics, move on to the next epoch and save. Collective."""
+        # The first validation of a process takes memory for images of its own, and reads files that nobody has read: it may
+        # fail. A run that has been resumed here validates at once.
+        saved = self.saver.saved.step == self.progress.step or self.progress.step == self.cfg.run.max_steps
+        if not self.validated and not saved:
+            self.save()
         scalars, best = self.validate()
         epoch = self.progress.cursor.epoch + 1
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps

@@ -163,7 +163,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
             run_config=asdict(cfg),
             total_steps=total_steps,
             epochs=cfg.run.epochs,
-            resume_step=progress.step,
+            resume_step=last_row(progress, len(catalog)),
             primary=ctx.primary,
         )
     )
@@ -257,8 +257,15 @@ def step_back(session: Session, found: NonFinite) -> None:
             finished=False,
         )
     )
-    ctx.raise_together(lambda: tracker.reopen(progress.step))  # without the rows of the undone steps
+    ctx.raise_together(
+        lambda: tracker.reopen(last_row(progress, session.images))
+    )  # without the rows of the undone steps
     tracker.note(f"back to step {progress.step}, and on past the images of step {found.step}")
+
+
+def last_row(progress: Progress, images: int) -> int:
+    """Step of the last row of metrics that a resumed run keeps. One that has not closed its epoch writes that row anew."""
+    return progress.step - (progress.cursor.seen >= images)
 
 
 def nothing_left(start: Start) -> str:

@@ -96,6 +96,25 @@ def test_a_deterministic_run(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded(replace(cfg, engine=EngineConfig(deterministic=True))).hw_decoder_load == 0
 
 
+def test_a_failing_validation_loses_no_step(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one builds a pipeline of its own; what was trained until then is saved, and it is done again."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(base, whole)
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for the validation images")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.session.evaluate", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(base, run)
+    assert Store(run).progress().step == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(DdpEngine, "step", fail)
+        assert train(base, run).finished
+    assert weights(run) == weights(whole)
+
+
 def with_memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a forward pass over more images fail, as on a GPU whose memory is full."""
 
