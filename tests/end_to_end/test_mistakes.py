@@ -19,8 +19,8 @@ from trainer.distributed import open_dist_context
 from trainer.model.resnet import ModelConfig, build_resnet
 
 NO_DATA = (
-    "data.path: nowhere is not a folder; give one with train/CLASS/ images, a table (.csv, .tsv, .parquet), "
-    "or a name (imagenette, cifar10, flowers102, oxford_pets, food101)"
+    "data.path: nowhere is not a folder; give one with train/CLASS/ images, a table or archive "
+    "(.csv, .tsv, .parquet, .zip, .arrow), or a name (imagenette, cifar10, flowers102, oxford_pets, food101)"
 )
 NO_RUN = "nowhere is not a run folder: it has no config.yaml; give one such as runs/builtin"
 NO_SUBMISSION = "no run of that name was submitted from here; `python -m launch status` lists them"
