@@ -117,7 +117,7 @@ def test_stopped_and_shortened_run(base: Path, tmp_path: Path) -> None:
     first_new = next(row for row in rows(run) if row["step"] > 12)
     assert (first_new["step"], first_new["epoch"]) == (13, pytest.approx(2 + 36 / 57)), "it goes on within the epoch"
     evaluated = {key: value for key, value in scores(run).items() if key[0] == 12 and key[1].startswith("val/")}
-    assert len(evaluated) == 4
+    assert len(evaluated) == 5
     ends = {key: value for key, value in scores(run).items() if key not in evaluated}
     assert ends == pytest.approx(scores(reference(base, 2)), rel=1e-9)
     for name in ("model.safetensors", "training.pt"):

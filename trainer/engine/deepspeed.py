@@ -39,7 +39,8 @@ class DeepSpeedEngine(DataParallel):
 
     0: nothing; 1: the optimiser's state; 2: the gradients too; 3: the weights too (Rajbhandari et al. 2020, "ZeRO",
     arXiv 1910.02054, section 5). Weights stay fp32. Where gradients are not finite, stages 1 to 3 leave the update out in
-    any precision.
+    any precision. DeepSpeed decides that on the host, so a step there waits for the device, which one of DDP does not; and
+    its contiguous weights are turned into channels-last for each convolution, a pass over all of them.
     """
 
     def __init__(

@@ -15,7 +15,9 @@ from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO
 from trainer.distributed import DistContext
 from trainer.engine.compilation import check_device, check_graphs, choose_compile, compiled, lacking
+from trainer.engine.compile_cache import VARIABLE
 from trainer.engine.config import EngineConfig
+from trainer.model.normalize import Normalise
 
 GPU = DistContext(torch.device("cuda", 0), rank=0, world=1, cores=1)
 TWO_GPUS = DistContext(torch.device("cuda", 0), rank=0, world=2, cores=1)
@@ -86,6 +88,46 @@ def test_what_is_asked_for_stays() -> None:
         assert choose_compile(asked, GPU) == asked
     divided = EngineConfig(name="deepspeed", zero_stage=3)
     assert choose_compile(divided, GPU).compile == "off", "which collects weights layer by layer"
+
+
+class Block(nn.Module):
+    """A first convolution and one with a shortcut, as a ResNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = Normalise([0.5] * 3, [0.2] * 3, torch.device("cpu"))
+        self.first, self.second = (
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        shortcut = torch.relu(self.norms[0](self.first(self.normalise(images))))
+        return torch.relu(self.norms[1](self.second(shortcut)) + shortcut)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="it takes a compiler")
+def test_norms_and_their_neighbours_are_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the convolutions: normalisation with the cast to bf16, BN with ReLU, BN with the shortcut and ReLU."""
+    from torch._inductor.utils import run_and_get_code  # here, for it takes seconds
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    network = Block().to(memory_format=torch.channels_last)
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    forward = compiled(network, EngineConfig(compile="on"), SOLO.device)
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(images)
+
+    _, (code,) = run_and_get_code(run)
+    kernels = sorted(set(re.findall(r"cpp_fused\w*_\d+", code)), key=lambda name: int(name.rpartition("_")[2]))
+    assert len(kernels) == 3, kernels
+    fused = (["to_copy", "addcmul"], ["batch_norm", "relu"], ["batch_norm", "add", "relu"])
+    for kernel, parts in zip(kernels, fused, strict=True):
+        assert all(part in kernel for part in parts), kernels
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
