@@ -180,8 +180,8 @@ def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
         len(usual) > 0
         or len(table.columns) < 2
         or not all(_MARKS.keys() >= {*cells} for cells in table.columns.values()),
-        f"data.label_column: {few(list(table.columns))} of {file} mark several classes of an image, or none, in some rows; "
-        "leave these out, or name one column",
+        f"data.label_column: {few(list(table.columns))} of {file} mark several classes of an image, or none, in some rows, and "
+        "several classes of an image are not trained; leave these rows out, or name one column and train a run for each",
     )
     chosen = usual or list(table.columns)
     require(
@@ -191,6 +191,12 @@ def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
     require(
         len(chosen) == 1,
         f"data.label_column: which column of {file} has the classes is not clear; name it; {_there(table)}",
+    )
+    mark = _separator(table.different(chosen[0]))
+    require(
+        mark is None,
+        f"data.label_column: cells of {shown(chosen[0])} in {file} list several classes, divided by {mark!r}, and several "
+        "classes of an image are not trained; leave these rows out, or name the column to take each list for a class of its own",
     )
     return _checked(table, chosen[0], file)
 
@@ -219,6 +225,16 @@ def _checked(table: TextTable, column: str, file: Path) -> Classes:
     names = table.columns[column]
     require("" not in names, f"data.path: {file} has rows without a {shown(column)}; fill or remove them")
     return Classes(names, shown(column))
+
+
+def _separator(cells: list[str]) -> str | None:
+    """Find the character that divides lists of classes: all that two lists or more hold is somewhere a cell of its own."""
+    for mark in ("|", ";", ",", " "):
+        lists = [cell for cell in cells if len(cell.split(mark)) > 1]
+        parts = {part.strip() for cell in lists for part in cell.split(mark)}
+        if len(lists) > 1 and parts <= {*cells}:
+            return mark
+    return None
 
 
 def _one_hot(table: TextTable) -> Classes | None:

@@ -246,6 +246,16 @@ NO_IMAGES = (
             "data.label_column: label of FILE has one class only, cat, and nothing",
         ),
         ("image,label", lambda n: f"{n:04},{'cat' * (n != 5)}", "data.path: FILE has rows without a label; fill or"),
+        *(
+            (
+                "image,label",
+                lambda n, mark=mark: (
+                    f'{n:04},"{mark.join((["scab"], ["rot"], ["scab", "rot"], ["rot", "scab"])[n % 4])}"'
+                ),
+                f"data.label_column: cells of label in FILE list several classes, divided by {mark!r}, and several",
+            )
+            for mark in "| ,;"
+        ),
         (
             "image,cat,dog",
             lambda n: f"{n:04},{n % 2},1",
@@ -423,3 +433,14 @@ def test_names_from_another_machine_are_said(tmp_path: Path) -> None:
     catalog, _ = opened(write(tmp_path, "id,label\n/x/train/a.jpg,0\n/x/train/b.jpg,1\n"))
     assert catalog.taken.notes == ["2 names begin elsewhere, as /x/train/a.jpg, and are taken for train/a.jpg …"]
     assert opened(tmp_path / "train.csv", images=str(tmp_path / "train"))[1] == {"a.jpg": "0", "b.jpg": "1"}
+
+
+@pytest.mark.parametrize("option", [None, "label"])
+def test_names_with_spaces_are_no_lists_and_lists_may_be_insisted_on(option: str | None, tmp_path: Path) -> None:
+    names = ["maine coon", "coon", "siamese cat", "cat"] if option is None else ["a b", "b a", "a", "b"]
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(picture(16, 16), "JPEG"))
+    rows = [f"{number}.jpg,{name}" for number, name in enumerate(names * 2)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    cfg = DataConfig(str(tmp_path / "labels.csv"), label_column=option)
+    assert open_catalog(cfg, "train").classes == sorted(names)
