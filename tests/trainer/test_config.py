@@ -176,7 +176,8 @@ def test_what_may_change_stands_at_the_fields() -> None:
     assert {option for option in free if option.split(".")[0] not in ("engine", "tracking")} == {
         *("run.name", "run.dir", "run.extend_to", "run.max_steps", "run.log_every", "run.save_every", "run.keep"),
         *("run.keep_every", "run.profile", "run.on_nonfinite", "run.stall_s"),
-        *("data.path", "data.images", "data.threads", "data.on_error", "data.max_bad_share"),
+        *("data.path", "data.images", "data.threads", "data.on_error", "data.max_bad_share", "data.cache_gb"),
+        "data.prefetch",
     }
     assert {"engine.precision", "engine.threads", "tracking.wandb"} <= free
     assert not any(map(may_change, ("config", "run", "no.such", "data.augment", "optim.lr.x")))
