@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import math
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from jsonargparse import (
@@ -28,104 +27,17 @@ from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.safe_yaml import load_yaml, read_text
-from data_pipeline.config import FREE, DataConfig, free
-from trainer.checkpoint.store import BestBy
+from data_pipeline.config import FREE, DataConfig
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
 from trainer.option_files import option_kinds, quoted
+from trainer.run_config import RunConfig
 from trainer.tracking.config import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Name and length of a run, and how often it reports and saves."""
-
-    name: str | None = free(None)
-    """Name of the run, in runs/NAME and on dashboards; if not given, the name of the folder that data.path gives."""
-    dir: str | None = free(None)
-    """Run folder; runs/NAME if not given. The same command resumes the run in it."""
-    epochs: int = 8
-    """Passes over the training images. The learning rate's schedule spans all of them."""
-    extend_to: int | None = free(None)
-    """Train an existing run on, to so many epochs in all. From its present step on everything is as in a run of that length:
-    the learning rate rises to the value that the schedule of all these epochs has there, and falls to its end anew."""
-    max_steps: int | None = free(None)
-    """End after this many optimizer steps, evaluate and save: for a dry run, or to go on later."""
-    seed: int = 0
-    """Seed of the weights, the order and the augmentation."""
-    log_every: int = free(10)
-    """Optimizer steps between two rows of metrics; as often the ranks check for a request to stop."""
-    save_every: int = free(200)
-    """Optimizer steps between two checkpoints within an epoch; one is always written at its end."""
-    keep: int = free(2)
-    """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""
-    best_by: BestBy = "top1"
-    """Validation score that chooses the weights kept as the best: top1; macro_recall, the mean over the classes of the
-    share of their images that is recognised, for classes of uneven numbers; or loss."""
-    keep_every: int | None = free(None)
-    """Keep also the checkpoint at the end of every so many epochs."""
-    profile: str | None = free(None)
-    """Optimizer steps to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to
-    profile/ in the run folder."""
-    on_nonfinite: Literal["stop", "back"] = free("stop")
-    """Reaction to a loss, gradient or weight that is infinite or NaN: stop ends the run; back goes on from the last checkpoint
-    and passes over the images of that optimizer step, at most three times until it has got further."""
-    stall_s: float = free(600.0)
-    """Seconds without any progress after which the run names the rank that it waits for, writes stacks/ in the run folder and
-    ends with exit code 75; three times as many for an epoch's first optimizer step, which may compile. 0 waits for ever."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
-            f"run.name: {self.name!r} is no folder name; give a word such as first",
-        )
-        require(self.dir != "", "run.dir: it is empty; give a folder, or leave it out for runs/NAME")
-        require(self.epochs > 0, f"run.epochs: {self.epochs} is not positive; give the number of passes")
-        require(
-            self.extend_to is None or self.extend_to >= self.epochs,
-            f"run.extend_to: {self.extend_to} is less than run.epochs {self.epochs}; give the number of epochs in all",
-        )
-        object.__setattr__(self, "epochs", self.extend_to or self.epochs)
-        require(
-            self.max_steps is None or self.max_steps > 0,
-            f"run.max_steps: {self.max_steps} is not positive; leave it out to train all epochs",
-        )
-        require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of steps")
-        require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of steps")
-        require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
-        require(
-            self.best_by in get_args(BestBy),
-            f"run.best_by: {self.best_by!r} is unknown; choose one of {', '.join(get_args(BestBy))}",
-        )
-        require(
-            self.keep_every is None or self.keep_every > 0,
-            f"run.keep_every: {self.keep_every} is not positive; give a number of epochs, or leave it out",
-        )
-        if self.profile is not None:
-            chosen_steps(self.profile)
-        require(
-            0 <= self.stall_s < math.inf,
-            f"run.stall_s: {self.stall_s} is no time; give seconds such as 600, or 0 for off",
-        )
-        require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
-
-    @property
-    def profiled(self) -> range:
-        """Optimizer steps, counted from 1, that `profile` names."""
-        return chosen_steps(self.profile) if self.profile else range(0)
-
-
-def chosen_steps(text: str) -> range:
-    """Parse optimizer steps, counted from 1, such as "10-12" or "10". Raises `UserError`."""
-    parts = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
-    require(0 < first <= last, f"run.profile: {text!r} names no steps; give the first and the last, such as 10-12")
-    return range(first, last + 1)
 
 
 @dataclass(frozen=True)

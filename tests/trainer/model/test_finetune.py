@@ -23,7 +23,7 @@ from tests.support.runs import SOLO, TINTS, Job, dotted, images, settings_of, to
 from tests.trainer.engine.test_engine import CLASSES, assert_equal, batch, join, normalised, part
 from trainer.checkpoint.files import STATE, WEIGHTS
 from trainer.checkpoint.store import Store
-from trainer.config import Config, RunConfig, load
+from trainer.config import Config, load
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
@@ -33,6 +33,7 @@ from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ModelConfig, build_resnet, freeze
 from trainer.optim.optimizer import OptimConfig
 from trainer.resilience.signals import StopFlag
+from trainer.run_config import RunConfig
 
 PLAIN = OptimConfig(lr=0.1, weight_decay=1e-2, nesterov=False, label_smoothing=0.0)
 FIRST = ModelConfig(weights="given", freeze_until=2)

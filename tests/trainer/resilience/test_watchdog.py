@@ -28,9 +28,9 @@ from tests.support.runs import (
     train,
 )
 from trainer.checkpoint.store import Store
-from trainer.config import RunConfig
 from trainer.distributed import DistContext
 from trainer.resilience.watchdog import FRESH, STALLED, Phase, Position, Watchdog, heartbeat, verdict
+from trainer.run_config import RunConfig
 
 STALL_S = 4.0
 

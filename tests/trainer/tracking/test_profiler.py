@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO
-from trainer.config import chosen_steps
+from trainer.run_config import chosen_steps
 from trainer.tracking.profiler import Trace
 
 RANGES = ("data", "forward", "backward", "update")
