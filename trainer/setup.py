@@ -236,7 +236,7 @@ def step_back(session: Session, found: NonFinite) -> None:
     """Resume from the last checkpoint, past the step that went wrong, or end the run. Collective. Raises `UserError`."""
     remedy = "lower optim.lr, set optim.clip_norm, or engine.precision to fp32"
     tracker, ctx, store = session.tracker, session.ctx, session.store
-    tracker.alert("bad update", str(found))
+    tracker.alert("bad step", str(found))
     if session.cfg.run.on_nonfinite == "stop":
         raise UserError(f"{found}; {remedy}, or pass over such steps by run.on_nonfinite back") from None
     session.wait_for_checkpoint()

@@ -65,7 +65,7 @@ class Scores(NamedTuple):
         return {f"{split}/{name}": value for name, value in self.figures(classes).items()}
 
 
-class BadUpdate(NamedTuple):
+class BadStep(NamedTuple):
     """First optimizer step since the last `reduce` with an infinite or NaN value, on any rank."""
 
     update: int
@@ -120,7 +120,7 @@ class Meter:
         self.ctx, self.classes = ctx, classes
         watched = ("loss",) if scaled else ("loss", "grad_norm")
         self._watched = [StepSums._fields.index(name) for name in watched]
-        self.nonfinite: BadUpdate | None = None
+        self.nonfinite: BadStep | None = None
         """First bad step that the last `reduce` found."""
         self.train_s = train_s
         """Seconds of training up to the last `reduce`, without what lies before a `pause`."""
@@ -202,11 +202,11 @@ class Meter:
         self._waits: list[tuple[Any, Any]] = []
         self._ends = [self._clock.mark()]  # of the steps, behind the mark where the first begins
 
-    def _first_nonfinite(self, lost: torch.Tensor) -> BadUpdate:
+    def _first_nonfinite(self, lost: torch.Tensor) -> BadStep:
         """Find the step by `lost` on this rank: [1 + steps, 1 or 2] for the loss, and for the gradient's norm. Collective."""
         anywhere = self.ctx.gather(lost.long()).sum(dim=0)
-        update = int(anywhere.any(dim=1).long().argmax())
-        return BadUpdate(update, "loss" if anywhere[update, 0] else "gradient")
+        step = int(anywhere.any(dim=1).long().argmax())
+        return BadStep(step, "loss" if anywhere[step, 0] else "gradient")
 
     def _restart(self) -> None:
         nothing = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=self.ctx.device)

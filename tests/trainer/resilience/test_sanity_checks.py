@@ -27,7 +27,7 @@ from trainer.loop import fit
 from trainer.model.resnet import ModelConfig, ResNet, build_resnet
 from trainer.resilience.sanity_checks import differing, find_nonfinite
 from trainer.resilience.signals import StopFlag
-from trainer.tracking.meter import BadUpdate, Meter
+from trainer.tracking.meter import BadStep, Meter
 
 BAD_STEP = 7
 """The second of the five updates of the second epoch."""
@@ -49,8 +49,8 @@ def one_thread() -> Iterator[None]:
 # ---- the update that makes it --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scaled", "wanted"), [(False, BadUpdate(2, "gradient")), (True, BadUpdate(3, "loss"))])
-def test_the_first_update_is_found(scaled: bool, wanted: BadUpdate) -> None:
+@pytest.mark.parametrize(("scaled", "wanted"), [(False, BadStep(2, "gradient")), (True, BadStep(3, "loss"))])
+def test_the_first_bad_step_is_found(scaled: bool, wanted: BadStep) -> None:
     """With loss scaling, a gradient beyond its range is nothing unusual."""
     meter = Meter(SOLO, [], 10, scaled=scaled)
     for loss, norm in ((1.0, 1.0), (1.0, float("inf")), (float("nan"), float("nan")), (1.0, 1.0)):
@@ -204,7 +204,7 @@ def test_a_step_back(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     back = {"run__on_nonfinite": "back", "run__log_every": "2"}
     assert trained(base, whole, Exploding, **back).skipped == [BAD_STEP]
     said = capsys.readouterr().out
-    assert said.count(f"bad update: the loss of step {BAD_STEP} is not finite\n") == 1
+    assert said.count(f"bad step: the loss of step {BAD_STEP} is not finite\n") == 1
     assert said.count(f"back to step 6, and on past the images of step {BAD_STEP}\n") == 1 and "resuming" not in said
 
     assert trained(base, stopped, Exploding, run__max_steps="9", **back).skipped == [BAD_STEP]

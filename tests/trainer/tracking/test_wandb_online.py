@@ -134,7 +134,7 @@ def test_stop_button_ends_the_run_between_two_steps(base: Path, run: Path, backe
 def test_loss_that_is_not_finite_raises_one_alert(base: Path, run: Path, backend: Backend) -> None:
     with pytest.raises(UserError, match="the loss of step 2 is not finite"):
         train_here(configured(base, run, optim__lr="1e20", run__epochs="1", optim__warmup="0"))
-    assert backend.run.alerts == [("bad update", "the loss of step 2 is not finite")]
+    assert backend.run.alerts == [("bad step", "the loss of step 2 is not finite")]
     assert backend.run.exit_code == 1 and [row["step"] for row in rows(run)] == [1]
 
 
