@@ -167,9 +167,10 @@ def measure(
     deadline_s = time.monotonic() + 60 * minutes
     with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder, ExitStack() as prepared:
         copy_sample(cfg, Path(folder, "folders") if sources else Path(folder), sample)
+        store_url = ""
         if sources:
             write_sources(Path(folder))
-            prepared.enter_context(serving_in_background(Path(folder)))
+            store_url = prepared.enter_context(serving_in_background(Path(folder)))
         names = _installed(SOURCES if sources else CONTESTANTS)
         # Sizes share the time evenly; within a size the contestants take turns.
         for place, size_px in enumerate(sizes_px):
@@ -177,7 +178,7 @@ def measure(
             end_s = now_s + (deadline_s - now_s) / (
                 len(sizes_px) - place
             )  # time that one size leaves is for the others
-            task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)))
+            task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)), store_url)
             turns = dict.fromkeys(names, images)
             if sources:
                 turns |= {name: images_of_pack(Path(folder)) for name in names if SOURCES[name].whole_epochs}

@@ -32,23 +32,14 @@ def images_of_pack(folder: Path) -> int:
 
 
 @contextmanager
-def serving_in_background(folder: Path) -> Iterator[None]:
-    """Serve `folder` as a bucket, from a process of its own, and point this process and its children to it."""
+def serving_in_background(folder: Path) -> Iterator[str]:
+    """Serve `folder` as a bucket, from a process of its own. Gives the server's address."""
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_serve, args=(folder.parent, theirs), daemon=True)
     process.start()
-    before = dict(os.environ)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": ours.recv(),
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_REGION": "us-east-1",
-    }
     try:
-        yield
+        yield ours.recv()
     finally:
-        os.environ.clear()
-        os.environ |= before
         process.terminate()
         process.join()
 
@@ -98,6 +89,8 @@ def _opened(task: Task, cache_gb: float) -> Catalog:
 
 
 def _address(task: Task) -> str:
+    """Address of the pack. This process, which is a contestant's own, is pointed to the server."""
+    os.environ |= {"AWS_ENDPOINT_URL": task.store_url, "AWS_REGION": "us-east-1", "AWS_SKIP_SIGNATURE": "true"}
     return f"s3://{task.folder.name}/{PACK}"
 
 

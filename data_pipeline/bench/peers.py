@@ -41,6 +41,8 @@ class Task(NamedTuple):
     """Folder with train/CLASS/NUMBER.jpg, and the same images in shard-NUMBER.tar files."""
     size_px: int
     workers: int
+    store_url: str = ""
+    """Object store that serves `folder` as a bucket, for the contestants that read from one."""
 
 
 Delivery = Iterator[int]

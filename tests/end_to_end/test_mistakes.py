@@ -303,7 +303,7 @@ def test_a_gpu_that_cannot_be_used_is_refused(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     monkeypatch.setenv("SLURM_JOB_GPUS", "0")
-    monkeypatch.setattr(sys, "argv", ["", "--run.dir", "new"])
+    monkeypatch.setattr(sys, "argv", ["", "--run.dir", "new", "--run.max_steps", "1"])
     before = tree(place)
     with pytest.raises(SystemExit) as ended:
         run_command(entry_point("trainer"))

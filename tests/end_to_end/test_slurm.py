@@ -398,7 +398,7 @@ def test_dry_run_writes_nothing(cluster: Cluster, base: Path) -> None:
     ("options", "words"),
     [
         (["--partition", "nope"], "invalid partition specified: nope"),
-        (["--nodes", "3"], "Node count specification invalid"),
+        (["--nodes", "3"], "More processors requested than permitted"),
         (["--gpus_per_node", "3"], "node configuration"),
         (["--constraint", "nope"], "feature"),
         (["--reservation", "nope"], "eservation"),

@@ -89,7 +89,7 @@ def terminate(launcher: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["start"], "start: no such command; give one of local, submit, sweep, summary, status"),
+        (["start"], "start: no such command; give one of local, submit, check-nodes, sweep, summary, status"),
         (["local", "-n", "two"], "-n: 'two' is no number of processes"),
         (["local", "-n", "0"], "-n: '0' is no number of processes"),
         (["submit", "--nodes", "2", "--", "--run.name", "a"], "no sbatch here: this machine has no SLURM"),

@@ -12,7 +12,8 @@ DRIVERS = {"12": "525.60.13", "13": "580.65.06"}
 """Oldest driver that runs code built for a major version of CUDA (CUDA's release notes, minor version compatibility)."""
 
 ON_CPU = "to train on the CPU all the same: --engine.device cpu, or CUDA_VISIBLE_DEVICES= before any command"
-_OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+_OF_SLURM = {"SLURM_STEP_GPUS": "", "SLURM_JOB_GPUS": "", "SLURM_GPUS_ON_NODE": "0"}
+"""Variables of SLURM that tell of a job's GPUs, and what they say where it has none: the first two list numbers, from 0."""
 
 
 def index_for(local_rank: int, visible: int) -> int:
@@ -39,7 +40,7 @@ def evidence(variables: Mapping[str, str], devices: Path = Path("/dev")) -> str 
     visible = variables.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return None
-    given = next((name for name in _OF_SLURM if variables.get(name, "0") not in ("", "0")), None)
+    given = next((name for name, none in _OF_SLURM.items() if variables.get(name, "") not in ("", none)), None)
     if given:
         return f"{given} is {variables[given]}"
     found = next((path for path in sorted(devices.glob("nvidia[0-9]*")) if _is_allowed(path)), None)

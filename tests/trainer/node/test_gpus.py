@@ -72,6 +72,7 @@ def test_the_reason_is_told(driver: str | None, reason: str) -> None:
 def test_what_shows_that_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus.evidence({}, tmp_path) is None
     assert gpus.evidence({"SLURM_JOB_GPUS": "2,3"}, tmp_path) == "SLURM_JOB_GPUS is 2,3"
+    assert gpus.evidence({"SLURM_STEP_GPUS": "0"}, tmp_path) == "SLURM_STEP_GPUS is 0", "the number of the first GPU"
     assert gpus.evidence({"SLURM_GPUS_ON_NODE": "0"}, tmp_path) is None
     for name in ("nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
