@@ -281,7 +281,8 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
 def test_time_limit(cluster: Cluster, base: Path) -> None:
     """SLURM's own warning, which may come while the training is still starting; the job is queued again."""
     run = base / "long"
-    cluster.submit(run, ["--time", "0:01:00", "--warn_s", "40"], [*settings(base, run), "--run.epochs", "100"])
+    # SLURM may warn a minute too early, and nobody hears it before the processes are there.
+    cluster.submit(run, ["--time", "0:02:00", "--warn_s", "40"], [*settings(base, run), "--run.epochs", "1000"])
     cluster.until(run, lambda: cluster.restarts(run) == 1)
     assert "asked to stop: saved step" in cluster.said(run)
     assert "saved on a signal: queued again" in cluster.said(run)
