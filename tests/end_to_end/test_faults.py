@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,6 +250,14 @@ def mounted(place: Path, *how: str) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+def fill(disk: Path) -> None:
+    """Leave 2 MB; a checkpoint that takes room meanwhile makes it try again."""
+    with (disk / "filler").open("wb") as filler:
+        while (more := shutil.disk_usage(disk).free - 2_000_000) > 0:
+            with suppress(OSError):
+                os.posix_fallocate(filler.fileno(), filler.seek(0, os.SEEK_END), more)
+
+
 def wait_until(job: Job, holds: Callable[[], bool]) -> None:
     while not holds():
         assert job.process.poll() is None, job.output()
@@ -274,8 +282,7 @@ def test_a_disk_that_is_full_for_a_while(base: Path, tmp_path: Path) -> None:
         run = disk / "a run"
         job = Job(1, tmp_path / "log", "trainer", *dotted(settings_of(base, run) | {"run.keep": "1"}))
         wait_until(job, lambda: Store(run).progress().step >= 3)
-        with (disk / "filler").open("wb") as filler:
-            os.posix_fallocate(filler.fileno(), 0, max(shutil.disk_usage(disk).free - 2_000_000, 1))
+        fill(disk)
         wait_until(job, lambda: "not saved: " in job.output())
         (disk / "filler").unlink()
         assert job.wait() == 0, job.output()
