@@ -37,6 +37,7 @@ from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import ResNet, build_resnet, freeze
 from trainer.model.whitening import whiten_stem
+from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
 from trainer.resilience.watchdog import FRESH, Watchdog
@@ -53,6 +54,8 @@ class Start:
     cfg: Config
     engine: EngineConfig
     """Options as resolved: see `choose_arithmetic`."""
+    optim: OptimConfig
+    """Options with numbers for `class_weights`: see `with_class_weights`."""
     ctx: DistContext
     train: Loader
     val: Loader
@@ -100,7 +103,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
         progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # the run may have been extended
-        start = Start(cfg, cfg.engine, ctx, train, val, store, newest, progress, [])
+        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [])
         if start.nothing_left:
             yield start
             return
@@ -108,7 +111,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         # Mistakes that would show only later.
         _check_extension(cfg, train, progress)
         _check_batches(cfg, classes, ctx)
-        with_class_weights(cfg.optim, train.catalog)
+        optim = with_class_weights(cfg.optim, train.catalog)
         for loader in (train, val):
             limit_bad(loader)
         ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
@@ -126,7 +129,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
         ctx.run_on_rank0(lambda: record_job(cfg.folder))
         ctx.run_on_rank0(store.prepare)
-        yield replace(start, engine=engine, progress=replace(progress, arithmetic=arithmetic), lines=lines)
+        progress = replace(progress, arithmetic=arithmetic)
+        yield replace(start, engine=engine, optim=optim, progress=progress, lines=lines)
 
 
 @contextmanager
@@ -141,8 +145,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     if cfg.model.whiten and not start.newest:
         first_px = cfg.data.size_at(0, cfg.run.epochs)
         ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
-    optim = with_class_weights(cfg.optim, catalog)
-    engine = engine_for(replace(cfg, engine=start.engine, optim=optim), model, ctx)
+    engine = engine_for(replace(cfg, engine=start.engine, optim=start.optim), model, ctx)
     if start.newest:
         engine.load(start.newest)
     metadata = {
@@ -217,7 +220,7 @@ def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterato
         for path, why in catalog.bad.items():
             yield f"left out {catalog.root / path}: {why}"
     if cfg.optim.class_weights == "balanced":
-        factors = with_class_weights(cfg.optim, start.train.catalog).class_weights
+        factors = start.optim.class_weights
         ends = sorted(zip(map(float, factors), start.train.catalog.classes, strict=True))[:: len(factors) - 1]
         yield "optim.class_weights balanced: " + " to ".join(f"{factor:.3g} ({name})" for factor, name in ends)
     if weights:
