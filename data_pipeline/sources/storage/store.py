@@ -27,6 +27,7 @@ PATIENCE_S = 120.0
 _FIRST_S, _LONGEST_S = 0.2, 15.0  # first and longest pause between two attempts
 _QUIET_S, _SPEAK_S = 2.0, 10.0  # time for which nothing is said of a request that fails, and between two lines
 _speaking, _spoken_s = threading.Lock(), dict[str, float]()
+_generation = 0  # of connections
 _CLIENT = {"connect_timeout": "5s", "read_timeout": "15s", "timeout": "90s"}
 _PART = 16 << 20  # bytes of an upload's part
 _HINTS = {
@@ -186,11 +187,11 @@ def _why(error: Exception) -> str:
 
 
 def _opened(address: Address) -> Any:
-    return _opened_by(os.getpid(), address.scheme, address.host)
+    return _opened_by(os.getpid(), _generation, address.scheme, address.host)
 
 
 @cache
-def _opened_by(pid: int, scheme: str, host: str) -> Any:
+def _opened_by(pid: int, generation: int, scheme: str, host: str) -> Any:
     """Connect to a bucket or host. Raises `UserError` where obstore is missing."""
     require_obstore(scheme)
     from obstore.store import GCSStore, HTTPStore, S3Store
@@ -206,7 +207,8 @@ def _opened_by(pid: int, scheme: str, host: str) -> Any:
 
 def forget_connections() -> None:
     """Connect anew from now on, with what the environment says by then."""
-    _opened_by.cache_clear()
+    global _generation  # a thread that connects just now would put its connection into a cache that was only emptied
+    _generation += 1
 
 
 def require_obstore(scheme: str) -> None:
