@@ -9,7 +9,9 @@ from data_pipeline.common.errors import UserError
 
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "muon"]
 Loss = Literal["cross_entropy", "binary"]
-Schedule = Literal["constant", "step", "cosine", "onecycle", "cyclic"]
+Schedule = Literal["constant", "step", "cosine", "polynomial", "onecycle", "cyclic"]
+FALLING = ("cosine", "polynomial", "onecycle")
+"""Schedules that fall from the peak to min_lr."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,22 @@ class OptimConfig:
     gradient (L2), in AdamW and Muon it is decoupled from it."""
 
     schedule: Schedule = "onecycle"
-    """Learning rate after the warm-up: constant; multiplied by gamma at the milestones (step); half a cosine to zero;
-    or a straight line to zero (onecycle). cyclic rises from min_lr to lr and falls back, cycles times, in straight lines."""
+    """Learning rate after the warm-up: constant; multiplied by gamma at the milestones (step); or falling to min_lr in half a
+    cosine, with a power of what is left (polynomial), or in a straight line (onecycle). cyclic rises from min_lr to lr and
+    falls back, cycles times, in straight lines."""
 
     warmup: float = 0.2
-    """Share of the run, from 0 to 1, over which the learning rate first rises in a straight line to its peak."""
+    """Share of the run, from 0 to 1, over which the learning rate first rises in a straight line to its peak: 5 of 90 epochs
+    are 0.0556."""
+
+    warmup_start: float = 0.0
+    """Share of the peak, from 0 to 1, that the warm-up rises from."""
+
+    cooldown: float = 0.0
+    """Share of the run at its end, from 0 to 1, that stays at min_lr, where the learning rate falls to it before."""
+
+    power: float = 2.0
+    """Power of the schedule `polynomial`, above 0."""
 
     milestones: tuple[float, ...] = (0.3, 0.6, 0.9)
     """Shares of the run, ascending, at which the schedule `step` multiplies the learning rate by gamma."""
@@ -51,7 +64,7 @@ class OptimConfig:
     """Factor at each milestone, above 0 and at most 1."""
 
     min_lr: float = 0.0
-    """Learning rate where the schedule `cyclic` begins and ends each cycle, above 0 and at most lr."""
+    """Lowest learning rate, from 0 to lr: where cosine, polynomial and onecycle end, and cyclic begins and ends each cycle."""
 
     cycles: int = 4
     """Cycles of the schedule `cyclic` in the run; Smith advises 3 or more, each of 4 to 20 epochs."""
@@ -116,9 +129,21 @@ class OptimConfig:
                 self.schedule != "cyclic" or self.warmup == 0,
                 "does not go with the schedule cyclic, which rises by itself; set optim.warmup to 0",
             ),
+            ("warmup_start", 0 <= self.warmup_start <= 1, "is out of range; give a share of optim.lr from 0 to 1"),
+            (
+                "cooldown",
+                self.cooldown == 0 or (self.schedule in FALLING and 0 < self.cooldown <= 1 - self.warmup),
+                f"does not fit; give {', '.join(FALLING)} a share of the run that optim.warmup leaves, others 0",
+            ),
+            (
+                "cooldown",
+                self.cooldown == 0 or self.min_lr > 0,
+                "would not change the weights at a learning rate of 0; set optim.min_lr above 0",
+            ),
+            ("power", 0 < self.power < math.inf, "is not positive; give a power such as 2"),
             (
                 "min_lr",
-                self.schedule != "cyclic" or 0 < self.min_lr <= self.lr,
+                0 <= self.min_lr <= self.lr and (self.min_lr > 0 or self.schedule != "cyclic"),
                 "is out of range; give a learning rate above 0 and at most optim.lr",
             ),
             ("cycles", self.cycles >= 1, "is not positive; give 1 or more cycles in the run"),

@@ -24,22 +24,26 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
     """Compute the learning rate of step `step` of `total_steps`, 0 <= step < total_steps; always above 0.
 
-    With warm-up over w steps (w = warmup * total_steps, rounded), step s < w has (s + 1) / w of the peak: the first
-    is above zero, and step w - 1 is the peak. From there the schedules fall towards zero at s = total_steps, one past
-    the last step. Without warm-up the peak is step 0.
+    With warm-up over w steps (w = warmup * total_steps, rounded), step s < w has (s + 1) / w of the way from
+    warmup_start * lr to the peak: step w - 1 is the peak. From there the schedules fall towards min_lr, which they reach
+    one past the last step, or where the cool-down begins. Without warm-up the peak is step 0.
 
     onecycle is the plain triangle of FFCV's CIFAR-10 example: that of Smith 2018 (arXiv 1803.09820), but from and to
     zero, with no last phase below it and with constant momentum. step is as in He et al. 2015 (arXiv 1512.03385,
-    section 4.2), cosine as in Loshchilov and Hutter 2017 (arXiv 1608.03983) without restarts, cyclic the policy
-    "triangular" of Smith 2017 (arXiv 1506.01186, section 3.1), and the warm-up as in Goyal et al. 2017 (arXiv 1706.02677,
-    section 2.2).
+    section 4.2), cosine as in Loshchilov and Hutter 2017 (arXiv 1608.03983) without restarts, polynomial as in You et al.
+    2017 (arXiv 1708.03888), cyclic the policy "triangular" of Smith 2017 (arXiv 1506.01186, section 3.1), and the warm-up as
+    in Goyal et al. 2017 (arXiv 1706.02677, section 2.2).
     """
     assert 0 <= step < total_steps, f"update {step} of {total_steps}"
-    # Warm-up: a straight line up to the peak. Afterwards `progress` runs from 0 to below 1.
+    # Warm-up: a straight line up to the peak.
     peak = max(round(cfg.warmup * total_steps) - 1, 0)
     if step < peak:
-        return cfg.lr * (step + 1) / (peak + 1)
-    progress = (step - peak) / (total_steps - peak)
+        lowest = cfg.warmup_start * cfg.lr
+        return lowest + (cfg.lr - lowest) * (step + 1) / (peak + 1)
+    # Afterwards `progress` runs from 0 to 1, which it reaches where the cool-down begins.
+    end = max(total_steps - round(cfg.cooldown * total_steps), peak + 1)
+    progress = min((step - peak) / (end - peak), 1.0)
+    height = cfg.lr - cfg.min_lr
     match cfg.schedule:
         case "constant":
             return cfg.lr
@@ -47,12 +51,13 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
             passed = sum(step >= round(milestone * total_steps) for milestone in cfg.milestones)
             return cfg.lr * cfg.gamma**passed
         case "cosine":
-            return cfg.lr * (1 + math.cos(math.pi * progress)) / 2
+            return cfg.min_lr + height * (1 + math.cos(math.pi * progress)) / 2
+        case "polynomial":
+            return cfg.min_lr + height * (1 - progress) ** cfg.power
         case "onecycle":
-            return cfg.lr * (1 - progress)
+            return cfg.min_lr + height * (1 - progress)
         case "cyclic":
-            height = 1 - abs(2 * (progress * cfg.cycles % 1) - 1)
-            return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
+            return cfg.min_lr + height * (1 - abs(2 * (progress * cfg.cycles % 1) - 1))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

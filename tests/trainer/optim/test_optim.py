@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -59,6 +60,7 @@ def torch_curve(cfg: OptimConfig, total_steps: int, warmup_steps: int) -> list[f
                 optimizer, [round(m * total_steps) - peak for m in cfg.milestones], cfg.gamma
             ),
             "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps - peak),
+            "polynomial": lambda: lr_scheduler.PolynomialLR(optimizer, total_steps - peak, cfg.power),
         }
         rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=peak)
         scheduler = lr_scheduler.SequentialLR(optimizer, [rise, after[cfg.schedule]()], milestones=[peak])
@@ -95,6 +97,7 @@ def test_lr_is_that_of_torchs_schedulers(schedule: Schedule, total_steps: int) -
         ("onecycle", 1.0, [0.25, 0.5, 0.75, 1.0]),
         ("cosine", 0.0, [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4]),
         ("cosine", 0.5, [0.5, 1.0, 0.75, 0.25]),
+        ("polynomial", 0.0, [1.0, 9 / 16, 1 / 4, 1 / 16]),
         ("step", 0.25, [1.0, 1.0, 0.1, 0.01]),
         ("step", 0.5, [0.5, 1.0, 0.1, 0.01]),
     ],
@@ -154,6 +157,53 @@ def test_cycles_stay_in_their_range(total_steps: int) -> None:
     """However few updates there are, and however unevenly they go into the cycles."""
     assert all(2e-4 <= rate <= 4e-4 for rate in curve(cyclic(4), total_steps))
     assert curve(cyclic(4), total_steps)[0] == 2e-4
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "onecycle"])
+@pytest.mark.parametrize(("start", "lowest", "cooldown"), [(0.0, 0.0, 0.0), (0.01, 1e-3, 0.0), (0.05, 0.02, 0.1)])
+def test_lr_is_that_of_timm(schedule: Schedule, start: float, lowest: float, cooldown: float) -> None:
+    """Warm-up from a value of its own, end at the lowest rate, cool-down: theirs, one step ahead in the warm-up."""
+    total_steps, warmup, power = 200, 0.1, 1.7 if schedule == "polynomial" else 1.0
+    end = round((1 - cooldown) * total_steps)
+    cfg = OptimConfig(
+        lr=0.4,
+        schedule=schedule,
+        warmup=warmup,
+        warmup_start=start,
+        min_lr=lowest,
+        cooldown=cooldown,
+        power=power,
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], cfg.lr)
+    scheduler, total = create_scheduler_v2(
+        optimizer,
+        "cosine" if schedule == "cosine" else "poly",
+        num_epochs=end - 19,  # from the peak on, which is the last of twenty steps
+        cooldown_epochs=total_steps - end,
+        min_lr=lowest,
+        warmup_lr=start * cfg.lr,
+        warmup_epochs=20,
+        warmup_prefix=True,
+        decay_rate=power,
+    )
+    rates = []
+    for step in range(total_steps):
+        scheduler.step(step + 1)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert total == total_steps + 1
+    assert curve(cfg, total_steps) == pytest.approx(rates, rel=1e-9)
+    assert min(rates[20:]) == pytest.approx(lowest, abs=0.01)
+
+
+def test_lr_without_the_later_options_keeps_its_bits() -> None:
+    """A run of before goes on with the rates that it would have had."""
+    for schedule in ("cosine", "onecycle"):
+        for total_steps in (7, 1001):
+            peak = max(round(0.3 * total_steps) - 1, 0)
+            for step, rate in enumerate(curve(OptimConfig(lr=0.3, schedule=schedule, warmup=0.3), total_steps)):
+                progress = (step - peak) / (total_steps - peak)
+                falling = 0.3 * (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 0.3 * (1 - progress)
+                assert rate == (0.3 * (step + 1) / (peak + 1) if step < peak else falling)
 
 
 def test_lr_outside_the_run_is_our_own_bug() -> None:
@@ -434,7 +484,7 @@ def test_ema_decay_rises_to_its_limit() -> None:
         ({"weight_decay": -1e-4}, "optim.weight_decay: -0.0001 is out of range; give 0 or a number above it"),
         (
             {"schedule": "linear"},
-            "optim.schedule: 'linear' is unknown; choose one of constant, step, cosine, onecycle, cyclic",
+            "optim.schedule: 'linear' is unknown; choose one of constant, step, cosine, polynomial, onecycle, cyclic",
         ),
         ({"warmup": 5}, "optim.warmup: 5 is out of range; give a share of the run from 0 to 1"),
         (
@@ -461,6 +511,18 @@ def test_ema_decay_rises_to_its_limit() -> None:
             {"schedule": "cyclic", "warmup": 0.0, "lr": 0.1, "min_lr": 0.2},
             "optim.min_lr: 0.2 is out of range; give a learning rate above 0 and at most optim.lr",
         ),
+        ({"min_lr": 0.1}, "optim.min_lr: 0.1 is out of range; give a learning rate above 0 and at most optim.lr"),
+        ({"warmup_start": 2.0}, "optim.warmup_start: 2.0 is out of range; give a share of optim.lr from 0 to 1"),
+        (
+            {"schedule": "constant", "cooldown": 0.1},
+            "optim.cooldown: 0.1 does not fit; give cosine, polynomial, onecycle a share of the run that optim.warmup leaves, "
+            "others 0",
+        ),
+        (
+            {"schedule": "cosine", "cooldown": 0.1},
+            "optim.cooldown: 0.1 would not change the weights at a learning rate of 0; set optim.min_lr above 0",
+        ),
+        ({"power": 0.0}, "optim.power: 0.0 is not positive; give a power such as 2"),
         ({"cycles": 0}, "optim.cycles: 0 is not positive; give 1 or more cycles in the run"),
         ({"layer_decay": 0.0}, "optim.layer_decay: 0.0 is out of range; give a factor above 0, or 1 for none"),
         ({"layer_decay": 1.1}, "optim.layer_decay: 1.1 is out of range; give a factor above 0, or 1 for none"),
