@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.common.address import is_address
 from data_pipeline.common.errors import UserError, require
+from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.gpu_memory import gpu_bytes
 from data_pipeline.loader import Loader
@@ -42,6 +43,7 @@ from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
 from trainer.resilience.watchdog import FRESH, Watchdog
 from trainer.session import Session
+from trainer.teacher import Teacher, check_teacher, open_teacher
 from trainer.tracking.model_summary import Layer, layers
 from trainer.tracking.profiler import Trace
 from trainer.tracking.tracker import Tracker
@@ -145,14 +147,17 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     if cfg.model.whiten and not start.newest:
         first_px = cfg.data.size_at(0, cfg.run.epochs)
         ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
-    engine = engine_for(replace(cfg, engine=start.engine, optim=start.optim), model, ctx)
-    if start.newest:
-        engine.load(start.newest)
+    teacher = open_teacher(cfg.optim.teacher, catalog.classes, start.engine, ctx) if cfg.optim.teacher else None
+    engine = engine_for(replace(cfg, engine=start.engine, optim=start.optim), model, ctx, teacher)
     metadata = {
         "model": cfg.model.name,
         "classes": json.dumps(catalog.classes),
         "data": catalog.fingerprint(),
+        **({"teacher": teacher.digest} if teacher else {}),
     }
+    if start.newest:
+        ctx.raise_together(partial(check_teacher, metadata, start.newest))
+        engine.load(start.newest)
     pieces = [*_fit_memory(start, engine)] if start.engine.fit_memory else []
     engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
@@ -170,7 +175,8 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
             primary=ctx.primary,
         )
     )
-    for line in (*_first_lines(start, started, total_steps), *pieces):
+    told = [line for line in (started, teacher.line if teacher else None) if line]
+    for line in (*_first_lines(start, told, total_steps), *pieces):
         tracker.note(line)
     if not progress.step:
         tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
@@ -210,8 +216,8 @@ def _fit_memory(start: Start, engine: Engine) -> Iterator[str]:
         yield f"engine.fit_memory: {rows} images of {size_px} px on each rank, in {pieces} piece{'s' * (pieces > 1)}"
 
 
-def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterator[str]:
-    """Yield the lines before the first optimizer step; `weights` says what became of pretrained weights."""
+def _first_lines(start: Start, told: list[str], total_steps: int) -> Iterator[str]:
+    """Yield the lines before the first optimizer step; `told` are those on networks that somebody else trained."""
     cfg, step = start.cfg, start.progress.step
     for checkpoint, why in start.store.passed_over.items():
         yield f"passed over {checkpoint}: {why}"
@@ -223,8 +229,7 @@ def _first_lines(start: Start, weights: str | None, total_steps: int) -> Iterato
         factors = start.optim.class_weights
         ends = sorted(zip(map(float, factors), start.train.catalog.classes, strict=True))[:: len(factors) - 1]
         yield "optim.class_weights balanced: " + " to ".join(f"{factor:.3g} ({name})" for factor, name in ends)
-    if weights:
-        yield weights
+    yield from told
     if start.newest:
         yield f"resuming {cfg.folder} at step {step} of {total_steps}"
         yield from start.lines
@@ -315,7 +320,9 @@ def _check_batches(cfg: Config, classes: int, ctx: DistContext) -> None:
 
 
 def build_engine(cfg: Config, classes: int, ctx: DistContext) -> Engine:
-    """Build a network with freshly drawn weights, the same on all ranks, and its engine. Collective."""
+    """Build a network with freshly drawn weights, the same on all ranks, and its engine without a teacher. Collective."""
+    if cfg.optim.teacher:
+        warn_on_rank0("optim.teacher: what is measured here is without it")
     return engine_for(cfg, fresh_model(cfg, classes), ctx)
 
 
@@ -373,15 +380,15 @@ def fresh_model(cfg: Config, classes: int) -> ResNet:
     return model
 
 
-def engine_for(cfg: Config, model: ResNet, ctx: DistContext) -> Engine:
-    """Make the engine that trains `model`. Collective."""
+def engine_for(cfg: Config, model: ResNet, ctx: DistContext, teacher: Teacher | None = None) -> Engine:
+    """Make the engine that trains `model`, with a teacher if there is one. Collective."""
     cfg = replace(cfg, engine=choose_compile(cfg.engine, ctx))
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     if cfg.engine.name == "deepspeed":
         from trainer.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, ctx)
-    return DdpEngine(model, normalise, cfg.engine, cfg.optim, ctx)
+        return DeepSpeedEngine(model, normalise, cfg.engine, cfg.optim, ctx, teacher)
+    return DdpEngine(model, normalise, cfg.engine, cfg.optim, ctx, teacher)
 
 
 def network_layers(cfg: Config, classes: int) -> list[Layer]:

@@ -32,9 +32,15 @@ class DataParallel(ABC):
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
+        self,
+        module: nn.Module,
+        normalise: nn.Module,
+        cfg: EngineConfig,
+        optim: OptimConfig,
+        ctx: DistContext,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.ctx, self.optim, self.normalise = ctx, optim, normalise
+        self.ctx, self.optim, self.normalise, self.teacher = ctx, optim, normalise, teacher
         self.module = module.to(ctx.device).to(memory_format=torch.channels_last)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
         self.eval_model = self.ema.module if self.ema else self.module
@@ -55,8 +61,9 @@ class DataParallel(ABC):
         for number, batch in enumerate(chunks, start=1):
             with self.early_statistics(), self._accumulating(last=number == len(chunks)):
                 with Phase("forward"):
+                    taught = self.teacher(batch.images) if self.teacher else None
                     logits = self._logits(batch.images)
-                losses = training_loss(logits, batch, self.optim, self.class_weights)
+                losses = training_loss(logits, batch, self.optim, self.class_weights, taught)
                 with Phase("backward"):
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)

@@ -31,13 +31,18 @@ class DdpEngine(DataParallel):
     """
 
     def __init__(
-        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
+        self,
+        module: nn.Module,
+        normalise: nn.Module,
+        cfg: EngineConfig,
+        optim: OptimConfig,
+        ctx: DistContext,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         device = ctx.device
         check_device(cfg, device)
-        super().__init__(
-            nn.SyncBatchNorm.convert_sync_batchnorm(module) if cfg.sync_bn else module, normalise, cfg, optim, ctx
-        )
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module) if cfg.sync_bn else module
+        super().__init__(module, normalise, cfg, optim, ctx, teacher)
         self.predict = Predictor(self.eval_model, normalise, cfg, device)
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
@@ -165,6 +170,8 @@ class DdpEngine(DataParallel):
             kept = torch.empty(max(to_come, 0) + beside_bytes, dtype=torch.uint8, device=self.ctx.device)
             images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.ctx.device)
             with self._accumulating(last=False):
+                if self.teacher:
+                    self.teacher(images.to(memory_format=torch.channels_last))
                 logits = self._logits(images.to(memory_format=torch.channels_last))
                 logits.sum().backward()
             del kept, logits

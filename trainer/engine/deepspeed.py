@@ -44,13 +44,19 @@ class DeepSpeedEngine(DataParallel):
     """
 
     def __init__(
-        self, module: nn.Module, normalise: nn.Module, cfg: EngineConfig, optim: OptimConfig, ctx: DistContext
+        self,
+        module: nn.Module,
+        normalise: nn.Module,
+        cfg: EngineConfig,
+        optim: OptimConfig,
+        ctx: DistContext,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_deepspeed(cfg, optim)
         self.stage, device = cfg.zero_stage, ctx.device
         if self.stage == 3:
             cfg = replace(cfg, compile="off")
-        super().__init__(module, normalise, cfg, optim, ctx)
+        super().__init__(module, normalise, cfg, optim, ctx, teacher)
         # DeepSpeed takes contiguous weights only. From stage 1 on they are windows of one flat tensor and stay so.
         self.module.to(memory_format=torch.contiguous_format)
         self.ddp_model = _Cast(compiled(self.module, cfg, device), self.autocast)

@@ -31,8 +31,19 @@ def with_class_weights(optim: OptimConfig, train: Catalog) -> OptimConfig:
     return optim
 
 
-def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig, weights: Tensor | None = None) -> Tensor:
-    """Sum `optim.loss` over the counted rows, with label smoothing (Szegedy et al. 2015, sec. 7).
+def training_loss(
+    logits: Tensor, batch: Batch, optim: OptimConfig, weights: Tensor | None = None, taught: Tensor | None = None
+) -> Tensor:
+    """Sum `optim.loss` over the counted rows, and with logits `taught` [B, classes] of a teacher the loss beside it."""
+    losses = _loss_of_labels(logits, batch, optim, weights)
+    if taught is not None:
+        losses = torch.lerp(losses, _loss_of_teacher(logits, taught, optim), optim.teacher_share)
+    # Rows without any target have a loss too, by label smoothing or as images of no class.
+    return torch.where(batch.labels != IGNORE_LABEL, losses, 0).sum()
+
+
+def _loss_of_labels(logits: Tensor, batch: Batch, optim: OptimConfig, weights: Tensor | None) -> Tensor:
+    """Compute `optim.loss` of each row [B], with label smoothing (Szegedy et al. 2015, sec. 7).
 
     `weights` [classes] are factors of each class's part of the cross-entropy; of the binary loss of each image, by its class.
     """
@@ -50,8 +61,16 @@ def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig, weights: Ten
         losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
         if weights is not None:
             losses = losses * (targets.to(logits.dtype) @ weights)
-    # Rows without any target have a loss too, by label smoothing or as images of no class.
-    return torch.where(batch.labels != IGNORE_LABEL, losses, 0).sum()
+    return losses
+
+
+def _loss_of_teacher(logits: Tensor, taught: Tensor, optim: OptimConfig) -> Tensor:
+    """Compute how far each row [B] is from a teacher's answer (see `OptimConfig.teacher_answer`)."""
+    if optim.teacher_answer == "hard":
+        return functional.cross_entropy(logits, taught.argmax(dim=1), reduction="none")
+    ours, theirs = ((rows / optim.temperature).log_softmax(dim=1) for rows in (logits, taught))
+    # Gradients of the softer answers are smaller by the square of the temperature (Hinton et al. 2015, section 2).
+    return optim.temperature**2 * functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
 
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

@@ -88,6 +88,21 @@ class OptimConfig:
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes, from 0 to below 1."""
 
+    teacher: str | None = None
+    """Network whose answers are learned beside the labels (Hinton et al. 2015, arXiv 1503.02531): a run folder, whose chosen
+    weights it takes, or a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2. It sees the same crops as the network in
+    training, mixed images too (Beyer et al. 2022, arXiv 2106.05237), and does not change."""
+
+    teacher_share: float = 0.5
+    """Share of the loss that compares with the teacher, above 0 and at most 1; the labels have the rest."""
+
+    teacher_answer: Literal["soft", "hard"] = "soft"
+    """Answer that is learned: soft is the teacher's probabilities, by their Kullback-Leibler divergence; hard is its likeliest
+    class, by cross-entropy (Touvron et al. 2021, "DeiT", arXiv 2012.12877, section 3)."""
+
+    temperature: float = 1.0
+    """Divisor of both networks' logits in the soft loss, above 0, which is then multiplied by its square; 1 changes nothing."""
+
     ema_decay: float = 0.0
     """Decay per optimizer step of the exponential moving average of the weights, from 0 to below 1. 0 is off."""
 
@@ -157,6 +172,10 @@ class OptimConfig:
                 "is no list of factors; give a number from 0 for each class, not all 0",
             ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
+            ("teacher", self.teacher != "", "is empty; give a run folder or a name of torchvision's, or leave it out"),
+            ("teacher_share", 0 < self.teacher_share <= 1, "is out of range; give a share above 0, up to 1"),
+            ("teacher_answer", self.teacher_answer in ("soft", "hard"), "is unknown; choose one of soft, hard"),
+            ("temperature", 0 < self.temperature < math.inf, "is not positive; give a number above 0, or 1 for none"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
             ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per optimizer step"),
         )
