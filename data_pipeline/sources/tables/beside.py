@@ -5,7 +5,7 @@ from pathlib import Path
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.listing import Listing, is_image
-from data_pipeline.sources.tables.columns import class_column
+from data_pipeline.sources.tables.class_columns import class_column
 from data_pipeline.sources.tables.text_table import TextTable, read_table, without_index
 
 _LARGEST = 1 << 26  # bytes of a table that is looked into

@@ -15,17 +15,16 @@ _IMAGES = re.compile(
     "images?|imgs?|photos?|pictures?|(image|img)(id|name|index|(file)?(name|path)?)|(file|image)?(name|path)s?|files?|fname|"
     "ids?|idcode|isicid"
 )
-_CLASSES = re.compile(
+CLASSES = re.compile(
     "(label|class|category|target|breed)(name|id|label)?|labels|classes|categories|targets|breeds|species|genus|dx|"
     "diagnosis|disease"
 )
 _SPLITS = re.compile("(data)?(sub)?(set|split)s?|partition")
 _FLAGS = re.compile("(is|in)?(train|training|val|valid|validation|test|testing)(set)?")
 """Usual names of columns, in small letters and nothing else."""
-_MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
-_NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
 _COLUMNS_SHOWN, _WIDTH_SHOWN = 20, 30  # of a table that has many, or long ones
-_FEW_CLASSES = 10  # classes that may have a single image, as in a first try with few images
+FEW_CLASSES = 10  # classes that may have a single image, as in a first try with few images
 
 
 class Images(NamedTuple):
@@ -33,13 +32,6 @@ class Images(NamedTuple):
 
     column: str
     located: Located
-
-
-class Classes(NamedTuple):
-    names: list[str]
-    """Class of each row."""
-    source: str
-    """Column that they come from, such as "breed"."""
 
 
 class Split(NamedTuple):
@@ -62,20 +54,20 @@ def image_column(table: TextTable, file: Path, root: Path, cfg: DataConfig, role
     """
     disk = NamedImages(root, role)
     if cfg.image_column is not None:
-        _require_column(table, cfg.image_column, "data.image_column", file)
+        require_column(table, cfg.image_column, "data.image_column", file)
         images = Images(cfg.image_column, disk.locate(table.columns[cfg.image_column]))
     else:
         images = _naming_images(table, disk, file, root)
     images.located.check(len(table), file, root)
     require(
-        images.column in _named(table, _IMAGES) or not disk.locate([images.column]).all_found,
+        images.column in named(table, _IMAGES) or not disk.locate([images.column]).all_found,
         f"data.path: the first row of {file} names an image, {shown(images.column)}, and so is no header; give it one",
     )
     return images
 
 
 def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) -> Images:
-    usual = _named(table, _IMAGES)
+    usual = named(table, _IMAGES)
     tried = {name: disk.locate(table.columns[name]) for name in usual}
     found = next(
         iter(_alike({name: located for name, located in tried.items() if located.all_found}, table, file)), None
@@ -92,7 +84,7 @@ def _naming_images(table: TextTable, disk: NamedImages, file: Path, root: Path) 
     require(
         found is not None,
         f"data.image_column: no column of {file} names images in {root}; name it, and their folder by data.images; "
-        f"{_there(table)}",
+        f"{there(table)}",
     )
     return Images(str(found), tried[str(found)])
 
@@ -113,17 +105,17 @@ def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
     """Find the column that divides the rows into training and validation; without one, all train. Raises `UserError`."""
     # The user's choice must divide the rows; a column found by its name may be about something else.
     if cfg.split_column is not None:
-        _require_column(table, cfg.split_column, "data.split_column", file)
+        require_column(table, cfg.split_column, "data.split_column", file)
         split = _split(table, cfg.split_column)
         require(
             len(split.val_names) > 0,
             f"data.split_column: no row of {file} has {cfg.split_column} = val; name both train and val",
         )
         return split
-    few_cells = [name for name in table.columns if len({*table.columns[name]}) <= _FEW_CLASSES]
-    others = [name for name in few_cells if name not in _named(table, _IMAGES) + _named(table, _CLASSES)]
-    for column in [*_named(table, _SPLITS), *others]:
-        split, known = _split(table, column), _plain(column) in ("split", "splits")
+    few_cells = [name for name in table.columns if len({*table.columns[name]}) <= FEW_CLASSES]
+    others = [name for name in few_cells if name not in named(table, _IMAGES) + named(table, CLASSES)]
+    for column in [*named(table, _SPLITS), *others]:
+        split, known = _split(table, column), plain(column) in ("split", "splits")
         require(
             any(split.roles) or not known,
             f"data.split_column: {shown(column)} of {file} has {few(table.different(column))}, none of which is train or "
@@ -159,108 +151,18 @@ def _split(table: TextTable, column: str) -> Split:
 
 def _flags(table: TextTable, column: str) -> dict[str, Role | None]:
     """Map the cells of a column of 0 and 1 such as is_train or test to roles; empty for any other column."""
-    role, cells = role_of(re.sub("^(is|in)", "", _plain(column))), table.different(column)
-    if role is None or not _FLAGS.fullmatch(_plain(column)) or not _MARKS.keys() >= {*cells}:
+    role, cells = role_of(re.sub("^(is|in)", "", plain(column))), table.different(column)
+    if role is None or not _FLAGS.fullmatch(plain(column)) or not MARKS.keys() >= {*cells}:
         return {}
     other: Role = "val" if role == "train" else "train"
-    return {cell: role if _MARKS[cell] else other for cell in cells}
+    return {cell: role if MARKS[cell] else other for cell in cells}
 
 
-def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
-    """Find the classes of the rows of a table without its images' and its split's column. Raises `UserError`."""
-    # In order of certainty: the given column, a usual name, one-hot columns, the only column left.
-    if cfg.label_column is not None:
-        _require_column(table, cfg.label_column, "data.label_column", file)
-        return _checked(table, cfg.label_column, file)
-    usual = _same_classes(table, _named(table, _CLASSES))
-    marked = _one_hot(table) if not usual else None
-    if marked:
-        return marked
-    require(
-        len(usual) > 0
-        or len(table.columns) < 2
-        or not all(_MARKS.keys() >= {*cells} for cells in table.columns.values()),
-        f"data.label_column: {few(list(table.columns))} of {file} mark several classes of an image, or none, in some rows, and "
-        "several classes of an image are not trained; leave these rows out, or name one column and train a run for each",
-    )
-    chosen = usual or list(table.columns)
-    require(
-        len(chosen) > 0,
-        f"data.label_column: {file} has no column beside the images' names; give a table with their classes",
-    )
-    require(
-        len(chosen) == 1,
-        f"data.label_column: which column of {file} has the classes is not clear; name it; {_there(table)}",
-    )
-    mark = _separator(table.different(chosen[0]))
-    require(
-        mark is None,
-        f"data.label_column: cells of {shown(chosen[0])} in {file} list several classes, divided by {mark!r}, and several "
-        "classes of an image are not trained; leave these rows out, or name the column to take each list for a class of its own",
-    )
-    return _checked(table, chosen[0], file)
+def named(table: TextTable, usual: re.Pattern[str]) -> list[str]:
+    return [name for name in table.columns if usual.fullmatch(plain(name))]
 
 
-def check_classes(classes: list[str], rows: int, source: str, file: Path, table: TextTable, *, insisted: bool) -> None:
-    """Raise `UserError` where a column of so many rows cannot be the classes."""
-    require(
-        len(classes) != 1,
-        f"data.label_column: {source} of {file} has one class only, {few(classes)}, and nothing to tell it from; "
-        f"name another column, or add rows of another class; {_there(table)}",
-    )
-    require(
-        insisted or len(classes) <= _FEW_CLASSES or 2 * len(classes) <= rows,
-        f"data.label_column: {source} of {file} has {len(classes)} values for {rows} images, so it is hardly their class; "
-        f"name another column, or the same to insist; {_there(table)}",
-    )
-
-
-def in_order(classes: set[str]) -> list[str]:
-    """Sort classes for their labels: by number where all are numbers, else by letters."""
-    numeric = all(map(_NUMBER.fullmatch, classes))
-    return sorted(classes, key=lambda name: (float(name) if numeric else 0.0, name))
-
-
-def _checked(table: TextTable, column: str, file: Path) -> Classes:
-    names = table.columns[column]
-    require("" not in names, f"data.path: {file} has rows without a {shown(column)}; fill or remove them")
-    return Classes(names, shown(column))
-
-
-def _separator(cells: list[str]) -> str | None:
-    """Find the character that divides lists of classes: all that two lists or more hold is somewhere a cell of its own."""
-    for mark in ("|", ";", ",", " "):
-        lists = [cell for cell in cells if len(cell.split(mark)) > 1]
-        parts = {part.strip() for cell in lists for part in cell.split(mark)}
-        if len(lists) > 1 and parts <= {*cells}:
-            return mark
-    return None
-
-
-def _one_hot(table: TextTable) -> Classes | None:
-    """Read classes from columns of 0 and 1, one for each class, if every row has a single 1."""
-    marks = {name: cells for name, cells in table.columns.items() if _MARKS.keys() >= {*cells}}
-    by_row = zip(*marks.values(), strict=True)
-    rows = [[name for name, cell in zip(marks, cells, strict=True) if _MARKS[cell]] for cells in by_row]
-    if len(marks) < 2 or any(len(ones) != 1 for ones in rows):
-        return None
-    return Classes([ones[0] for ones in rows], f"the 1 in {few(list(marks))}")
-
-
-def _same_classes(table: TextTable, columns: list[str]) -> list[str]:
-    """Of columns that divide the rows alike, as a class's number and its name do, keep the one with names."""
-    cells = [table.columns[name] for name in columns]
-    if len({len({*its}) for its in (*cells, zip(*cells, strict=True))}) != 1:
-        return columns
-    named = [name for name in columns if not all(map(_NUMBER.fullmatch, table.different(name)))]
-    return (named or columns)[:1]
-
-
-def _named(table: TextTable, usual: re.Pattern[str]) -> list[str]:
-    return [name for name in table.columns if usual.fullmatch(_plain(name))]
-
-
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
@@ -269,14 +171,14 @@ def require_named(table: TextTable, file: Path, cfg: DataConfig) -> None:
     for option in ("image_column", "label_column", "split_column"):
         column = getattr(cfg, option)
         if column is not None:
-            _require_column(table, column, f"data.{option}", file)
+            require_column(table, column, f"data.{option}", file)
     if cfg.group is not None and not cfg.group.isdecimal():
-        _require_column(table, cfg.group, "data.group", file)
+        require_column(table, cfg.group, "data.group", file)
 
 
-def _require_column(table: TextTable, column: str, option: str, file: Path) -> None:
-    require(column in table.columns, f"{option}: {file} has no column {column}; {_there(table)}")
+def require_column(table: TextTable, column: str, option: str, file: Path) -> None:
+    require(column in table.columns, f"{option}: {file} has no column {column}; {there(table)}")
 
 
-def _there(table: TextTable) -> str:
+def there(table: TextTable) -> str:
     return f"it has {few([shown(name, _WIDTH_SHOWN) for name in table.columns], _COLUMNS_SHOWN)}"

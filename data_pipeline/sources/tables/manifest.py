@@ -11,13 +11,11 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.held_out import divided
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image
 from data_pipeline.sources.splits import role_of
+from data_pipeline.sources.tables.class_columns import check_classes, class_column, in_order
 from data_pipeline.sources.tables.columns import (
     Images,
     Split,
-    check_classes,
-    class_column,
     image_column,
-    in_order,
     require_named,
     split_by_folder,
     split_column,
