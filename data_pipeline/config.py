@@ -21,6 +21,7 @@ def free(default: T) -> T:
 
 
 Decode = Literal["auto", "gpu", "cpu"]
+Labels = Literal["auto", "single", "multi"]
 Balance = Literal["none", "sqrt", "uniform"]
 Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
 
@@ -136,6 +137,9 @@ class DataConfig:
     """Column of a table with the images' names; suffixes may be missing. If not given: found by the files that exist."""
     label_column: str | None = None
     """Column of a table with the classes. If not given: found by its usual names, or the only column left."""
+    labels: Labels = "auto"
+    """Classes of an image in a table: single, one; multi, several or none, in columns of 0 and 1, or in one column as lists
+    divided by |, ;, a comma or a space. auto takes several where nothing else is certain, and says so at the start."""
     split_column: str | None = None
     """Column of a table with train or val. If not given: one named "split" or alike, one whose cells all name splits, or a flag
     such as is_train; else the images' folders where these are splits; else val_share decides."""
@@ -197,6 +201,10 @@ class DataConfig:
         require(
             0 <= self.cache_gb < math.inf,
             f"data.cache_gb: {self.cache_gb} is out of range; give GB of disk, or 0 to keep nothing",
+        )
+        require(
+            self.labels in get_args(Labels),
+            f"data.labels: {self.labels!r} is unknown; choose one of {', '.join(get_args(Labels))}",
         )
         require(
             self.balance in get_args(Balance),

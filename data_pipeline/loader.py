@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import coverage, mixing, sampling
 from data_pipeline.batch import IGNORE_LABEL, Batch
+from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.cursor import Cursor
 from data_pipeline.dali import graph
@@ -64,6 +65,11 @@ class Loader:
         self.cursor = Cursor()
         if training and cfg.shuffle_shards:
             check_shards(self.catalog, cfg.shuffle_shards)
+        require(
+            not (training and self.catalog.multi_label and cfg.balance != "none"),
+            f"data.balance: {cfg.balance} goes by the one class of an image, and these have several; leave it out, or weigh rare "
+            "ones by --optim.class_weights balanced",
+        )
         self._mixes = training and cfg.augment.mixes
         self._shardings = {batch: self._shard(batch) for batch in cfg.batches}
         self._reader = ReadAhead(self.catalog, self.rank_info.rank)
@@ -256,11 +262,14 @@ class _Epoch(Iterator[Batch]):
                 self.bad.add(sample)
             loader._bad.setdefault(loader.catalog.paths[sample], why)
 
-        # Mix on the device, with one draw for the whole step on all ranks.
-        labels, targets = torch.from_numpy(host_batch.labels).to(images.device, non_blocking=True), None
-        if loader._mixes:
-            drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
-            images, labels, targets = mixing.mix(images, labels, len(loader.catalog.classes), drawn)
+        # Look up several classes. Mix on the device, with one draw for the whole step on all ranks.
+        device, catalog = images.device, loader.catalog
+        labels, targets = torch.from_numpy(host_batch.labels).to(device, non_blocking=True), None
+        if loader._mixes or catalog.multi_label:
+            targets = torch.from_numpy(catalog.targets_of(host_batch.labels)).to(device, non_blocking=True)
+            if loader._mixes:
+                drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
+                images, labels, targets = mixing.mix(images, labels, targets, drawn)
 
         return Batch(
             # [B, H, W, 3] seen as [B, 3, H, W] is the same memory: channels-last.

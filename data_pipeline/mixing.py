@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from data_pipeline.config import AugmentConfig
 from data_pipeline.sampling import MIX, philox
@@ -37,10 +36,11 @@ def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing:
     return Mixing(cut, generator.beta(alpha, alpha), y, x)
 
 
-def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+def mix(images: Tensor, labels: Tensor, own: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each even row with the odd one behind it, and the other way round, except pairs with a row that does not count.
 
-    `images` [B, H, W, 3] uint8, B even; `labels` [B] int64, negative where a row does not count.
+    `images` [B, H, W, 3] uint8, B even; `labels` [B] int64, negative where a row does not count; `own` [B, classes] float32,
+    the classes of each image, all zero where it does not count.
     Returns images, uint8 as swapped by cutmix (Yun et al. 2019, arXiv 1905.04899) or float32 as blended by mixup (Zhang et
     al. 2018, arXiv 1710.09412); the class of the largest share [B] int64, negative as before; and the share of each class
     [B, classes] float32, all zero where a row does not count.
@@ -63,8 +63,7 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixing: Mixing) -> tuple[T
         moved = (odd - even) * _per_image(paired[::2] * (1 - share))
         even += moved
         odd -= moved
-    # Labels follow the pixels; a row that does not count has none.
-    own = functional.one_hot(labels.clamp(min=0), classes) * (labels >= 0).float()[:, None]
+    # Labels follow the pixels.
     targets = torch.lerp(own, _partner(own), (paired * (1 - share))[:, None])
     return images, torch.where(labels >= 0, targets.argmax(dim=1), labels), targets
 

@@ -8,7 +8,17 @@ from data_pipeline.config import DataConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-CHOOSING = ("val_share", "fold", "group", "images", "image_column", "label_column", "split_column", "quarantine")
+CHOOSING = (
+    "val_share",
+    "fold",
+    "group",
+    "images",
+    "image_column",
+    "label_column",
+    "labels",
+    "split_column",
+    "quarantine",
+)
 """Fields of `DataConfig` that decide which images a split has."""
 
 

@@ -15,7 +15,7 @@ _SHOWN = 5  # classes that are named
 
 def refuse_single_class(train: Catalog) -> None:
     """Raise `UserError` where there is only one class."""
-    there = {train.classes[label] for label in np.unique(train.labels)}
+    there = [train.classes[label] for label in np.flatnonzero(train.class_counts())]
     require(
         len(there) > 1,
         f"data.path: {train.root} has images of one class only, {', '.join(there)}, and nothing to tell it from; give the "
@@ -25,7 +25,7 @@ def refuse_single_class(train: Catalog) -> None:
 
 def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
     """Return two lines on the layout, the images of each split and the classes; then one line on each oddity."""
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    counts = train.class_counts()
     small, large = int(counts.argmin()), int(counts.argmax())
     sizes = f"{counts[small]:,} ({train.classes[small]}) to {counts[large]:,} ({train.classes[large]}) training images"
     if counts[small] == counts[large]:
@@ -33,19 +33,28 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
     lines = [
         f"data: {cfg.path} ({train.taken.layout}): {counted(len(train), 'image')} to train on, {len(val):,} to validate on "
         f"({val.taken.val_from})",
-        f"{len(counts)} classes of {sizes}: {_few(train.classes)}",
+        f"{_several(train, counts)}{len(counts)} classes of {sizes}: {_few(train.classes)}",
         *_balance(cfg, counts, train.classes),
         *(f"data: {note}" for note in dict.fromkeys([*train.taken.notes, *val.taken.notes])),
     ]
     for catalog, what in ((train, "training"), (val, "validation")):
-        there = set(catalog.labels.tolist())
-        empty = [name for label, name in enumerate(train.classes) if label not in there]
+        empty = [name for name, images in zip(train.classes, catalog.class_counts(), strict=True) if not images]
         if empty:
             lines.append(f"data: no {what} images of {len(empty)} of {len(counts)} classes: {_few(empty)}")
     if len(val) < _SMALL:
         few = counted(len(val), "validation image")
-        lines.append(f"data: only {few}: a single one is {100 / max(len(val), 1):.1f} % of top-1")
+        share = "" if train.multi_label else f": a single one is {100 / max(len(val), 1):.1f} % of top-1"
+        lines.append(f"data: only {few}{share}")
     return [printable(line) for line in lines]
+
+
+def _several(train: Catalog, counts: NDArray[np.int64]) -> str:
+    """Say that images have several classes, and how many they have."""
+    if not train.multi_label:
+        return ""
+    sizes = train.label_sets.sum(axis=1)[train.labels]
+    none = f", {counted(int((sizes == 0).sum()), 'image')} without any" if (sizes == 0).any() else ""
+    return f"multi-label, {counts.sum() / len(train):.2f} classes an image on average, at most {sizes.max()}{none}; "
 
 
 def _balance(cfg: DataConfig, counts: NDArray[np.int64], classes: list[str]) -> list[str]:

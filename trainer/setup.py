@@ -330,6 +330,7 @@ def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     """Open the training and the validation images."""
     train = open_catalog(cfg.data, "train")
     refuse_single_class(train)
+    require(not train.multi_label, "data.path: its images have several classes, which are not trained yet")
     val = open_catalog(cfg.data, "val", train.classes)
     return training_loader(cfg, train, ctx), Loader(loaded(cfg), val, ctx, training=False)
 

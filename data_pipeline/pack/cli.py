@@ -157,6 +157,10 @@ def pack(
             not dst.resolve().is_relative_to(catalog.root.resolve()),
             f"DST: {dst} lies among the images of SRC; give a folder elsewhere",
         )
+    require(
+        not catalogs["train"].multi_label,
+        f"SRC: images of {cfg.path} have several classes, which a pack does not hold; train on it as it is",
+    )
     print_summary(cfg, catalogs["train"], catalogs["val"])
     if options.shuffle:
         train = catalogs["train"]

@@ -54,7 +54,7 @@ def sheet(cfg: DataConfig, *, epoch: int = 0, seed: int = 0, epochs: int = 8) ->
     for sample in ids:
         times = islice(_times(catalog, cfg, sample, epoch, seed), COLUMNS)
         seen = [_seen(catalog, cfg, Cursor(*time), seed, epochs) for time in times]
-        caption = [f"original: {catalog.classes[int(catalog.labels[sample])]}"]
+        caption = [f"original: {', '.join(catalog.names_of(sample)) or 'no class'}"]
         rows.append([whole(catalog, sample, caption, max(cell.image.width for cell in seen)), *seen])
     return grid(rows)
 
@@ -91,8 +91,10 @@ def _seen(catalog: Catalog, cfg: DataConfig, place: Cursor, seed: int, epochs: i
 def _caption(classes: list[str], label: int, targets: torch.Tensor | None) -> list[str]:
     if label == IGNORE_LABEL:
         return ["does not count"]
-    if targets is None or targets[label] == 1:
+    if targets is None:
         return [classes[label]]
+    if ((targets == 0) | (targets == 1)).all():
+        return [", ".join(classes[row] for row in targets.nonzero().flatten().tolist()) or "no class"]
     most = targets.topk(2)
     return [f"{share:.2f} {classes[i]}" for share, i in zip(most.values.tolist(), most.indices.tolist(), strict=True)]
 

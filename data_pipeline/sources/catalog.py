@@ -22,6 +22,7 @@ from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
+from data_pipeline.label_sets import NO_SETS, LabelSets, class_counts, targets_of
 from data_pipeline.sources import pack_format
 from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.held_out import refuse_division
@@ -37,7 +38,7 @@ from data_pipeline.sources.webdataset import is_shard
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 6  # of the cache: raise it when a scan would give another result
+_VERSION = 7  # of the cache: raise it when a scan would give another result
 _LASTING = (
     errno.ENOENT,
     errno.EISDIR,
@@ -54,7 +55,7 @@ class Catalog:
     paths: list[str]
     """Path of each sample below `root`; SHARD/MEMBER for one inside a shard."""
     labels: NDArray[np.int64]
-    """[N] row of the sample's class in `classes`."""
+    """[N] row of the sample's class in `classes`; where `multi_label`, of its set of classes in `label_sets`."""
     classes: list[str]
     bad: dict[str, str]
     """Files left out, path below `root` -> reason."""
@@ -67,6 +68,26 @@ class Catalog:
     """The shards, where `root` is an address."""
     forms: list[str] = field(default_factory=list)
     """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
+    label_sets: LabelSets = field(default_factory=lambda: NO_SETS)
+
+    @property
+    def multi_label(self) -> bool:
+        """True where an image may have several classes, or none."""
+        return len(self.label_sets) > 0
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Count [C] the images of each class."""
+        return class_counts(self.labels, self.label_sets, len(self.classes))
+
+    def targets_of(self, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Look up [B, C] 1 for each class of an image with one of `labels` [B]; all 0 where that is negative."""
+        return targets_of(labels, self.label_sets, len(self.classes))
+
+    def names_of(self, sample: int) -> list[str]:
+        """List the classes of one sample."""
+        label = int(self.labels[sample])
+        rows = np.flatnonzero(self.label_sets[label]).tolist() if self.multi_label else [label]
+        return [self.classes[row] for row in rows]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,7 +127,9 @@ class Catalog:
     def fingerprint(self) -> str:
         """Hash names and labels: equal where an interrupted epoch can be continued."""
         digest = hashlib.blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16)
-        digest.update(self.labels.tobytes())
+        digest.update(
+            np.packbits(self.label_sets[self.labels]).tobytes() if self.multi_label else self.labels.tobytes()
+        )
         return digest.hexdigest()
 
 
@@ -137,7 +160,16 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     if pack_format.is_pack(root):
         catalog = _from_pack(root, cfg, split, classes)
     else:
-        key = [str(root.resolve()), split, classes, cfg.val_share, cfg.images, cfg.image_column, cfg.label_column]
+        key = [
+            str(root.resolve()),
+            split,
+            classes,
+            cfg.val_share,
+            cfg.images,
+            cfg.image_column,
+            cfg.label_column,
+            cfg.labels,
+        ]
         catalog = _remembered(
             [*key, cfg.split_column, cfg.fold, cfg.group], lambda: list_samples(root, cfg, split, classes)
         )
@@ -277,7 +309,8 @@ def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
     names, ends = pack_format.joined(catalog.paths)
     about = np.frombuffer(json.dumps(text).encode(), np.uint8)
     stream = io.BytesIO()
-    np.savez(stream, about=about, paths=names, path_ends=ends, labels=catalog.labels, spans=catalog.spans)
+    arrays = {"labels": catalog.labels, "spans": catalog.spans, "label_sets": catalog.label_sets}
+    np.savez(stream, about=about, paths=names, path_ends=ends, allow_pickle=False, **arrays)
     return stream.getvalue()
 
 
@@ -298,6 +331,7 @@ def _load(file: Path) -> Catalog | None:
                 arrays["spans"],
                 Taken(**about["taken"]),
                 forms=about["forms"],
+                label_sets=arrays["label_sets"],
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -342,6 +376,7 @@ def _scan(listing: Listing) -> Catalog:
         listing.spans[good] if listing.shards else _NO_SPANS,
         listing.taken,
         forms=listing.forms,
+        label_sets=listing.label_sets,
     )
 
 

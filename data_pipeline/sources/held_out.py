@@ -5,9 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
-from data_pipeline.sources.listing import Listing
+from data_pipeline.label_sets import strata
+from data_pipeline.sources.listing import Listing, Taken
 
 Unit = tuple[str, list[int]]
 """Name and rows of images that stay together: those of a group, or a single one."""
@@ -22,7 +25,14 @@ def divided(listing: Listing, cfg: DataConfig, split: str, groups: list[str] | N
         refuse_division(cfg, f"{listing.root} has validation images of its own ({listing.taken.val_from})")
         return listing
     groups = groups or _folders(listing, cfg)
-    held = {row for units in _by_class(listing, groups) for _, rows in _held(units, listing, cfg) for row in rows}
+    own = strata(np.array(listing.labels, np.int64), listing.label_sets, len(listing.classes)).tolist()
+    names = [*listing.classes, ""]
+    held = {
+        row
+        for label, units in _by_class(listing.paths, own, groups).items()
+        for _, rows in _held(units, names[label], cfg)
+        for row in rows
+    }
     rows = [row for row in range(len(listing.paths)) if (row in held) == (split == "val")]
     option = f"data.fold: {cfg.fold}" if cfg.fold else f"data.val_share: {cfg.val_share}"
     other = "fewer folds" if cfg.fold else "another share"
@@ -32,7 +42,7 @@ def divided(listing: Listing, cfg: DataConfig, split: str, groups: list[str] | N
         paths=[listing.paths[row] for row in rows],
         labels=[listing.labels[row] for row in rows],
         spans=listing.spans[rows] if len(listing.spans) else listing.spans,
-        taken=replace(listing.taken, val_from=_how(cfg, groups), divided_from=len(listing.paths)),
+        taken=replace(listing.taken, val_from=_how(cfg, groups, listing.taken), divided_from=len(listing.paths)),
     )
 
 
@@ -45,10 +55,11 @@ def refuse_division(cfg: DataConfig, why: str) -> None:
         )
 
 
-def _how(cfg: DataConfig, groups: list[str] | None) -> str:
+def _how(cfg: DataConfig, groups: list[str] | None, taken: Taken) -> str:
     share = f"fold {cfg.fold.replace('/', ' of ')}" if cfg.fold else f"{100 * cfg.val_share:g} %"
     by = f", {len({*groups}):,} groups by {_named(cfg)} undivided" if groups else ""
-    return f"{share} of each class, by a hash of the {'groups' if groups else 'names'}{by}"
+    rarest = " and an image of several counted to its rarest" if taken.written else ""
+    return f"{share} of each class{rarest}, by a hash of the {'groups' if groups else 'names'}{by}"
 
 
 def _named(cfg: DataConfig) -> str:
@@ -79,9 +90,9 @@ def _folders(listing: Listing, cfg: DataConfig) -> list[str] | None:
     return groups
 
 
-def _by_class(listing: Listing, groups: list[str] | None) -> Iterator[list[Unit]]:
-    """Yield the units of each class in the order of their hashes; a group is of the class that most of its images have."""
-    units: Iterable[Unit] = ((path, [row]) for row, path in enumerate(listing.paths))
+def _by_class(paths: list[str], labels: list[int], groups: list[str] | None) -> dict[int, list[Unit]]:
+    """List the units of each class in the order of their hashes; a group is of the class that most of its images have."""
+    units: Iterable[Unit] = ((path, [row]) for row, path in enumerate(paths))
     if groups is not None:
         together: dict[str, list[int]] = {}
         for row, name in enumerate(groups):
@@ -89,15 +100,14 @@ def _by_class(listing: Listing, groups: list[str] | None) -> Iterator[list[Unit]
         units = together.items()
     classes: dict[int, list[Unit]] = {}
     for name, rows in units:
-        labels = Counter(listing.labels[row] for row in rows)
-        label = listing.labels[rows[0]] if len(rows) == 1 else min(labels, key=lambda label: (-labels[label], label))
+        counts = Counter(labels[row] for row in rows)
+        label = labels[rows[0]] if len(rows) == 1 else min(counts, key=lambda label: (-counts[label], label))
         classes.setdefault(label, []).append((name, rows))
-    for members in classes.values():
-        yield sorted(members, key=lambda unit: (_hash(unit[0]), unit[0]))
+    return {label: sorted(members, key=lambda unit: (_hash(unit[0]), unit[0])) for label, members in classes.items()}
 
 
-def _held(units: list[Unit], listing: Listing, cfg: DataConfig) -> Iterator[Unit]:
-    """Yield the units of a class that are for validation.
+def _held(units: list[Unit], name: str, cfg: DataConfig) -> Iterator[Unit]:
+    """Yield the units of the class `name` that are for validation.
 
     Of a share: those with the smallest hashes, `val_share` of the class's images, rounded, but at least one unit where it has
     two, and not all of them unless that is asked for. Of a fold: those in its piece of the row; the row begins with another
@@ -106,17 +116,17 @@ def _held(units: list[Unit], listing: Listing, cfg: DataConfig) -> Iterator[Unit
     total, before = sum(len(rows) for _, rows in units), 0
     if cfg.fold:
         number, folds = map(int, cfg.fold.split("/"))
-        first = _hash(listing.classes[listing.labels[units[0][1][0]]])
-        for name, rows in units:
+        first = _hash(name)
+        for unit, rows in units:
             if ((2 * before + len(rows)) * folds // (2 * total) + first) % folds == number - 1:
-                yield name, rows
+                yield unit, rows
             before += len(rows)
         return
     wanted = max(round(cfg.val_share * total), 1)
-    for name, rows in units[: len(units) - (cfg.val_share < 1)]:
+    for unit, rows in units[: len(units) - (cfg.val_share < 1)]:
         if before and 2 * before + len(rows) > 2 * wanted:
             return
-        yield name, rows
+        yield unit, rows
         before += len(rows)
 
 

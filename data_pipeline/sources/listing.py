@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.label_sets import NO_SETS, LabelSets
 from data_pipeline.sources.image_headers import SUFFIXES
 from data_pipeline.sources.storage.objects import Objects
 
@@ -33,6 +34,8 @@ class Taken:
     """Images of the whole set where `data.val_share` or `data.fold` has divided it and the listing is one part; else 0."""
     notes: list[str] = field(default_factory=list)
     """Oddities and files left out, a line each, as "3 .gif files are not read"."""
+    written: str = ""
+    """Form of several classes of an image in a table: "columns" of 0 and 1, or the character between; "" where each has one."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Listing:
     paths: list[str]
     """Path of each image below `root`, or SHARD/MEMBER."""
     labels: list[int]
+    """Row of each image's class in `classes`, or of its set in `label_sets`."""
     classes: list[str]
     watched: list[Path]
     """Files and folders whose change times tell if the listing still holds."""
@@ -55,6 +59,8 @@ class Listing:
     """The shards, where `root` is an address."""
     forms: list[str] = field(default_factory=list)
     """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
+    label_sets: LabelSets = field(default_factory=lambda: NO_SETS)
+    """Sets of classes, where images have several; else empty."""
 
 
 def counted(count: int, noun: str) -> str:

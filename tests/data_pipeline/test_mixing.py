@@ -29,6 +29,11 @@ def some_images(rows: int, height: int = 12, width: int = 20) -> tuple[torch.Ten
     return images, torch.randint(0, CLASSES, (rows,), generator=draws)
 
 
+def own_of(labels: torch.Tensor) -> torch.Tensor:
+    """[rows, CLASSES] the class of each image, as the loader gives it."""
+    return functional.one_hot(labels.clamp(min=0), CLASSES) * (labels >= 0).float()[:, None]
+
+
 @dataclass
 class Fixed:
     """A distribution that always gives the same."""
@@ -64,7 +69,7 @@ def test_mixes_as_torchvision(
     """Pixels exactly where they are swapped, to a thousandth of a level where they are blended; shares to 1e-6."""
     images, labels = some_images(8)
     mixing, before = Mixing(cut, share, *centre), images.clone()
-    ours, dominant, targets = mix(images, labels, CLASSES, mixing)
+    ours, dominant, targets = mix(images, labels, own_of(labels), mixing)
     theirs, wanted = torchvisions(images, labels, mixing, monkeypatch)
     assert ours.dtype == (torch.uint8 if cut else torch.float32)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if cut else 1e-3)
@@ -79,7 +84,7 @@ def test_pairs_that_do_not_wholly_count_stay_as_they_are(cut: bool) -> None:
     images, labels = some_images(8)
     labels[:] = torch.tensor([3, IGNORE_LABEL, IGNORE_LABEL, 2, IGNORE_LABEL, IGNORE_LABEL, 1, 5])
     mixing = Mixing(cut, 0.3, 0.5, 0.5)
-    mixed, dominant, targets = mix(images, labels, CLASSES, mixing)
+    mixed, dominant, targets = mix(images, labels, own_of(labels), mixing)
     assert torch.equal(mixed[:6], images[:6].to(mixed.dtype))
     assert not torch.equal(mixed[6:], images[6:].to(mixed.dtype))
     assert dominant.tolist() == [3, IGNORE_LABEL, IGNORE_LABEL, 2, IGNORE_LABEL, IGNORE_LABEL, 5, 1], (
@@ -145,7 +150,7 @@ def test_the_engine_learns_from_shares_of_classes(smoothing: float) -> None:
     engine = DdpEngine(Mean(), nn.Identity(), EngineConfig(precision="fp32"), optim, SOLO)
     images, labels = some_images(8)
     labels[5:] = IGNORE_LABEL
-    mixed, dominant, targets = mix(images, labels, CLASSES, Mixing(False, 0.3, 0, 0))
+    mixed, dominant, targets = mix(images, labels, own_of(labels), Mixing(False, 0.3, 0, 0))
     batch = Batch(mixed.permute(0, 3, 1, 2), dominant, torch.arange(8), 5, 5, targets)
 
     reference = Mean()

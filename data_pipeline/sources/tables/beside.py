@@ -42,7 +42,8 @@ def _images(table: TextTable, folders: Listing) -> dict[str, list[set[str]]]:
 def _pairs(table: TextTable, images: dict[str, list[set[str]]], file: Path) -> list[tuple[str, str]]:
     """Pair folder and class of each image in the table; empty where it has no classes."""
     rest = table.without(list(images))
-    classes = class_column(rest, file, DataConfig()).names if rest.columns else []
+    found = class_column(rest, file, DataConfig()) if rest.columns else None
+    classes = [names[0] for names in found.rows] if found and not found.written else []
     rows = zip(next(iter(images.values())), classes, strict=False)
     return [(name if name in folders else "/".join(sorted(folders)), name) for folders, name in rows if folders]
 

@@ -9,49 +9,47 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sources.tables.columns import CLASSES, FEW_CLASSES, MARKS, named, require_column, there
 from data_pipeline.sources.tables.text_table import TextTable, few, shown
 
+COLUMNS = "columns"
+"""Form of several classes of an image: a column of 0 and 1 for each class."""
+_SEPARATORS = ("|", ";", ",", " ")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 
 
 class Classes(NamedTuple):
-    names: list[str]
-    """Class of each row."""
+    rows: list[tuple[str, ...]]
+    """Classes of each row; a single one where `written` is empty."""
     source: str
     """Column that they come from, such as "breed"."""
+    written: str = ""
+    """Form of several classes of an image: COLUMNS, or the character between them; "" where each has a single one."""
+    columns: tuple[str, ...] = ()
+    """Classes that have a column of their own, and are classes even if no image is of them."""
+    notes: tuple[str, ...] = ()
+    """Doubts about the guess, a line each."""
 
 
 def class_column(table: TextTable, file: Path, cfg: DataConfig) -> Classes:
     """Find the classes of the rows of a table without its images' and its split's column. Raises `UserError`."""
-    # In order of certainty: the given column, a usual name, one-hot columns, the only column left.
+    # In order of certainty: the given column, a usual name, columns of 0 and 1, the only column left.
     if cfg.label_column is not None:
         require_column(table, cfg.label_column, "data.label_column", file)
-        return _checked(table, cfg.label_column, file)
+        return _of_column(table, cfg.label_column, file, cfg)
     usual = _same_classes(table, named(table, CLASSES))
-    marked = _one_hot(table) if not usual else None
+    marked = _marked(table, file, cfg) if not usual else None
     if marked:
         return marked
-    require(
-        len(usual) > 0
-        or len(table.columns) < 2
-        or not all(MARKS.keys() >= {*cells} for cells in table.columns.values()),
-        f"data.label_column: {few(list(table.columns))} of {file} mark several classes of an image, or none, in some rows, and "
-        "several classes of an image are not trained; leave these rows out, or name one column and train a run for each",
-    )
     chosen = usual or list(table.columns)
     require(
         len(chosen) > 0,
         f"data.label_column: {file} has no column beside the images' names; give a table with their classes",
     )
+    marks = len(_marks(table))
+    several = f"; --data.labels multi takes the {marks} columns of 0 and 1 for a class each" if marks > 1 else ""
     require(
         len(chosen) == 1,
-        f"data.label_column: which column of {file} has the classes is not clear; name it; {there(table)}",
+        f"data.label_column: which column of {file} has the classes is not clear; name it; {there(table)}{several}",
     )
-    mark = _separator(table.different(chosen[0]))
-    require(
-        mark is None,
-        f"data.label_column: cells of {shown(chosen[0])} in {file} list several classes, divided by {mark!r}, and several "
-        "classes of an image are not trained; leave these rows out, or name the column to take each list for a class of its own",
-    )
-    return _checked(table, chosen[0], file)
+    return _of_column(table, chosen[0], file, cfg)
 
 
 def check_classes(classes: list[str], rows: int, source: str, file: Path, table: TextTable, *, insisted: bool) -> None:
@@ -74,15 +72,33 @@ def in_order(classes: set[str]) -> list[str]:
     return sorted(classes, key=lambda name: (float(name) if numeric else 0.0, name))
 
 
-def _checked(table: TextTable, column: str, file: Path) -> Classes:
+def _of_column(table: TextTable, column: str, file: Path, cfg: DataConfig) -> Classes:
+    """Read a column: cells that certainly are lists of classes, in a column that nobody has named, as such."""
+    cells = table.different(column)
+    mark = _separator(cells)
+    if cfg.labels == "multi":
+        mark = mark or next((mark for mark in _SEPARATORS if any(mark in cell for cell in cells)), None)
+        require(
+            mark is not None,
+            f"data.labels: multi, but no cell of {shown(column)} in {file} has one of |, ;, a comma or a space between "
+            "classes; leave it out, or name another column by --data.label_column",
+        )
+    if mark and (cfg.labels == "multi" or (cfg.labels == "auto" and cfg.label_column is None)):
+        lists = [tuple(dict.fromkeys(filter(None, map(str.strip, cell.split(mark))))) for cell in table.columns[column]]
+        return Classes(lists, f"{shown(column)}, separated by {mark!r}", mark)
     names = table.columns[column]
     require("" not in names, f"data.path: {file} has rows without a {shown(column)}; fill or remove them")
-    return Classes(names, shown(column))
+    doubt = _doubt(cells) if cfg.labels == "auto" else None
+    notes = (
+        f"cells of {shown(column)} may list several classes, divided by {doubt!r}; each list is taken for a class of its own, "
+        "or with --data.labels multi for several",
+    )
+    return Classes([(name,) for name in names], shown(column), notes=notes if doubt else ())
 
 
 def _separator(cells: list[str]) -> str | None:
     """Find the character that divides lists of classes: all that two lists or more hold is somewhere a cell of its own."""
-    for mark in ("|", ";", ",", " "):
+    for mark in _SEPARATORS:
         lists = [cell for cell in cells if len(cell.split(mark)) > 1]
         parts = {part.strip() for cell in lists for part in cell.split(mark)}
         if len(lists) > 1 and parts <= {*cells}:
@@ -90,14 +106,38 @@ def _separator(cells: list[str]) -> str | None:
     return None
 
 
-def _one_hot(table: TextTable) -> Classes | None:
-    """Read classes from columns of 0 and 1, one for each class, if every row has a single 1."""
-    marks = {name: cells for name, cells in table.columns.items() if MARKS.keys() >= {*cells}}
-    by_row = zip(*marks.values(), strict=True)
-    rows = [[name for name, cell in zip(marks, cells, strict=True) if MARKS[cell]] for cells in by_row]
-    if len(marks) < 2 or any(len(ones) != 1 for ones in rows):
+def _doubt(cells: list[str]) -> str | None:
+    """Find the character that may divide lists: of their parts there are fewer than of the cells."""
+    certain = _separator(cells)
+    parts = {mark: {part.strip() for cell in cells for part in cell.split(mark)} for mark in _SEPARATORS}
+    return certain or next((mark for mark in _SEPARATORS if len(parts[mark]) < len(cells)), None)
+
+
+def _marks(table: TextTable) -> dict[str, list[str]]:
+    return {name: cells for name, cells in table.columns.items() if MARKS.keys() >= {*cells}}
+
+
+def _marked(table: TextTable, file: Path, cfg: DataConfig) -> Classes | None:
+    """Read classes from columns of 0 and 1, one for each class; None where it is not certain that they are.
+
+    It is where every row has a single 1, or where the table has no other column.
+    """
+    marks = _marks(table)
+    if len(marks) < 2:
         return None
-    return Classes([ones[0] for ones in rows], f"the 1 in {few(list(marks))}")
+    by_row = zip(*marks.values(), strict=True)
+    rows = [tuple(name for name, cell in zip(marks, cells, strict=True) if MARKS[cell]) for cells in by_row]
+    single = all(len(ones) == 1 for ones in rows)
+    if single and cfg.labels != "multi":
+        return Classes(rows, f"the 1 in {few(list(marks))}")
+    if cfg.labels != "multi" and len(marks) < len(table.columns):
+        return None
+    require(
+        cfg.labels != "single",
+        f"data.labels: single, but {few(list(marks))} of {file} mark several classes of an image, or none, in some rows; "
+        "leave the option out to train several, or name one column by --data.label_column",
+    )
+    return Classes(rows, f"the 1s in {few(list(marks))}", COLUMNS, tuple(marks))
 
 
 def _same_classes(table: TextTable, columns: list[str]) -> list[str]:

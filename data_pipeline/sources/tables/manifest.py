@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
+from data_pipeline.label_sets import NO_SETS, as_sets
 from data_pipeline.sources.held_out import divided
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image
 from data_pipeline.sources.splits import role_of
@@ -46,14 +47,21 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     found = class_column(rest, file, cfg)
     # Labels are numbered by the classes of the training rows, for both splits.
     if classes is None:
-        own = [name for name, its in zip(found.names, parts.roles, strict=True) if its == "train"]
-        classes = in_order({*own})
-        check_classes(classes, len(own), found.source, file, rest, insisted=cfg.label_column is not None)
+        # Where images have several, those of both splits: a rare one may be in neither.
+        own = [its for its, role in zip(found.rows, parts.roles, strict=True) if role == "train" or found.written]
+        classes = in_order({*found.columns, *(name for its in own for name in its)})
+        insisted = cfg.label_column is not None or cfg.labels == "multi"
+        check_classes(classes, len(own), found.source, file, rest, insisted=insisted)
     _check_apart(parts, whole.columns[images.column], file)
     where = f"rows with {shown(parts.column)} = " if parts.column else "rows that name images in "
     val_from = f"{where}{few(parts.val_names)}" if parts.val_names else ""
-    taken = Taken(f"{_said(file, images)}, classes by {found.source}", val_from, notes=_notes(table, images))
-    listing = _labelled(images.located.paths, [found.names[row] for row in rows], classes, file, cfg, taken)
+    taken = Taken(
+        f"{_said(file, images)}, {'several ' * bool(found.written)}classes by {found.source}",
+        val_from,
+        notes=[*_notes(table, images), *found.notes],
+        written=found.written,
+    )
+    listing = _labelled(images.located.paths, [found.rows[row] for row in rows], classes, file, cfg, taken)
     return divided(listing, cfg, split, _groups(table, group, images.located.paths, listing, file) if group else None)
 
 
@@ -90,28 +98,31 @@ def _root(file: Path, cfg: DataConfig) -> Path:
 
 
 def _labelled(
-    paths: list[str], names: list[str], classes: list[str], file: Path, cfg: DataConfig, taken: Taken
+    paths: list[str], rows: list[tuple[str, ...]], classes: list[str], file: Path, cfg: DataConfig, taken: Taken
 ) -> Listing:
-    """List each image once, with its class. Raises `UserError` where it has two classes, or one that is not in `classes`."""
-    named: dict[str, str] = {}
-    for path, name in zip(paths, names, strict=True):
-        other = named.setdefault(path, name)
+    """List each image once, with its classes. Raises `UserError` where two rows differ, or one is not in `classes`."""
+    named: dict[str, tuple[str, ...]] = {}
+    for path, names in zip(paths, rows, strict=True):
+        other = named.setdefault(path, names)
         require(
-            other == name,
-            f"data.path: {file} gives {shown(path)} two classes, {shown(other)} and {shown(name)}; leave one of its rows",
+            {*other} == {*names},
+            f"data.path: {file} gives {shown(path)} two classes, {few([*other])} and {few([*names])}; leave one of its rows",
         )
-    numbers = {name: number for number, name in enumerate(classes)}
-    unknown = sorted({*names} - {*numbers})
+    unknown = sorted({name for names in rows for name in names} - {*classes})
     require(not unknown, f"data.path: {file} has a class that training lacks: {few(unknown, 3)}; remove its rows")
+    numbers = {name: number for number, name in enumerate(classes)}
+    numbered = [[numbers[name] for name in names] for names in named.values()]
+    labels, sets = as_sets(numbered, len(classes)) if taken.written else ([its[0] for its in numbered], NO_SETS)
     again = len(paths) - len(named)
     notes = [f"{again} rows name an image again and are left out"] if again else []
     return Listing(
         _root(file, cfg),
         list(named),
-        [numbers[name] for name in named.values()],
+        labels,
         classes,
         [file],
         taken=replace(taken, notes=[*taken.notes, *notes]),
+        label_sets=sets,
     )
 
 

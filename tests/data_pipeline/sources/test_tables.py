@@ -246,21 +246,6 @@ NO_IMAGES = (
             "data.label_column: label of FILE has one class only, cat, and nothing",
         ),
         ("image,label", lambda n: f"{n:04},{'cat' * (n != 5)}", "data.path: FILE has rows without a label; fill or"),
-        *(
-            (
-                "image,label",
-                lambda n, mark=mark: (
-                    f'{n:04},"{mark.join((["scab"], ["rot"], ["scab", "rot"], ["rot", "scab"])[n % 4])}"'
-                ),
-                f"data.label_column: cells of label in FILE list several classes, divided by {mark!r}, and several",
-            )
-            for mark in "| ,;"
-        ),
-        (
-            "image,cat,dog",
-            lambda n: f"{n:04},{n % 2},1",
-            "data.label_column: cat, dog of FILE mark several classes of an",
-        ),
         (
             "image,label",
             lambda n: f"{n % 20:04},{n // 3}",
