@@ -7,8 +7,10 @@ from typing import Literal, get_args
 from data_pipeline.common.errors import require
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-Stem = Literal["conv", "patch"]
+Stem = Literal["conv", "deep", "patch"]
 Shortcut = Literal["conv", "pool"]
+Attention = Literal["none", "se", "eca"]
+Activation = Literal["relu", "gelu", "silu"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class ModelConfig:
 
     stem: Stem = "conv"
     """First layers, which make a map of a quarter of the image's side: conv, as in torchvision, by a 7x7 convolution and a
-    maximum; patch by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section
-    2.2), which takes less time."""
+    maximum; deep by three 3x3 convolutions and a maximum (ResNet-C and -D, He et al. 2018, arXiv 1812.01187, figure 2b); patch
+    by one 4x4 convolution of patches that do not overlap (Liu et al. 2022, "ConvNeXt", arXiv 2201.03545, section 2.2), which
+    takes less time."""
 
     whiten: bool = False
     """Start the stem's filters from the principal components of patches of training images (Jordan 2024, arXiv 2404.00498,
@@ -43,6 +46,14 @@ class ModelConfig:
     shortcut: Shortcut = "conv"
     """Way in which a shortcut halves the image: conv, as in torchvision, looks at one of four positions; pool averages them
     first (ResNet-D in He et al. 2018, arXiv 1812.01187, figure 2c) and learns more in the same time."""
+
+    attention: Attention = "none"
+    """Weighting of the channels at the end of each residual branch by what their means tell: se by two layers (Hu et al. 2017,
+    "Squeeze-and-Excitation", arXiv 1709.01507), eca by a convolution over neighbouring channels (Wang et al. 2019, arXiv
+    1910.03151)."""
+
+    activation: Activation = "relu"
+    """Nonlinearity: relu; gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415); silu (Elfwing et al. 2017, arXiv 1702.03118)."""
 
     weights: str | None = None
     """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
@@ -79,6 +90,14 @@ class ModelConfig:
         require(
             self.shortcut in get_args(Shortcut),
             f"model.shortcut: {self.shortcut!r} is unknown; choose one of {', '.join(get_args(Shortcut))}",
+        )
+        require(
+            self.attention in get_args(Attention),
+            f"model.attention: {self.attention!r} is unknown; choose one of {', '.join(get_args(Attention))}",
+        )
+        require(
+            self.activation in get_args(Activation),
+            f"model.activation: {self.activation!r} is unknown; choose one of {', '.join(get_args(Activation))}",
         )
         require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
         if self.weights is not None and is_torchvision(self.weights):

@@ -17,8 +17,8 @@ from data_pipeline.common.safe_yaml import read_yaml
 from trainer.checkpoint.files import WEIGHTS, read_classes
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
-from trainer.model.config import ModelConfig, Shortcut, Stem, is_torchvision
-from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, ResNet, build_resnet
+from trainer.model.config import Activation, Attention, ModelConfig, Shortcut, Stem, is_torchvision
+from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, SHAPING, ResNet, build_resnet
 from trainer.model.running_stats import keep_statistics
 from trainer.model.weight_files import State, few, read_network
 
@@ -29,7 +29,7 @@ _CONSTANT = (
     "num_batches_tracked",
     f".{BLUR}",
 )  # entries that files may lack: old ones all, and those of plain networks
-_SHAPING = ("name", "stem", "width", "blur", "shortcut")  # options by which networks differ in what they hold
+_DIFFERING = ("name", *SHAPING)  # options by which networks differ in what they hold
 
 
 def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], ctx: DistContext) -> str:
@@ -100,10 +100,13 @@ def _remedy(body: State, cfg: ModelConfig) -> str | None:
     """Suggest options for a network that fits weights without their head; None where there are none."""
     widths = {cfg.width, *(len(norm) / 64 for name, norm in body.items() if name == "bn1.weight")}
     names = [name for name in ARCHITECTURES if _blocks(_body_of(ModelConfig(name))) == _blocks(body)]
-    choices = product(names, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut))
-    own = {option: getattr(cfg, option) for option in _SHAPING}
+    activations = [kind for kind in get_args(Activation) if kind in body] or ["relu"]
+    choices = product(
+        names, get_args(Stem), sorted(widths), (False, True), get_args(Shortcut), get_args(Attention), activations
+    )
+    own = {option: getattr(cfg, option) for option in _DIFFERING}
     changes = [
-        {option: value for option, value in zip(_SHAPING, choice, strict=True) if value != own[option]}
+        {option: value for option, value in zip(_DIFFERING, choice, strict=True) if value != own[option]}
         for choice in choices
     ]
     for change in sorted(changes, key=len):

@@ -3,12 +3,14 @@
 After He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), table 1, with a projection
 shortcut wherever the shape changes (option B of its section 3.3) and, in a bottleneck, the stride in the 3x3
 convolution rather than in the first 1x1 ("v1.5"). Parameters and buffers bear torchvision's names in torchvision's
-order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. Four
-options leave torchvision's networks, and their weights load into none of them: `shortcut: pool` has the names of timm's
-`ResNet(avg_down=True)`, `stem` and `width` have other shapes, and `blur` has a buffer more for each filter.
+order, and are drawn in its order too: weights load strictly in both directions, and one seed gives the same start. Some
+options leave torchvision's networks, and their weights load into none of them: `shortcut: pool`, `stem: deep` and `attention`
+have the names of timm's `ResNet`, `stem: patch` and `width` have other shapes, `blur` has a buffer more for each filter, and
+`activation` one in all.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.model.config import ModelConfig, ModelName
+from trainer.model.attention import make_attention
+from trainer.model.config import Activation, ModelConfig, ModelName
 from trainer.model.config import Shortcut as Shortcut
 from trainer.model.config import Stem as Stem
 from trainer.model.conv_matmul import Convolution
@@ -25,6 +28,9 @@ HEAD = "fc"
 """Name of the classifier."""
 HEAD_STAGE = 5
 
+SHAPING = ("stem", "width", "blur", "shortcut", "attention", "activation")
+"""Options by which a network is none of torchvision's, and its weights have other names or shapes."""
+
 BLUR = "blur"
 """Last part of the names of blur filters."""
 
@@ -32,7 +38,7 @@ BLUR = "blur"
 def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
     """Name the first option, with its value, by which a network is none of torchvision's."""
     plain = ModelConfig()
-    options = (name for name in ("stem", "width", "blur", "shortcut") if getattr(cfg, name) != getattr(plain, name))
+    options = (name for name in SHAPING if getattr(cfg, name) != getattr(plain, name))
     return next((f"model.{name} {getattr(cfg, name)}" for name in options), None)
 
 
@@ -79,17 +85,45 @@ def rectify(x: Tensor) -> Tensor:
     return F.relu(x, inplace=True)
 
 
-class BasicBlock(nn.Module):
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": rectify, "gelu": F.gelu, "silu": F.silu}
+
+
+class Block(nn.Module):
+    """A residual block: a branch of convolutions beside a shortcut."""
+
+    expansion: int
+    """Channels of its result for each of its width."""
+    se: nn.Module | None
+    downsample: nn.Module
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.activate = ACTIVATIONS[cfg.activation]
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm at the end of the branch."""
+        raise NotImplementedError
+
+    def join(self, branch: Tensor, x: Tensor) -> Tensor:
+        """Add the shortcut of `x` to what its branch has become, which is changed in place."""
+        if self.se is not None:
+            branch = self.se(branch)
+        return self.activate(branch.add_(self.downsample(x)))
+
+
+class BasicBlock(Block):
     """Two 3x3 convolutions: [B,inputs,H,W] to [B,width,H/stride,W/stride]."""
 
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(cfg)
         self.conv1 = convolution(inputs, width, 3, stride, blur=cfg.blur)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = convolution(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
+        self.se = make_attention(width, cfg.attention)
         self.downsample = make_shortcut(inputs, width, stride, cfg)
 
     @property
@@ -97,18 +131,17 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rectify(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return rectify(y.add_(self.downsample(x)))
+        y = self.activate(self.bn1(self.conv1(x)))
+        return self.join(self.bn2(self.conv2(y)), x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolutions: [B,inputs,H,W] to [B,4*width,H/stride,W/stride]."""
 
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int, cfg: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(cfg)
         outputs = width * self.expansion
         self.conv1 = convolution(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
@@ -116,6 +149,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = convolution(width, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
+        self.se = make_attention(outputs, cfg.attention)
         self.downsample = make_shortcut(inputs, outputs, stride, cfg)
 
     @property
@@ -123,16 +157,13 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rectify(self.bn1(self.conv1(x)))
-        y = rectify(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return rectify(y.add_(self.downsample(x)))
+        y = self.activate(self.bn1(self.conv1(x)))
+        y = self.activate(self.bn2(self.conv2(y)))
+        return self.join(self.bn3(self.conv3(y)), x)
 
-
-Block = BasicBlock | Bottleneck
 
 # Table 1 of the paper: the kind of block, and how many of them each of the four stages has.
-ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = {
+ARCHITECTURES: dict[ModelName, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -141,9 +172,38 @@ ARCHITECTURES: dict[ModelName, tuple[type[Block], tuple[int, int, int, int]]] = 
 }
 
 
-def stage(block: type[Block], inputs: int, width: int, count: int, stride: int, cfg: ModelConfig) -> nn.Sequential:
+def stage(
+    block: type[BasicBlock | Bottleneck], inputs: int, width: int, count: int, stride: int, cfg: ModelConfig
+) -> nn.Sequential:
     first = block(inputs, width, stride, cfg)
     return nn.Sequential(first, *(block(width * block.expansion, width, 1, cfg) for _ in range(count - 1)))
+
+
+class Activate(nn.Module):
+    """An activation within a row of layers."""
+
+    def __init__(self, kind: Activation) -> None:
+        super().__init__()
+        self.activate = ACTIVATIONS[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(x)
+
+
+def make_stem(width: int, cfg: ModelConfig) -> nn.Module:
+    """Make the convolutions of [B,3,H,W] before the first norm: to [B,width,H/2,W/2], by patches to a quarter of the side."""
+    match cfg.stem:
+        case "conv":
+            return convolution(3, width, 7, stride=2)
+        case "patch":
+            return nn.Conv2d(3, width, 4, 4, bias=False)
+        case "deep":
+            half = width // 2
+            return nn.Sequential(
+                convolution(3, half, 3, stride=2), nn.BatchNorm2d(half), Activate(cfg.activation),
+                convolution(half, half, 3), nn.BatchNorm2d(half), Activate(cfg.activation),
+                convolution(half, width, 3),
+            )  # fmt: skip
 
 
 class ResNet(nn.Module):
@@ -154,16 +214,18 @@ class ResNet(nn.Module):
         block, counts = ARCHITECTURES[cfg.name]
         widths = [math.ceil(cfg.width * width / 8) * 8 for width in (64, 128, 256, 512)]
         inputs = [widths[0], *(width * block.expansion for width in widths)]
-        patches = cfg.stem == "patch"
-        self.conv1 = nn.Conv2d(3, widths[0], 4, 4, bias=False) if patches else convolution(3, widths[0], 7, stride=2)
+        self.activate = ACTIVATIONS[cfg.activation]
+        self.conv1 = make_stem(widths[0], cfg)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        # The maximum of rectified values is the rectified maximum, of which there are a quarter as many.
-        self.pool = nn.Identity() if patches else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.pool = nn.Identity() if cfg.stem == "patch" else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.layer1 = stage(block, inputs[0], widths[0], counts[0], 1, cfg)
         self.layer2 = stage(block, inputs[1], widths[1], counts[1], 2, cfg)
         self.layer3 = stage(block, inputs[2], widths[2], counts[2], 2, cfg)
         self.layer4 = stage(block, inputs[3], widths[3], counts[3], 2, cfg)
         self.fc = nn.Linear(inputs[4], classes)
+        if cfg.activation != "relu":
+            # Saved, as weights without it would load strictly into a network of another activation, and give wrong results.
+            self.register_buffer(cfg.activation, torch.tensor(1))
         for module in self.modules():
             # On "meta" there is nothing to draw, and torch would import its compiler for it, in two seconds.
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
@@ -179,7 +241,9 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
-        x = rectify(self.pool(self.bn1(self.conv1(images))))
+        x = self.bn1(self.conv1(images))
+        # The maximum of rectified values is the rectified maximum, of which there are a quarter as many. Others fall at first.
+        x = rectify(self.pool(x)) if self.activate is rectify else self.pool(self.activate(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
         return logits

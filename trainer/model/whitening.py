@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.common.errors import UserError
@@ -43,7 +43,7 @@ def set_filters(network: ResNet, images: Tensor) -> None:
     filters are as large as the stem has them, and learn. Where it has more than twice as many as there are directions,
     the others stay as they are.
     """
-    stem = network.conv1
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     # In double precision, as directions of like variance turn with the last digit: ranks and machines round differently.
     products, count = torch.zeros(()), 0
     for some in images.split(16):  # as patches take many times the memory of images

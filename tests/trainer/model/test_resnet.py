@@ -239,7 +239,11 @@ def test_a_patch_stem_sees_each_pixel_once() -> None:
     network = build_resnet(ModelConfig(stem="patch"), CLASSES)
     images = torch.randn(2, 3, 64, 64)
     rows = nn.functional.unfold(images, kernel_size=4, stride=4).transpose(1, 2)  # [B, 16 * 16, 3 * 4 * 4]
-    expected = nn.functional.linear(rows, network.conv1.weight.flatten(1)).transpose(1, 2).unflatten(2, (16, 16))
+    expected = (
+        nn.functional.linear(rows, network.get_parameter("conv1.weight").flatten(1))
+        .transpose(1, 2)
+        .unflatten(2, (16, 16))
+    )
     seen: list[Tensor] = []
     network.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     network(images)
@@ -288,6 +292,8 @@ OPTIONS: dict[str, Any] = {
     "blur": True,
     "bn_momentum": 0.3,
     "shortcut": "pool",
+    "attention": "eca",
+    "activation": "silu",
 }
 """Another value of each option that decides what a network computes."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from data_pipeline.common.errors import UserError
@@ -25,14 +26,15 @@ def noise(images: int = 64, side: int = 32) -> torch.Tensor:
     return functional.avg_pool2d(plain, 3, 1, padding=1) + 0.1 * plain.mean(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize(("stem", "width"), [("conv", 1.0), ("patch", 0.5)])
+@pytest.mark.parametrize(("stem", "width"), [("conv", 1.0), ("deep", 1.0), ("patch", 0.5)])
 def test_filters_answer_with_unit_variance_and_apart(stem: Stem, width: float) -> None:
     network = build_resnet(ModelConfig(stem=stem, width=width), 10)
     images = noise()
     set_filters(network, images)
-    half = network.conv1.out_channels // 2
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    half = first.out_channels // 2
     with torch.no_grad():
-        answers = functional.conv2d(images, network.conv1.weight, stride=network.conv1.stride).double()
+        answers = functional.conv2d(images, first.weight, stride=first.stride).double()
     seen = answers.transpose(0, 1).flatten(1).numpy()
     np.testing.assert_allclose(seen[half:], -seen[:half], rtol=1e-4, atol=1e-4)
     second = seen[:half] @ seen[:half].T / seen.shape[1]
@@ -45,10 +47,10 @@ def test_filters_answer_with_unit_variance_and_apart(stem: Stem, width: float) -
 def test_filters_beyond_the_directions_stay_as_they_are() -> None:
     torch.manual_seed(0)
     wide = build_resnet(ModelConfig(stem="patch", width=2.0), 10)  # 128 filters of 3 * 4 * 4 numbers
-    before = wide.conv1.weight.detach().clone()
+    before = wide.get_parameter("conv1.weight").detach().clone()
     set_filters(wide, noise())
-    assert torch.equal(wide.conv1.weight[96:], before[96:])
-    assert not torch.equal(wide.conv1.weight[:96], before[:96])
+    assert torch.equal(wide.get_parameter("conv1.weight")[96:], before[96:])
+    assert not torch.equal(wide.get_parameter("conv1.weight")[:96], before[:96])
 
 
 def test_a_run_starts_so_on_every_rank(tmp_path: Path) -> None:
@@ -66,12 +68,12 @@ def test_a_run_starts_so_on_every_rank(tmp_path: Path) -> None:
         assert newest
         network = build_resnet(QUICK_NETWORK, 7)
         load_weights(network, newest)
-        stems.append(network.conv1.weight.detach())
+        stems.append(network.get_parameter("conv1.weight").detach())
     cfg = DataConfig(path=str(data))
     expected = build_resnet(QUICK_NETWORK, 7)
     whiten_stem(expected, open_catalog(cfg, "train"), cfg, int(QUICK["data.size_px"]), SOLO)
     for stem in stems:
-        torch.testing.assert_close(stem, expected.conv1.weight.detach())
+        torch.testing.assert_close(stem, expected.get_parameter("conv1.weight").detach())
 
 
 def test_without_a_readable_image_it_ends_in_one_line(tmp_path: Path) -> None:
