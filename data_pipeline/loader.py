@@ -33,6 +33,7 @@ from data_pipeline.sharding import (
     steps_per_epoch,
 )
 from data_pipeline.sources.catalog import Catalog, check_shards, open_catalog
+from data_pipeline.sources.storage.lookahead import Lookahead
 
 
 class Loader:
@@ -204,6 +205,7 @@ class _Epoch(Iterator[Batch]):
         self._in_flight: deque[HostBatch] = deque()
         self._finished = False
         # Reading and decoding begin now, ahead of the first batch.
+        self._lookahead = loader._reader.in_background(self._look_ahead)
         self._pipeline: graph.ImagePipeline | None = loader._take_pipeline(self.sharding.rows, self._size_px)
         self._pipeline.feed(self._inputs())
 
@@ -285,11 +287,18 @@ class _Epoch(Iterator[Batch]):
         """Yield DALI's inputs. Their batches stay in flight, and so their bytes alive, until DALI has handed out the images."""
 
         def fetch(micro_batch: MicroBatch) -> HostBatch:
+            ahead = self._lookahead.result() if self._lookahead.done() else None
+            if ahead:
+                ahead.reach(micro_batch.start)
             return self._loader._fetcher.fetch(micro_batch, self.start.epoch, self.order, self._size_px)
 
         for host_batch in self._loader._reader.fetched(fetch, self._micro_batches()):
             self._in_flight.append(host_batch)
             yield from host_batch.inputs
+
+    def _look_ahead(self) -> Lookahead | None:
+        positions = positions_of_rank(self.sharding, self.start.seen, len(self.order))
+        return self._loader.catalog.look_ahead(self.order[positions], positions)
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         yield from micro_batches(self.sharding, self.start.seen, len(self.order))

@@ -32,6 +32,7 @@ from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
 from data_pipeline.sources.published.stored_forms import read_form, read_plain
 from data_pipeline.sources.quarantine import quarantined
 from data_pipeline.sources.remote_shards import find_shards, remote_shards
+from data_pipeline.sources.storage.lookahead import Lookahead
 from data_pipeline.sources.storage.objects import Objects, open_objects
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
 from data_pipeline.sources.webdataset import is_shard
@@ -109,6 +110,11 @@ class Catalog:
         """Begin to fetch these samples from an object store; local files need none of it. Returns at once."""
         if self.objects:
             self.objects.prefetch(self.spans[samples])
+
+    def look_ahead(self, samples: NDArray[np.int64], positions: NDArray[np.int64]) -> Lookahead | None:
+        """Begin to fetch the blocks of `samples` [N], which are read at these positions [N]; None where there is no cache."""
+        kept = self.objects is not None and self.objects.cache is not None
+        return Lookahead(self.objects, self.spans[samples], positions) if kept and self.objects else None
 
     def part(self, rows: list[int]) -> "Catalog":
         """Take the samples in these rows, in this order."""

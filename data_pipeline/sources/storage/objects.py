@@ -38,6 +38,11 @@ class Objects:
         """Bytes of all objects."""
         return sum(stat.size for stat in self.stats)
 
+    @property
+    def failed(self) -> bool:
+        """True once a request was given up, so that the run ends."""
+        return self._failure is not None
+
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Read `length` bytes of object `number` from `offset` on. Raises OSError where it ends before, and `UserError`."""
         if offset + length > self.stats[number].size:
@@ -78,22 +83,27 @@ class Objects:
             for block in range(first, last + 1)
         }
         for number, block in sorted(wanted - self._seen):
-            if os.path.exists(self._path(number, block)):
-                self._seen.add((number, block))
-            else:
-                self._begin((number, block), self._fetch_ahead, number, block)
+            self.begin_block(number, block)
 
-    def _begin(self, key: tuple[int, ...], work: Callable[..., bytes], *arguments: int) -> None:
+    def begin_block(self, number: int, block: int) -> Future[bytes] | None:
+        """Begin to fetch a block into the cache; None where it is there, or under way. Returns at once."""
+        if os.path.exists(self._path(number, block)):
+            self._seen.add((number, block))
+            return None
+        return self._begin((number, block), self._fetch_ahead, number, block)
+
+    def _begin(self, key: tuple[int, ...], work: Callable[..., bytes], *arguments: int) -> Future[bytes] | None:
         """Start a request that is not under way yet. In the cache it is done with; otherwise its bytes wait for their reader."""
         if key in self._coming:
-            return
+            return None
         pool = self._pool = self._pool or ThreadPoolExecutor(THREADS)
         try:
             self._coming[key] = coming = pool.submit(work, *arguments)
-        except RuntimeError:  # another thread has given up just now
-            return
+        except RuntimeError:  # another thread has given up just now, or the process ends
+            return None
         if self.cache:
             coming.add_done_callback(lambda _: self._coming.pop(key, None))
+        return coming
 
     def _awaited(self, coming: Future[bytes]) -> bytes:
         try:

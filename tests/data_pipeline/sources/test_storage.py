@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources.catalog import Catalog, open_catalog
-from data_pipeline.sources.storage import block_cache, objects, store
+from data_pipeline.sources.storage import block_cache, lookahead, objects, store
 from data_pipeline.sources.storage.block_cache import BlockCache
 from data_pipeline.sources.storage.credentials import s3_options
 from tests.conftest import KINDS, picture
@@ -47,7 +47,7 @@ def server(buckets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(store, "PATIENCE_S", 1.5)
     monkeypatch.setattr(store, "_FIRST_S", 0.01)
     monkeypatch.setattr(store, "_CLIENT", {"connect_timeout": "1s", "read_timeout": "300ms", "timeout": "2s"})
-    for module in (block_cache, objects):
+    for module in (block_cache, objects, lookahead):
         monkeypatch.setattr(module, "BLOCK", 8192)
     with object_stores.faulty(buckets) as server:
         server.stall_s = 0.6
@@ -173,6 +173,61 @@ def test_credentials_come_from_the_files_of_the_aws_command(tmp_path: Path) -> N
         assert s3_options() == {"region": "eu-west-1", "access_key_id": "me", "secret_access_key": SECRET}
         patch.setenv("AWS_PROFILE", "other")
         assert complaint(s3_options).startswith("AWS_PROFILE: other is in neither")
+
+
+# ---- ahead of the batches -------------------------------------------------------------------------------------------
+
+
+def blocks_asked(server: RangeServer, count: int) -> list[tuple[str, int]]:
+    """Wait for `count` requests of blocks, and a little for one too many. Object and block of each, in their order."""
+
+    def asked() -> list[tuple[str, int]]:
+        return [(path[-10:], int(span[6:].split("-")[0]) // 8192) for _, path, span in server.seen if span]
+
+    until = time.monotonic() + 10
+    while len(asked()) < count and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return asked()
+
+
+def first_uses(catalog: Catalog, order: list[int]) -> list[tuple[str, int]]:
+    """Each block once, in the order in which images read in `order` first need it."""
+    needed = [
+        (catalog.shards[shard], block)
+        for shard, offset, length in catalog.spans[order].tolist()
+        for block in range(offset // 8192, (offset + length - 1) // 8192 + 1)
+    ]
+    return list(dict.fromkeys(needed))
+
+
+def test_blocks_are_fetched_ahead_in_the_order_of_their_first_use(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "THREADS", 1)
+    monkeypatch.setattr(lookahead, "THREADS", 1)
+    catalog = open_catalog(DataConfig("s3://b/pack", cache_gb=13 * 8192 / 0.25 / 1e9), "train")
+    order = np.random.default_rng(0).permutation(IMAGES)
+    server.seen.clear()
+    ahead = catalog.look_ahead(order[5:], np.arange(5, IMAGES))
+    assert ahead
+    wanted = first_uses(catalog, order[5:].tolist())
+    assert blocks_asked(server, 13) == wanted[:13]  # the cache bears no more
+    ahead.reach(20)
+    used = len(first_uses(catalog, order[5:20].tolist()))
+    assert blocks_asked(server, used + 13) == wanted[: used + 13] and len(wanted) > 13
+
+
+def test_blocks_that_made_room_are_fetched_ahead_in_the_next_epoch(server: RangeServer, buckets: Path) -> None:
+    catalog = open_catalog(DataConfig("s3://b/pack"), "train")
+    assert_whole(catalog, local(buckets))
+    assert catalog.objects
+    gone = first_uses(catalog, list(range(IMAGES)))[::3]
+    for name, block in gone:
+        os.unlink(catalog.objects._path(catalog.shards.index(name), block))
+    server.seen.clear()
+    catalog.look_ahead(np.arange(IMAGES), np.arange(IMAGES))
+    assert sorted(blocks_asked(server, len(gone))) == gone
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
