@@ -2,9 +2,20 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 IGNORE_LABEL = -1  # label of a row that counts in no loss and no score
+
+
+class Places(NamedTuple):
+    """Places of a batch's rows in a training, from which all of their random numbers follow (see `sampling`)."""
+
+    seed: int
+    epoch: int
+    positions: NDArray[np.int64]
+    """[B] in the order of the epoch, ascending; of padding too."""
 
 
 class Batch(NamedTuple):
@@ -23,3 +34,5 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None = None
     """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
     `ids` the image that the row began with. Where images have several classes, always: 1 for each of them."""
+    places: Places | None = None
+    """Places of the rows, for random numbers of the network; None outside of a training."""

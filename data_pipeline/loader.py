@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline import coverage, mixing, sampling
-from data_pipeline.batch import IGNORE_LABEL, Batch
+from data_pipeline.batch import IGNORE_LABEL, Batch, Places
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.cursor import Cursor
@@ -281,6 +281,7 @@ class _Epoch(Iterator[Batch]):
             num_real=micro_batch.num_real,
             total=micro_batch.end - micro_batch.start,
             targets=targets,
+            places=Places(loader.seed, self.start.epoch, micro_batch.positions) if loader.training else None,
         )
 
     def _inputs(self) -> Iterator[graph.Inputs]:

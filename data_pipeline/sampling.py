@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import AugmentConfig, Balance
 
-ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE = range(6)  # streams of random numbers; WEIGHTS is the trainer's
+ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE, DEPTH = range(
+    7
+)  # streams of random numbers; WEIGHTS and DEPTH are the trainer's
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 _WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
@@ -110,11 +112,16 @@ def _by_windows(draw: np.random.Generator, shards: NDArray[np.int64], window: in
     return np.lexsort((draw.random(len(shards)), turns // window))
 
 
-def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT) -> NDArray[np.float64]:
-    """Draw [B, 32] numbers in [0, 1): row i belongs to `positions[i]` alone. Positions must ascend."""
+def uniforms(
+    seed: int, epoch: int, positions: NDArray[np.int64], stream: int = AUGMENT, width: int = _WIDTH
+) -> NDArray[np.float64]:
+    """Draw [B, width] numbers in [0, 1): row i belongs to `positions[i]` alone.
+
+    Positions must ascend, and `width` be a multiple of 4.
+    """
     first, last = int(positions[0]), int(positions[-1])
-    bits = philox(seed, stream, epoch).advance(first * _WIDTH // 4)
-    table = np.random.Generator(bits).random((last - first + 1, _WIDTH))
+    bits = philox(seed, stream, epoch).advance(first * width // 4)
+    table = np.random.Generator(bits).random((last - first + 1, width))
     return table[positions - first]
 
 

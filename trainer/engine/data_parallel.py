@@ -16,6 +16,7 @@ from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig
 from trainer.engine.loss import count, training_loss
 from trainer.engine.precision import Autocast
+from trainer.model.drop_path import draw_paths, drop_paths
 from trainer.model.running_stats import EarlyStatistics
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import Ema, set_lr
@@ -47,6 +48,7 @@ class DataParallel(ABC):
         """Network that is evaluated and saved."""
         self.autocast = Autocast(cfg.precision, ctx.device)
         self.early_statistics = EarlyStatistics(self.module)
+        self.drop_paths = drop_paths(self.module)
         self.class_weights = (
             None if isinstance(optim.class_weights, str) else torch.tensor(optim.class_weights, device=ctx.device)
         )
@@ -59,6 +61,7 @@ class DataParallel(ABC):
         # Passes over the chunks; gradients are averaged over the ranks in the last one alone.
         chunks = self._chunks(micro_batches)
         for number, batch in enumerate(chunks, start=1):
+            draw_paths(self.drop_paths, batch.places, self.ctx.device)
             with self.early_statistics(), self._accumulating(last=number == len(chunks)):
                 with Phase("forward"):
                     taught = self.teacher(batch.images) if self.teacher else None

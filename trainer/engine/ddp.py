@@ -4,12 +4,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Places
 from data_pipeline.common.errors import require
 from trainer.checkpoint.files import STATE, load_state
 from trainer.checkpoint.host_copy import Content, writer
@@ -208,7 +209,11 @@ def _cut(batch: Batch, pieces: int) -> list[Batch]:
         return [batch]
     images, labels = batch.images.chunk(pieces), batch.labels.chunk(pieces)
     targets = [None] * len(images) if batch.targets is None else batch.targets.chunk(pieces)
+    places: list[Places | None] = [None] * len(images)
+    if batch.places:
+        ends = np.cumsum([len(rows) for rows in images])[:-1]
+        places = [batch.places._replace(positions=part) for part in np.split(batch.places.positions, ends)]
     return [
-        batch._replace(images=rows, labels=names, targets=shares)
-        for rows, names, shares in zip(images, labels, targets, strict=True)
+        batch._replace(images=rows, labels=names, targets=shares, places=where)
+        for rows, names, shares, where in zip(images, labels, targets, places, strict=True)
     ]

@@ -55,6 +55,10 @@ class ModelConfig:
     activation: Activation = "relu"
     """Nonlinearity: relu; gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415); silu (Elfwing et al. 2017, arXiv 1702.03118)."""
 
+    drop_path: float = 0.0
+    """Stochastic depth, for each sample (Huang et al. 2016, arXiv 1603.09382): share of the images that pass the last residual
+    block by its shortcut alone, from 0 to below 1; it rises in a straight line from 0 for the first block, as in timm."""
+
     weights: str | None = None
     """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
     data.mean, std and eval_crop unless they are given; a file of torchvision, timm or safetensors; or a run folder. A head
@@ -98,6 +102,10 @@ class ModelConfig:
         require(
             self.activation in get_args(Activation),
             f"model.activation: {self.activation!r} is unknown; choose one of {', '.join(get_args(Activation))}",
+        )
+        require(
+            0 <= self.drop_path < 1,
+            f"model.drop_path: {self.drop_path} is out of range; give a share from 0 to below 1",
         )
         require(self.weights != "", "model.weights: it is empty; give a file or a name, or leave it out")
         if self.weights is not None and is_torchvision(self.weights):

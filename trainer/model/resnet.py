@@ -23,6 +23,7 @@ from trainer.model.config import Activation, ModelConfig, ModelName
 from trainer.model.config import Shortcut as Shortcut
 from trainer.model.config import Stem as Stem
 from trainer.model.conv_matmul import Convolution
+from trainer.model.drop_path import add_drop_paths
 
 HEAD = "fc"
 """Name of the classifier."""
@@ -95,10 +96,12 @@ class Block(nn.Module):
     """Channels of its result for each of its width."""
     se: nn.Module | None
     downsample: nn.Module
+    drop_path: nn.Module | None
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.activate = ACTIVATIONS[cfg.activation]
+        self.drop_path = None  # see add_drop_paths
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -109,6 +112,8 @@ class Block(nn.Module):
         """Add the shortcut of `x` to what its branch has become, which is changed in place."""
         if self.se is not None:
             branch = self.se(branch)
+        if self.drop_path is not None:
+            branch = self.drop_path(branch)
         return self.activate(branch.add_(self.downsample(x)))
 
 
@@ -256,6 +261,7 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     default for a linear layer.
     """
     network = ResNet(cfg, classes)
+    add_drop_paths(network, cfg.drop_path)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = cfg.bn_momentum

@@ -294,6 +294,7 @@ OPTIONS: dict[str, Any] = {
     "shortcut": "pool",
     "attention": "eca",
     "activation": "silu",
+    "drop_path": 0.5,
 }
 """Another value of each option that decides what a network computes."""
 
