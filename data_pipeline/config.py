@@ -62,7 +62,13 @@ class AugmentConfig:
     """Alpha of mixup (Zhang et al. 2018): blend images in pairs, and their labels, with a share from Beta(alpha, alpha)."""
     cutmix: float = 0.0
     """Alpha of cutmix (Yun et al. 2019): swap a rectangle between images in pairs; its share of the area is drawn from
-    Beta(alpha, alpha). With mixup also on, each optimizer step uses one of the two, with equal chance."""
+    Beta(alpha, alpha). With mixup also on, each optimizer step uses one of the two."""
+    mix_chance: float = 1.0
+    """Chance that the images of an optimizer step are mixed at all, where mixup or cutmix is on."""
+    cutmix_chance: float = 0.5
+    """Chance that it is by cutmix, where both are on."""
+    mix_until: float = 1.0
+    """Share of the epochs, from 0 to 1, in which images are mixed: with 0.9 those of the last tenth stay as they are."""
     repeats: int = 1
     """Number of times that an image stands in the order, each time augmented anew (Hoffer et al. 2020). An epoch keeps its
     length: it reads 1 of `repeats` images, and `repeats` epochs in a row read each image equally often."""
@@ -109,12 +115,19 @@ class AugmentConfig:
         require(
             self.cutmix >= 0, f"data.augment.cutmix: {self.cutmix} is negative; give an alpha such as 1, or 0 for off"
         )
+        for name in ("mix_chance", "cutmix_chance", "mix_until"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.augment.{name}: {value} is out of range; give a number from 0 to 1")
         require(self.repeats >= 1, f"data.augment.repeats: {self.repeats} is below 1; give 1 for every image once")
 
     @property
     def mixes(self) -> bool:
         """True where images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def mixes_in(self, epoch: int, epochs: int) -> bool:
+        """Return True where images are mixed in `epoch` (from 0) of a run of `epochs`."""
+        return self.mixes and epoch < round(self.mix_until * epochs)
 
 
 @dataclass(frozen=True)

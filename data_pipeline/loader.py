@@ -71,7 +71,7 @@ class Loader:
             f"data.balance: {cfg.balance} goes by the one class of an image, and these have several; leave it out, or weigh rare "
             "ones by --optim.class_weights balanced",
         )
-        self._mixes = training and cfg.augment.mixes
+        self._pairs = training and cfg.augment.mixes
         self._shardings = {batch: self._shard(batch) for batch in cfg.batches}
         self._reader = ReadAhead(self.catalog, self.rank_info.rank)
         self._fetcher = Fetcher(self.catalog, cfg, self._reader.read, training=training, seed=seed)
@@ -136,8 +136,8 @@ class Loader:
     def _shard(self, batch: int) -> BatchSharding:
         rank, world = self.rank_info.rank, self.rank_info.world
         if self.training:
-            check_batch(batch, world, self.micro_batches, pairs=self._mixes)
-        return shard_batch(batch, rank, world, micro_batches=self.micro_batches, pairs=self._mixes)
+            check_batch(batch, world, self.micro_batches, pairs=self._pairs)
+        return shard_batch(batch, rank, world, micro_batches=self.micro_batches, pairs=self._pairs)
 
     def _size_of(self, epoch: int) -> int:
         return self.cfg.size_at(epoch, self.epochs) if self.training else self.cfg.validation_px
@@ -200,6 +200,7 @@ class _Epoch(Iterator[Batch]):
         self.order = loader._order_of(start.epoch).result()
         self.bad: set[int] = set()
         self._size_px = loader._size_of(start.epoch)
+        self._mixes = loader.training and loader.cfg.augment.mixes_in(start.epoch, loader.epochs)
         # What has been handed out, and what DALI still works on.
         self._read: list[NDArray[np.int64]] = []
         self._in_flight: deque[HostBatch] = deque()
@@ -267,11 +268,13 @@ class _Epoch(Iterator[Batch]):
         # Look up several classes. Mix on the device, with one draw for the whole step on all ranks.
         device, catalog = images.device, loader.catalog
         labels, targets = torch.from_numpy(host_batch.labels).to(device, non_blocking=True), None
-        if loader._mixes or catalog.multi_label:
+        drawn = None
+        if self._mixes:
+            drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
+        if drawn or catalog.multi_label:
             targets = torch.from_numpy(catalog.targets_of(host_batch.labels)).to(device, non_blocking=True)
-            if loader._mixes:
-                drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
-                images, labels, targets = mixing.mix(images, labels, targets, drawn)
+        if drawn and targets is not None:
+            images, labels, targets = mixing.mix(images, labels, targets, drawn)
 
         return Batch(
             # [B, H, W, 3] seen as [B, 3, H, W] is the same memory: channels-last.

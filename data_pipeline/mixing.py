@@ -27,13 +27,14 @@ class Mixing(NamedTuple):
     """Centre of the rectangle that cutmix swaps, as a share of the image's height and width, in 0..1."""
 
 
-def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing:
-    """Draw the mixing of the optimizer step that begins at position `start`: mixup or cutmix, as `cfg` switches on."""
+def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Mixing | None:
+    """Draw the mixing of the optimizer step that begins at position `start`, as `cfg` switches on; None for no mixing."""
     generator = np.random.Generator(philox(seed, MIX, epoch, start))
     either, y, x = generator.random(3)
-    cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < 0.5)
+    cut = cfg.cutmix > 0 and (cfg.mixup == 0 or either < cfg.cutmix_chance)
     alpha = cfg.cutmix if cut else cfg.mixup
-    return Mixing(cut, generator.beta(alpha, alpha), y, x)
+    share = generator.beta(alpha, alpha)
+    return Mixing(cut, share, y, x) if generator.random() < cfg.mix_chance else None
 
 
 def mix(images: Tensor, labels: Tensor, own: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:

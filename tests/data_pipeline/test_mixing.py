@@ -1,18 +1,24 @@
 """mixup and cutmix: against torchvision's with the same draws, soft targets, and what must stay out of them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from data_pipeline.config import AugmentConfig
-from data_pipeline.loader import IGNORE_LABEL, Batch
-from data_pipeline.mixing import Mixing, box, draw, mix
+from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
+from data_pipeline.mixing import Mixing, box, mix
+from data_pipeline.mixing import draw as draw_mixing
+from data_pipeline.sampling import MIX, philox
+from tests.conftest import config
 from tests.support.runs import SOLO
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
@@ -94,6 +100,11 @@ def test_pairs_that_do_not_wholly_count_stay_as_they_are(cut: bool) -> None:
     assert targets.sum(dim=1).tolist() == pytest.approx([1, 0, 0, 1, 0, 0, 1, 1])
 
 
+def draw(seed: int, epoch: int, start: int, cfg: AugmentConfig) -> Any:
+    """The mixing, or None; for type checkers, which cannot know where there is one."""
+    return draw_mixing(seed, epoch, start, cfg)
+
+
 def test_draws_are_a_function_of_the_update_alone() -> None:
     drawn = {
         place: draw(*place, BOTH) for place in [(0, 0, 0), (0, 0, 64), (0, 1, 0), (1, 0, 0), (2**63 - 1, 9, 10**9)]
@@ -118,6 +129,48 @@ def test_draws_follow_their_distribution(cfg: AugmentConfig, cuts: float) -> Non
         assert place.min() >= 0 and place.max() < 1
         assert np.quantile(place, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
     assert abs(np.corrcoef(table[:, 1:], rowvar=False) - np.eye(3)).max() < 5 / math.sqrt(len(table))
+
+
+@pytest.mark.parametrize(("chance", "cutmix_chance"), [(1.0, 0.5), (0.8, 0.3), (0.25, 1.0), (0.0, 0.5)])
+def test_steps_are_mixed_as_often_as_timm_mixes_them(chance: float, cutmix_chance: float) -> None:
+    """And what a step that is mixed draws does not depend on these chances, but for which of the two it is."""
+    np.random.seed(0)
+    theirs = timm.data.Mixup(0.4, 0.4, prob=chance, switch_prob=cutmix_chance)
+    expected = [theirs._params_per_batch() for _ in range(4000)]
+    cfg = AugmentConfig(mixup=0.4, cutmix=0.4, mix_chance=chance, cutmix_chance=cutmix_chance)
+    places = [(3, epoch, start) for epoch in range(4) for start in range(0, 64_000, 64)]
+    found = [draw(*place, cfg) for place in places]
+    for ours, wanted in (
+        ([mixing is not None for mixing in found], [share < 1 for share, _ in expected]),
+        ([mixing is not None and mixing.cut for mixing in found], [cut for _, cut in expected]),
+    ):
+        assert np.mean(ours) == pytest.approx(np.mean(wanted), abs=0.04)
+    for place, mixing in zip(places, found, strict=True):
+        always = draw(*place, BOTH)
+        assert mixing is None or (mixing.y, mixing.x) == (always.y, always.x)
+
+
+def test_chances_that_are_not_given_leave_the_draws_of_before() -> None:
+    """A run goes on with the numbers that it would have had."""
+    generator = np.random.Generator(philox(5, MIX, 1, 64))
+    either, y, x = generator.random(3)
+    assert draw(5, 1, 64, AugmentConfig(mixup=0.4, cutmix=0.4)) == Mixing(either < 0.5, generator.beta(0.4, 0.4), y, x)
+
+
+def test_the_last_epochs_are_not_mixed(folder: Path) -> None:
+    """Their images are those of a run without mixing, bit for bit, with labels alone."""
+    augment = AugmentConfig(min_area=0.2, mixup=0.4, mix_until=0.5)
+    mixed, plain = (
+        Loader(config(folder, batch=8, augment=augment), seed=1, epochs=3)
+        for augment in (augment, replace(augment, mixup=0.0))
+    )
+    for epoch in range(3):
+        for loader in (mixed, plain):
+            loader.seek(Cursor(epoch))
+        ours, theirs = (next(iter(loader)) for loader in (mixed, plain))
+        assert (ours.targets is None) == (epoch == 2)  # of 1.5 epochs two are mixed
+        assert torch.equal(ours.images, theirs.images) == (epoch == 2)
+        assert torch.equal(ours.labels, theirs.labels) or epoch < 2
 
 
 def test_box_covers_the_rest_of_the_area() -> None:
