@@ -12,9 +12,6 @@ from data_pipeline.common.errors import require
 from data_pipeline.sources.catalog import Catalog
 from trainer.optim.config import OptimConfig
 
-PRESENT = 0.2
-"""Share of a mixed image above which the binary loss takes its class to be there, as in timm's recipes with this loss."""
-
 
 def with_class_weights(optim: OptimConfig, train: Catalog) -> OptimConfig:
     """Put numbers in place of `class_weights: balanced`. Raises `UserError` where a list is not of these classes."""
@@ -57,8 +54,10 @@ def _loss_of_labels(logits: Tensor, batch: Batch, optim: OptimConfig, weights: T
         classes = logits.shape[1]
         if batch.targets is None:
             targets = functional.one_hot(targets.clamp_min(0), classes)
-        present = (targets > PRESENT).to(logits.dtype) * (1 - smoothing) + smoothing / classes
-        losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
+        present = targets if optim.binary_threshold is None else targets > optim.binary_threshold
+        present = present.to(logits.dtype) * (1 - smoothing) + smoothing / classes
+        losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none")
+        losses = losses.sum(dim=1) if optim.binary_sum else losses.mean(dim=1)
         if weights is not None:
             losses = losses * (targets.to(logits.dtype) @ weights)
     return losses

@@ -80,6 +80,13 @@ class OptimConfig:
     """Loss of training: cross-entropy, or binary cross-entropy for each class, present or not, also in mixed images
     (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy."""
 
+    binary_threshold: float | None = 0.2
+    """Share of a mixed image, from 0 to below 1, above which the binary loss takes a class to be there. null takes each
+    class's share for its chance instead."""
+
+    binary_sum: bool = False
+    """Sum the binary loss over the classes, as Composer does, instead of their mean: it wants a lower learning rate."""
+
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     """Factors of the loss by class: none; balanced, the mean number of training images of a class over that of this one; or
     a list with one for each class, in the order of the classes. In mixed images, and for label smoothing, each class's
@@ -104,7 +111,11 @@ class OptimConfig:
     """Divisor of both networks' logits in the soft loss, above 0, which is then multiplied by its square; 1 changes nothing."""
 
     ema_decay: float = 0.0
-    """Decay per optimizer step of the exponential moving average of the weights, from 0 to below 1. 0 is off."""
+    """Decay of the exponential moving average of the weights each time that it is brought up to date, from 0 to below 1. 0 is
+    off."""
+
+    ema_steps: int = 1
+    """Optimizer steps from one time to the next. Of k steps the decay is that of one to the power of k."""
 
     accumulate: int = 1
     """Micro-batches per optimizer step."""
@@ -171,12 +182,18 @@ class OptimConfig:
                 isinstance(weights, str) or (all(0 <= weight < math.inf for weight in weights) and any(weights)),
                 "is no list of factors; give a number from 0 for each class, not all 0",
             ),
+            (
+                "binary_threshold",
+                self.binary_threshold is None or 0 <= self.binary_threshold < 1,
+                "is out of range; give a share from 0 to below 1, or null for none",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
             ("teacher", self.teacher != "", "is empty; give a run folder or a name of torchvision's, or leave it out"),
             ("teacher_share", 0 < self.teacher_share <= 1, "is out of range; give a share above 0, up to 1"),
             ("teacher_answer", self.teacher_answer in ("soft", "hard"), "is unknown; choose one of soft, hard"),
             ("temperature", 0 < self.temperature < math.inf, "is not positive; give a number above 0, or 1 for none"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
+            ("ema_steps", self.ema_steps >= 1, "is not positive; give a number of optimizer steps"),
             ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per optimizer step"),
         )
         for option, holds, fault in rules:

@@ -147,9 +147,11 @@ def state_share(cfg: OptimConfig) -> float:
 def ema_decay_at(step: int, cfg: OptimConfig) -> float:
     """Compute the average's decay at step `step`: it rises from 0.1 to ema_decay, so that early weights are soon forgotten.
 
-    min(ema_decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage with `num_updates`.
+    min(ema_decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage with `num_updates`; n counts the times
+    that the average was brought up to date before.
     """
-    return min(cfg.ema_decay, (1 + step) / (10 + step))
+    times = step // cfg.ema_steps
+    return min(cfg.ema_decay, (1 + times) / (10 + times))
 
 
 class Ema:
@@ -165,7 +167,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move towards `module` as it is after step `step`, counted from 0."""
+        """Move towards `module` as it is after step `step`, counted from 0, if this is one of every ema_steps."""
+        if (step + 1) % self.cfg.ema_steps:
+            return
         averages, values = [], []
         for average, value in zip(_tensors(self.module), _tensors(module), strict=True):
             if average.is_floating_point():

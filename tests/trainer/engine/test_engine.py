@@ -223,11 +223,21 @@ def test_binary_loss_is_timms() -> None:
     shares = torch.tensor([0.2, 0.3, 0.5] + [0.0] * (CLASSES - 3)).repeat(6, 1)
     with torch.no_grad():
         logits = small_net()(normalised(one.images))[:4]
-    for smoothing, targets, expected in (
-        (0.1, None, BinaryCrossEntropy(smoothing=0.1)(logits, labels[:4])),
-        (0.0, shares, BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, shares[:4])),
+    for smoothing, targets, threshold, summed in (
+        (0.1, None, 0.2, False),
+        (0.1, None, None, True),
+        (0.0, shares, 0.2, False),
+        (0.0, shares, 0.4, True),
+        (0.0, shares, None, False),
+        (0.0, shares, None, True),
     ):
-        engine = build(small_net(), replace(PLAIN, loss="binary", label_smoothing=smoothing))
+        # Theirs would cut off smoothed labels too.
+        theirs = BinaryCrossEntropy(
+            smoothing=smoothing, target_threshold=None if targets is None else threshold, sum_classes=summed
+        )
+        expected = theirs(logits, (labels if targets is None else targets)[:4])
+        optim = replace(PLAIN, loss="binary", label_smoothing=smoothing, binary_threshold=threshold, binary_sum=summed)
+        engine = build(small_net(), optim)
         sums = engine.step([one._replace(labels=labels, targets=targets, num_real=4)], 0.1)
         assert sums[0].item() == pytest.approx(4 * expected.item(), rel=1e-5)
 

@@ -16,6 +16,7 @@ from timm.models import group_parameters
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
 
 from data_pipeline.common.errors import UserError
 from trainer.model.resnet import ModelConfig, ModelName, build_resnet
@@ -454,6 +455,28 @@ def test_ema_keeps_channels_last_memory() -> None:
     assert ema.module.get_parameter("layer1.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_ema_is_torchs_averaged_model(every: int) -> None:
+    """Fed at every third step, as torchvision does by --model-ema-steps, with the decays of ours; buffers included."""
+    cfg = OptimConfig(ema_decay=0.3, ema_steps=every)
+    decays = iter((0.1, 2 / 11, 0.25, *[0.3] * 9))
+
+    def avg_fn(average: Tensor, value: Tensor, _: Tensor | int) -> Tensor:
+        return torch.lerp(average, value, 1 - decay) if value.is_floating_point() else value
+
+    network = small_network()
+    theirs = AveragedModel(network, avg_fn=avg_fn, use_buffers=True)
+    theirs.update_parameters(network)  # the first time it copies
+    states = trained_states(small_network(), 12)
+    for state in states[every - 1 :: every]:
+        decay = next(decays)
+        network.load_state_dict(state)
+        theirs.update_parameters(network)
+    ours = averaged(states, cfg).module.state_dict()
+    assert int(ours["1.num_batches_tracked"]) == 12
+    torch.testing.assert_close(ours, theirs.module.state_dict(), rtol=1e-12, atol=1e-13)
+
+
 def test_ema_decay_rises_to_its_limit() -> None:
     cfg = OptimConfig(ema_decay=0.99)
     decays = [ema_decay_at(step, cfg) for step in range(2000)]
@@ -534,6 +557,11 @@ def test_ema_decay_rises_to_its_limit() -> None:
         ),
         ({"label_smoothing": 1.0}, "optim.label_smoothing: 1.0 is out of range; give a share from 0 to below 1"),
         ({"ema_decay": 1.0}, "optim.ema_decay: 1.0 is out of range; give a decay below 1, or 0 for no average"),
+        ({"ema_steps": 0}, "optim.ema_steps: 0 is not positive; give a number of optimizer steps"),
+        (
+            {"binary_threshold": 1.0},
+            "optim.binary_threshold: 1.0 is out of range; give a share from 0 to below 1, or null for none",
+        ),
         ({"accumulate": 0}, "optim.accumulate: 0 is not positive; give 1 or more micro-batches per optimizer step"),
     ],
 )
