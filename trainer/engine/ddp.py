@@ -20,6 +20,7 @@ from trainer.engine import gradient_compression
 from trainer.engine.compilation import check_device, compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.data_parallel import DataParallel
+from trainer.engine.optimizer_state import adopt, groups_of, loss_scale, read_whole
 from trainer.engine.prediction import Predictor
 from trainer.optim.optimizer import OptimConfig, build_optimizer, state_share
 
@@ -104,15 +105,17 @@ class DdpEngine(DataParallel):
 
     def load(self, folder: Path) -> None:
         state = load_state(folder / STATE, self.ctx.device)
-        require(
-            "engine" not in state,
-            f"engine.name: {folder} was written by {state.get('engine')}, not by ddp; name that, or give another --run.dir",
-        )
         self._restore(state, folder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("engine") == "deepspeed":
+            groups = groups_of(self.module, self.optimizer)
+            whole = read_whole(folder, state, groups, self.ctx.device)
+            adopt(self.optimizer, whole, dict(self.module.named_parameters()))
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.pieces = {(rows, size_px): number for rows, size_px, number in state.get("pieces", ())}
-        if state["scaler"]:  # empty where the run has been in another precision up to now
-            self.scaler.load_state_dict(state["scaler"])
+        scale = loss_scale(state)
+        if scale:  # otherwise the run has been in another precision up to now
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale[0], "_growth_tracker": scale[1]})
         if self.powersgd:
             gradient_compression.load(self.powersgd, folder, self.ctx)
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.common.errors import UserError
 from trainer.checkpoint.files import STATE, load_state
 from trainer.checkpoint.host_copy import Content, packed_state, writer
 from trainer.checkpoint.store import StateWriter
@@ -22,13 +21,11 @@ from trainer.distributed import DistContext
 from trainer.engine.compilation import compiled
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.engine.data_parallel import DataParallel
+from trainer.engine.optimizer_state import SHARD, Moments, adopt, groups_of, loss_scale, part_of, read_whole
 from trainer.engine.precision import Autocast
 from trainer.engine.prediction import Predictor
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import build_optimizer
-
-SHARD = "optimizer-{rank}.pt"
-"""Name of the file with a rank's part of the optimiser's state."""
 
 _BUCKET = 1 << 23  # gradients reduced at a time: 32 MiB, as DDP has 25; DeepSpeed would set aside 2 GB
 _FIRST_SCALE, _CLEAN_UPDATES = 2.0**16, 2000  # as torch's GradScaler
@@ -61,6 +58,7 @@ class DeepSpeedEngine(DataParallel):
         self.module.to(memory_format=torch.contiguous_format)
         self.ddp_model = _Cast(compiled(self.module, cfg, device), self.autocast)
         self.optimizer = build_optimizer(self.module, optim, self.autocast.product_dtype)
+        self.groups = groups_of(self.module, self.optimizer)
         self._deepspeed = _import_deepspeed(ctx)
         self.engine, self._zero, _, _ = self._deepspeed.initialize(
             model=self.ddp_model, optimizer=self.optimizer, config=self._options(), dist_init_required=False
@@ -93,17 +91,36 @@ class DeepSpeedEngine(DataParallel):
 
     def load(self, folder: Path) -> None:
         state = load_state(folder / STATE, self.ctx.device)
-        self._check_saved(state, folder)
         with self.whole_weights(source=0):
             self._restore(state, folder)
         if self.stage > 0:
             self._zero.refresh_fp32_params()
-        shard = SHARD.format(rank=self.ctx.rank if self.stage > 0 else 0)
-        saved = load_state(folder / shard, self.ctx.device)["optimizer"]
-        for weights, moments in zip(self._shards, saved, strict=True):
-            self.optimizer.state[weights] = moments
-        if self.autocast.precision == "fp16" and state["scale"] != 1:  # 1: the run has been in another precision
-            self.scale, self.clean_updates = state["scale"], state["clean_updates"]
+        if self._divided_alike(state):
+            shard = SHARD.format(rank=self.ctx.rank if self.stage > 0 else 0)
+            saved = load_state(folder / shard, self.ctx.device)["optimizer"]
+            for weights, moments in zip(self._shards, saved, strict=True):
+                self.optimizer.state[weights] = moments
+        else:
+            self._divide(read_whole(folder, state, self.groups, self.ctx.device))
+        scale = loss_scale(state)
+        if self.autocast.precision == "fp16" and scale:
+            self.scale, self.clean_updates = scale
+
+    def _divided_alike(self, state: dict[str, Any]) -> bool:
+        """Return True where a checkpoint's parts of the optimizer's state are this engine's."""
+        same = state.get("engine") == "deepspeed" and state["zero_stage"] == self.stage
+        return same and (self.stage == 0 or state["world"] == self.ctx.world)
+
+    def _divide(self, moments: Moments) -> None:
+        """Take over the optimizer's state of another engine, stage or number of ranks."""
+        if self.stage == 0:
+            adopt(self.optimizer, moments, dict(self.module.named_parameters()))
+            return
+        used = [group for group in self.groups if group]
+        for group, part in zip(used, self._shards, strict=True):
+            state = part_of(moments, group, self.stage, self.ctx.rank, self.ctx.world, part)
+            if state:
+                self.optimizer.state[part] = state
 
     def _options(self) -> dict[str, Any]:
         """DeepSpeed's configuration. Precision, learning rate and accumulation are ours to handle."""
@@ -184,23 +201,6 @@ class DeepSpeedEngine(DataParallel):
             list(self.module.parameters()), modifier_rank=source
         )
         return gathered
-
-    def _check_saved(self, state: dict[str, Any], folder: Path) -> None:
-        if state.get("engine") != "deepspeed":
-            raise UserError(
-                f"engine.name: {folder} was not saved by deepspeed; set it back to ddp, or give another --run.dir"
-            )
-        if state["zero_stage"] != self.stage:
-            raise UserError(
-                f"engine.zero_stage: {folder} was saved at stage {state['zero_stage']}, not {self.stage}; "
-                "set it back, or give another --run.dir"
-            )
-        if self.stage > 0 and state["world"] != self.ctx.world:
-            processes = f"{state['world']} process" + "es" * (state["world"] != 1)
-            raise UserError(
-                f"--nproc_per_node: {folder} was saved by {processes}, each with its part of the "
-                f"optimiser's state, and now there are {self.ctx.world}; start as many as before"
-            )
 
 
 class _Cast(nn.Module):

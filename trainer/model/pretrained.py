@@ -20,7 +20,7 @@ from trainer.distributed import DistContext
 from trainer.model.config import Activation, Attention, ModelConfig, Shortcut, Stem, is_torchvision
 from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, SHAPING, ResNet, build_resnet
 from trainer.model.running_stats import keep_statistics
-from trainer.model.weight_files import State, few, read_network
+from trainer.model.weight_files import State, deepspeed_file, few, read_network
 
 PREPROCESSING = ("mean", "std", "eval_crop")
 """Options of `data` that weights bring with them, where known."""
@@ -151,8 +151,9 @@ def _read(weights: str) -> tuple[State, list[str], list[str] | None]:
         f"model.weights: {weights} does not exist; give a file, a run folder, or a name such as ResNet18_Weights.IMAGENET1K_V1",
     )
     try:
-        if not path.is_dir():
-            return *read_network(path), None
+        file = deepspeed_file(path) if path.is_dir() else path
+        if file:
+            return *read_network(file), None
         checkpoint = path if (path / WEIGHTS).is_file() else Store(path).chosen()
         if checkpoint is None:
             raise UserError(f"model.weights: {weights} holds no complete checkpoint; give the folder of a trained run")

@@ -44,6 +44,19 @@ def read_network(path: Path) -> tuple[State, list[str]]:
     return _network(_state_dict(_open(path), path), path)
 
 
+def deepspeed_file(folder: Path) -> Path | None:
+    """Find the file of weights in a folder that DeepSpeed saved; None in any other. Raises `UserError`."""
+    latest = folder / "latest"
+    inside = folder / Path(latest.read_text().strip()).name if latest.is_file() else folder
+    if any(inside.glob("zero_pp_rank_*_model_states.pt")):  # of stage 3, whose "module" is empty
+        raise UserError(
+            f"model.weights: the weights in {folder} are divided as ZeRO-3 does; join them by DeepSpeed's "
+            "zero_to_fp32.py, which lies there, and give the file that it writes"
+        )
+    file = inside / "mp_rank_00_model_states.pt"
+    return file if file.is_file() else None
+
+
 def few(names: list[str]) -> str:
     """List the first names, for a message."""
     return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))

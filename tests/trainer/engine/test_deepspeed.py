@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import UserError
 from tests.support import warm
 from tests.support.runs import SOLO, Job, checkpoint, dotted, environment, rows, settings_of
-from tests.trainer.engine.test_contract import CLIPPED, DDP, SGD, ZERO, build, net, train
-from tests.trainer.engine.test_engine import assert_equal, batch, small_net
-from trainer.checkpoint.files import STATE, WEIGHTS
+from tests.trainer.engine.test_contract import ADAMW, CLIPPED, DDP, SGD, ZERO, build, net, saved, train
+from tests.trainer.engine.test_engine import assert_equal, batch, join, small_net
+from trainer.checkpoint.files import STATE, WEIGHTS, load_state
 from trainer.checkpoint.store import Store
+from trainer.distributed import DistContext
 from trainer.engine.base import Engine
 from trainer.engine.config import EngineConfig, Precision
+from trainer.engine.ddp import DdpEngine
 from trainer.engine.deepspeed import DeepSpeedEngine, check_deepspeed
+from trainer.engine.optimizer_state import groups_of, read_whole
 from trainer.optim.optimizer import OptimConfig
 
 
@@ -141,33 +144,67 @@ def check_layout(folder: Path) -> None:
 
 
 def check_what_is_loaded(folder: Path) -> None:
-    """Another stage's or engine's checkpoint is refused in one line; its weights are anybody's."""
-    engines = {"ddp": build(DDP, SGD, SOLO, net()), **{str(stage): zero(stage, SGD, net()) for stage in range(4)}}
-    for name, engine in engines.items():
-        train(engine, SOLO)
-        (folder / name).mkdir()
-        engine.capture_state({})(folder / name)
-    for stage in range(4):
-        reader = zero(stage, SGD, net())
-        with pytest.raises(UserError, match=r"engine.name: .* was not saved by deepspeed; set it back to ddp"):
-            reader.load(folder / "ddp")
-        with pytest.raises(
-            UserError, match=f"engine.zero_stage: .* at stage {(stage + 1) % 4}, not {stage}; set it back"
-        ):
-            reader.load(folder / str((stage + 1) % 4))
-        state = torch.load(folder / str(stage) / STATE, weights_only=True)
-        torch.save(state | {"world": 2}, folder / str(stage) / STATE)
-        if stage > 0:
-            with pytest.raises(
-                UserError, match=r"--nproc_per_node: .* by 2 processes.* now there are 1; start as many"
-            ):
-                reader.load(folder / str(stage))
-        assert_equal(parameters(reader), parameters(zero(stage, SGD, net())))
-        if stage == 0:
-            reader.load(folder / "0")
-            assert_equal(parameters(reader), parameters(engines["0"]))
-        for name, value in load_file(folder / str(stage) / WEIGHTS).items():
-            torch.testing.assert_close(value, load_file(folder / "ddp" / WEIGHTS)[name], rtol=1e-5, atol=1e-7)
+    """Every engine goes on from every other's checkpoint."""
+    reference = give(SOLO, folder, ADAMW)
+    for giver in (DDP, *ZERO):
+        for taker in (DDP, *ZERO):
+            check_taking(SOLO, place_of(folder, ADAMW, giver), ADAMW, taker, reference)
+
+
+def place_of(folder: Path, optim: OptimConfig, engine: EngineConfig) -> Path:
+    return folder / f"{optim.name} of {engine.name} {engine.zero_stage}"
+
+
+def give(ctx: DistContext, folder: Path, optim: OptimConfig) -> DdpEngine:
+    """Train and save by each engine. Returns DDP's, in which each moment belongs to a parameter."""
+    engines = {cfg: build(cfg, optim, ctx, net()) for cfg in (DDP, *ZERO)}
+    for cfg, engine in engines.items():
+        train(engine, ctx)
+        saved(engine, ctx, place_of(folder, optim, cfg))
+    reference = engines[DDP]
+    assert isinstance(reference, DdpEngine)
+    return reference
+
+
+def check_taking(ctx: DistContext, place: Path, optim: OptimConfig, taker: EngineConfig, reference: DdpEngine) -> None:
+    """An engine that loads the checkpoint in `place` has its weights to the bit, and the reference's moments, and trains."""
+    resumed = build(taker, optim, ctx, net(seed=8))
+    resumed.load(place)
+    again = place.with_name(f"{place.name} by {taker.name} {taker.zero_stage} of {ctx.world}")
+    assert_equal(saved(resumed, ctx, again), load_file(place / WEIGHTS))
+    state = load_state(again / STATE, ctx.device)
+    kept = read_whole(again, state, groups_of(reference.module, reference.optimizer), ctx.device)
+    for name, parameter in reference.module.named_parameters():
+        theirs = reference.optimizer.state[parameter]
+        assert theirs and kept[name].keys() == theirs.keys()
+        for key, value in theirs.items():
+            torch.testing.assert_close(kept[name][key], value, rtol=1e-4, atol=1e-6, msg=f"{again}: {key} of {name}")
+    assert torch.isfinite(resumed.step([batch(4, ctx.rank)], 0.01)).all()
+
+
+def give_by_two(rank: int, folder: Path) -> None:
+    ctx = join(rank, 2, folder)
+    ctx.run_on_rank0((folder / "two").mkdir)
+    for optim in (SGD, ADAMW):
+        reference = give(ctx, folder / "two", optim)
+        for giver, taker in ((ZERO[1], ZERO[3]), (ZERO[3], ZERO[2])):
+            check_taking(ctx, place_of(folder / "two", optim, giver), optim, taker, reference)
+
+
+def take_alone(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for optim in (SGD, ADAMW):
+        reference = build(DDP, optim, SOLO, net())
+        assert isinstance(reference, DdpEngine)
+        reference.load(place_of(folder / "two", optim, DDP))
+        for giver, taker in ((ZERO[1], ZERO[1]), (ZERO[2], DDP), (ZERO[3], ZERO[0]), (ZERO[3], ZERO[3])):
+            check_taking(SOLO, place_of(folder / "two", optim, giver), optim, taker, reference)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+    warm.start_ranks(give_by_two, (tmp_path,), 2)
+    warm.start_ranks(take_alone, (tmp_path,), 1)
 
 
 # Whole runs

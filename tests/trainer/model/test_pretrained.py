@@ -135,6 +135,21 @@ def test_files_of_every_kind(name: str, tmp_path: Path) -> None:
         assert_same_logits(network, reference)
 
 
+def test_a_folder_of_deepspeeds(tmp_path: Path) -> None:
+    """As its `save_checkpoint` leaves it; stage 3 has only parts of the weights, in files for each rank."""
+    reference, step = torchvisions(), tmp_path / "global_step7"
+    step.mkdir()
+    (tmp_path / "latest").write_text("global_step7\n")
+    torch.save(CONTENTS["deepspeed.pt"](reference.state_dict()), step / "mp_rank_00_model_states.pt")
+    for folder in (tmp_path, step):
+        network, told = start(folder)
+        assert told == f"starting from {folder}, head included"
+        assert_same_logits(network, reference)
+    (step / "mp_rank_00_model_states.pt").rename(step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"are divided as ZeRO-3 does; join them by DeepSpeed's zero_to_fp32\.py"):
+        start(tmp_path)
+
+
 def mmpretrain(state: State) -> State:
     head = {name: value for name, value in state.items() if name.startswith("fc.")}
     body = {name: value for name, value in state.items() if name not in head}
