@@ -11,6 +11,7 @@ import torch
 from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums
+from trainer.node.clock import clock_of
 from trainer.resilience.watchdog import Phase
 
 T = TypeVar("T")
@@ -73,38 +74,6 @@ class BadStep(NamedTuple):
     what: str
 
 
-class HostClock:
-    """Clock of a device that has done its work when a call returns: the CPU."""
-
-    def mark(self) -> Any:
-        """Mark this moment: everything started until now comes before it."""
-        return time.perf_counter()
-
-    def seconds(self, start: Any, end: Any) -> float:
-        return float(end - start)
-
-    def settle(self, mark: Any) -> None:
-        """Wait until the device is past `mark`. Only then `seconds` may be asked for."""
-
-
-class GpuClock(HostClock):
-    """Clock of a GPU, which works behind the host: marks lie between its kernels.
-
-    The host runs ahead until a queue is full, so its own clock would count as a wait for data what is a wait for the GPU.
-    """
-
-    def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end)) / 1e3
-
-    def settle(self, mark: Any) -> None:
-        mark.synchronize()
-
-
 class Meter:
     """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
 
@@ -126,7 +95,7 @@ class Meter:
         """Seconds of training up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
         """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.StepSums`."""
-        self._clock = GpuClock() if ctx.device.type == "cuda" else HostClock()
+        self._clock = clock_of(ctx.device)
         self._start = time.perf_counter()
         self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
         self._restart()

@@ -9,8 +9,10 @@ import torch
 from tests.support.runs import SOLO
 from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
+from trainer.node import clock as clock_module
+from trainer.node.clock import GpuClock
 from trainer.tracking import meter as meter_module
-from trainer.tracking.meter import GpuClock, Meter, Scores
+from trainer.tracking.meter import Meter, Scores
 
 CLASSES = 6
 
@@ -36,7 +38,8 @@ class TwoRanks(DistContext):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     turned = Clock()
-    monkeypatch.setattr(meter_module, "time", turned)
+    for module in (meter_module, clock_module):
+        monkeypatch.setattr(module, "time", turned)
     return turned
 
 
