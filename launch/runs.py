@@ -6,7 +6,7 @@ All is read from the run folders and from the controller's queue; no accounting 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,8 @@ class Row(NamedTuple):
     """Seconds until the run has trained all its epochs; None unless it is training."""
     images_per_s: float | None
     best_top1_pct: float | None
+    slow: str
+    """Ranks that hold up the others, as "rank 3 on gpu07 (data, 41 %)"; empty without any."""
 
 
 def status(arguments: list[str]) -> None:
@@ -76,10 +78,13 @@ def status(arguments: list[str]) -> None:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "state", "nodes", "restarts", "epoch", "eta", "img/s", "best top-1 %"):
         shown.add_column(name, no_wrap=True, justify="left" if name in ("run", "state", "nodes") else "right")
+    slow = any(row.slow for row in rows)
+    if slow:
+        shown.add_column("slow ranks", no_wrap=True)
     for row in rows:
         eta = "" if row.left_s is None else str(timedelta(seconds=round(row.left_s)))
         figures = (_figure(row.epoch, ".2f"), eta, _figure(row.images_per_s, ".0f"), _figure(row.best_top1_pct, ".2f"))
-        words = (row.name, row.state, row.nodes, str(row.restarts), *figures)
+        words = (row.name, row.state, row.nodes, str(row.restarts), *figures, *([row.slow] if slow else []))
         shown.add_row(*(Text(printable(word)) for word in words))
     wide = None if sys.stdout.isatty() else 10_000
     Console(width=wide, highlight=False).print(shown)
@@ -96,7 +101,8 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
     if not (submission or plain):
         return None
     known = jobs.get(submission.job.id or "" if submission else plain)
-    rows = list(_rows(run))
+    lines = list(_rows(run))
+    rows = [line for line in lines if "alert" not in line]
     last: dict[str, Any] = {}
     for row in rows:
         last |= {name: value for name, value in row.items() if value is not None}
@@ -109,7 +115,25 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
         _seconds_left(run, rows, now_s) if known and known.state == "RUNNING" else None,
         last.get("perf/images_per_s"),
         last.get("val/best_top1_pct"),
+        "; ".join(
+            f"rank {one['rank']} on {one['node']} ({one['phase']}, {one['slower_pct']:.0f} %)"
+            for one in slow_ranks(lines)
+        ),
     )
+
+
+def slow_ranks(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the alerts of `lines` of metrics.jsonl about ranks that are slow at its end; see `SlowRanks`."""
+    named: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        match line:
+            case {"alert": "slow rank", "rank": int(rank), "node": str(), "phase": str(), "slower_pct": float()}:
+                named[rank] = line
+            case {"alert": "rank no longer slow", "rank": int(rank)}:
+                named.pop(rank, None)
+            case {"perf/slow_ranks": 0}:  # another start of the run, perhaps on other nodes
+                named.clear()
+    return list(named.values())
 
 
 def state_of(submission: Submission, known: Queued | None) -> str:

@@ -18,7 +18,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.launcher import launched_rank, leave_alone
 from data_pipeline.sharding import RankInfo
 from trainer.node import cores, gpus, network
-from trainer.node.arrival import Arrival, all_fail, exchange, host_name, take_cores
+from trainer.node.arrival import Arrival, Place, all_fail, exchange, host_name, take_cores
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -35,6 +35,8 @@ class DistContext(RankInfo):
 
     timeout_s: float = PATIENCE_S
     """Time after which a collective fails."""
+    places: tuple[Place, ...] = ()
+    """Node and GPU of each rank; empty where there is only one."""
 
     @property
     def primary(self) -> bool:
@@ -169,7 +171,7 @@ def open_dist_context(
     )
     keep_group()
     try:
-        yield DistContext(gpu or CPU, rank, world, share, timeout_s)
+        yield DistContext(gpu or CPU, rank, world, share, timeout_s, tuple(one.place for one in everyone))
     except BaseException as error:
         # Other ranks may wait in a collective for this one, and to destroy the group would be to wait for them.
         if isinstance(error, UserError) and all_fail(store, rank, world):

@@ -80,7 +80,8 @@ def take_step(session: Session, micro_batches: list[Batch]) -> float:
     step = session.progress.step + 1
     heartbeat("update")
     if step not in session.progress.skipped:
-        session.meter.add(session.engine.step(micro_batches, lr))
+        sums = session.engine.step(micro_batches, lr)
+        session.meter.add(sums, session.engine.waits.take())
     session.trace.step(step)
     session.progress = replace(session.progress, step=step, cursor=session.loader.cursor)
     heartbeat("update", step, fresh=False)

@@ -47,6 +47,9 @@ class RunConfig:
     stall_s: float = free(600.0)
     """Seconds without any progress after which the run names the rank that it waits for, writes stacks/ in the run folder and
     ends with exit code 75; three times as many for an epoch's first optimizer step, which may compile. 0 waits for ever."""
+    slow_pct: float = free(20.0)
+    """Percent that a rank's own work on a step, without waiting for others, may take longer than the median of all ranks; a
+    rank beyond it in five logging intervals in a row is named with its node and GPU. 0 for never."""
 
     def __post_init__(self) -> None:
         require(
@@ -80,6 +83,10 @@ class RunConfig:
         require(
             0 <= self.stall_s < math.inf,
             f"run.stall_s: {self.stall_s} is no time; give seconds such as 600, or 0 for off",
+        )
+        require(
+            0 <= self.slow_pct < math.inf,
+            f"run.slow_pct: {self.slow_pct} is no percentage; give one such as 20, or 0 for off",
         )
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
 

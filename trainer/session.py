@@ -17,6 +17,7 @@ from trainer.distributed import DistContext
 from trainer.engine.base import Engine
 from trainer.model.resnet import freeze
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
+from trainer.resilience.slow_ranks import SlowRanks
 from trainer.resilience.watchdog import heartbeat
 from trainer.scoring import evaluate
 from trainer.tracking.meter import Meter
@@ -54,6 +55,7 @@ class Session:
     def __post_init__(self) -> None:
         self.classes = self.loader.catalog.classes
         self.images = len(self.loader.catalog)
+        self.slow_ranks = SlowRanks(self.cfg.run.slow_pct, self.ctx.places)
         self.resume(self.progress)
 
     def resume(self, progress: Progress) -> None:
@@ -80,7 +82,12 @@ class Session:
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics. Returns True where any rank was asked to stop. Collective."""
         scalars, stopping = self.reduce(stop)
+        alerts = [*self.slow_ranks.look(self.meter.rank_times)]
+        if self.ctx.world > 1:
+            scalars |= {"perf/slow_ranks": len(self.slow_ranks.named)}
         self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
+        for title, text, facts in alerts:
+            self.tracker.alert(title, text, facts._asdict())
         return stopping
 
     def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:

@@ -25,6 +25,8 @@ from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
 from tests.support import warm
 from tests.support.runs import ROOT, descendants, dotted, environment, rows, settings_of
 from trainer.checkpoint.store import Store
+from trainer.node.arrival import Place
+from trainer.resilience.slow_ranks import INTERVALS, RankTimes, SlowRanks
 
 PROFILE_NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
 
@@ -362,6 +364,19 @@ def test_an_outcome_is_that_of_one_start(tmp_path: Path) -> None:
     assert submission.outcome(1) is None, "the next start has not said anything yet: it may have crashed"
 
 
+def slow_rank(rank: int) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl about a rank that is slow, and another that no longer is."""
+    watch = SlowRanks(20, [Place("gpu1", "")] * (rank + 1))
+    usual, slow = RankTimes(0.001, 0.099, 0.0), RankTimes(0.042, 0.099, 0.0)
+    lines: list[dict[str, Any]] = []
+    for other in (slow, usual):
+        for _ in range(INTERVALS):
+            told = watch.look([other, *[usual] * (rank - 1), slow])
+            lines += [{"alert": title, "text": text, **facts._asdict()} for title, text, facts in told]
+    assert [line["rank"] for line in lines] == [0, rank, 0]
+    return lines
+
+
 def test_the_table_of_runs(tmp_path: Path) -> None:
     figures: list[dict[str, Any]] = [
         {"step": 1, "epoch": 0.1, "time": 1.0},
@@ -372,7 +387,8 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
         submission = submitted(tmp_path / name, str(number))
         if name == "running":
             (tmp_path / name / "config.yaml").write_text("run: {epochs: 3}")
-            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures) + '{"st')
+            lines = [*figures[:2], *slow_rank(9), {**figures[1], "perf/slow_ranks": 0.0}, *slow_rank(3), *figures[2:]]
+            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"st')
         if name in ("ended", "cancelled"):
             submission.write_restarts(crashes=1, restarts=3, end="finished" if name == "ended" else "cancelled")
     (tmp_path / "not submitted").mkdir()
@@ -400,7 +416,9 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     ]
     assert rows["sweep/lr=0.1"].state == "pending: as many of its sweep run as may (JobArrayTaskLimit)"
     assert rows["waiting"].state == "pending: others come first (Priority)" and rows["waiting"].epoch is None
-    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 290.0, 120.0, 50.0)
+    slow = "rank 3 on gpu1 (data, 41 %)"
+    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 290.0, 120.0, 50.0, slow)
+    assert rows["ended"].slow == ""
     assert rows["by sbatch"].state == "pending: a limit on what may run at once (QOSMaxJobsPerUserLimit)"
     assert rows["by sbatch and done"].state == "stopped"
     assert (rows["ended"].state, rows["ended"].restarts) == ("finished", 3)

@@ -239,7 +239,16 @@ def place_checkpoint(run: Path, cfg: Config, files: dict[str, bytes]) -> Path:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl."""
+    """The whole rows of metrics.jsonl, without the alerts."""
+    return [row for row in _metrics_lines(run) if "alert" not in row]
+
+
+def alerts(run: Path) -> list[dict[str, Any]]:
+    """The alerts in metrics.jsonl."""
+    return [row for row in _metrics_lines(run) if "alert" in row]
+
+
+def _metrics_lines(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

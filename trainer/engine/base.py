@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from trainer.checkpoint.store import StateWriter
+from trainer.node.clock import WaitTimer
 
 
 class StepSums(NamedTuple):
@@ -27,6 +28,9 @@ class StepSums(NamedTuple):
 class Engine(Protocol):
     module: nn.Module
     """Network in training, unwrapped: its keys never contain "module." or "_orig_mod."."""
+
+    waits: WaitTimer
+    """Times in which this rank's gradients were there, and it waited for those of the others."""
 
     @property
     def predict(self) -> Callable[[Tensor], Tensor]:

@@ -18,6 +18,7 @@ from trainer.engine.loss import count, training_loss
 from trainer.engine.precision import Autocast
 from trainer.model.drop_path import draw_paths, drop_paths
 from trainer.model.running_stats import EarlyStatistics
+from trainer.node.clock import WaitTimer, clock_of
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import Ema, set_lr
 from trainer.resilience.watchdog import Phase
@@ -54,6 +55,7 @@ class DataParallel(ABC):
         )
         self.updates = 0
         self.copy = HostCopy()
+        self.waits = WaitTimer(clock_of(ctx.device))
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
@@ -67,7 +69,7 @@ class DataParallel(ABC):
                     taught = self.teacher(batch.images) if self.teacher else None
                     logits = self._logits(batch.images)
                 losses = training_loss(logits, batch, self.optim, self.class_weights, taught)
-                with Phase("backward"):
+                with Phase("backward"), self.waits.exchanging():
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)
             counted += count(logits.detach(), batch.labels, losses.detach())
@@ -89,6 +91,15 @@ class DataParallel(ABC):
     def _chunks(self, micro_batches: list[Batch]) -> list[Batch]:
         """Parts of a batch that each have a forward and a backward pass of their own."""
         return micro_batches
+
+    def _time_exchange(self) -> None:
+        """Tell the waiting for other ranks from the backward pass, where an engine exchanges gradients behind it.
+
+        The gradient of the first trained layer comes last, and the hook on it runs before DDP hears of it.
+        """
+        if self.ctx.world > 1:
+            first = next(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+            first.register_post_accumulate_grad_hook(self.waits.part_done)
 
     @abstractmethod
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:

@@ -67,6 +67,7 @@ class DdpEngine(DataParallel):
             )
             self._settle_buckets()
             self.powersgd = gradient_compression.compress(self.ddp_model, cfg.compression)
+        self._time_exchange()
         # One network runs through DDP, the other bypasses it while some parameters are frozen.
         self._forward = compiled(self.ddp_model, cfg, device)
         self._lone_forward = compiled(self.module, cfg, device) if ctx.world > 1 else self._forward
@@ -148,7 +149,9 @@ class DdpEngine(DataParallel):
 
     def _update(self) -> Tensor:
         if self._partly_frozen:
-            self._average_gradients()
+            with self.waits.exchanging():
+                self.waits.part_done()
+                self._average_gradients()
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.module.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -65,6 +65,7 @@ class DeepSpeedEngine(DataParallel):
         )
         if self.stage == 0:
             self.module.to(memory_format=torch.channels_last)
+            self._time_exchange()  # the other stages exchange in the middle of a pass
         if self.ema:
             self.predict = Predictor(self.ema.module, normalise, cfg, device)
         else:

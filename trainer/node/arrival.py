@@ -17,6 +17,17 @@ from trainer.node.network import View
 _FAREWELL_S = 3.0  # time in which ranks that fail alike should have done so
 
 
+class Place(NamedTuple):
+    """Node and GPU of a rank, for people who look for them."""
+
+    node: str
+    gpu: str
+    """UUID as nvidia-smi prints it; empty for the CPU."""
+
+    def __str__(self) -> str:
+        return f"{self.node}, {self.gpu}" if self.gpu else self.node
+
+
 class Arrival(NamedTuple):
     """One rank's message before it joins."""
 
@@ -31,6 +42,10 @@ class Arrival(NamedTuple):
     cpus: tuple[int, ...] = ()
     """Processors that it may use."""
     view: View = View()
+
+    @property
+    def place(self) -> Place:
+        return Place(self.host.partition(" ")[0], f"GPU-{self.gpu.removeprefix('GPU-')}" if self.gpu else "")
 
 
 def exchange(store: Store, rank: int, world: int, own: Arrival) -> list[Arrival]:
@@ -87,6 +102,6 @@ def all_fail(store: Store, rank: int, world: int) -> bool:
 
 
 def host_name() -> str:
-    """Name that the processes of one node have in common; it tells apart nodes that share a machine, as in tests."""
+    """Name that the processes of one node have in common, its own before a space; it tells apart nodes of one machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{os.environ.get('SLURMD_NODENAME') or platform.node()} {boot.read_text().strip() if boot.exists() else ''}"

@@ -129,9 +129,9 @@ def _plain_yaml(text: str) -> Any:
 
 
 def _rows(text: str) -> list[dict[str, float]]:
-    """Parse the complete lines of metrics.jsonl: the last may be half written."""
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [_figures(json.loads(line)) for line in lines]
+    """Parse the complete lines of metrics.jsonl, but for alerts: the last may be half written."""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [_figures(row) for row in rows if "alert" not in row]
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:

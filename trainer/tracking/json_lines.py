@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.atomic_io import replace_file
 from trainer.tracking.row_file import RowFile
@@ -15,20 +16,28 @@ from trainer.tracking.sink import Sink
 class JsonLines(Sink):
     """`metrics.jsonl`: a row a line, flushed at once: `{"step": int, "epoch": float, "time": Unix seconds, ...}`.
 
-    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN.
+    JSON has no NaN and no infinity: both become `null`, which pandas reads as NaN. An alert is a line with its title as
+    `alert`, its `text`, and its facts.
     """
 
     def __init__(self, path: Path, resume_step: int, tell: Callable[[str], None]) -> None:
+        self._step, self._epoch = resume_step, 0.0
         self._file = RowFile(path.name, lambda: _open_rows(path, resume_step), tell)
 
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        row = {"step": step, "epoch": epoch, "time": time.time(), **finite}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._step, self._epoch = step, epoch
+        self._line({name: value if math.isfinite(value) else None for name, value in scalars.items()})
+
+    def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
+        self._line({"alert": title, "text": text, **facts})
 
     def close(self, failed: bool) -> None:
         self._file.close()
+
+    def _line(self, content: Mapping[str, Any]) -> None:
+        row = {"step": self._step, "epoch": self._epoch, "time": time.time(), **content}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
 
 
 def _open_rows(path: Path, resume_step: int) -> int:

@@ -4,14 +4,15 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
 from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums
-from trainer.node.clock import clock_of
+from trainer.node.clock import Span, clock_of
+from trainer.resilience.slow_ranks import RankTimes, rank_figures
 from trainer.resilience.watchdog import Phase
 
 T = TypeVar("T")
@@ -77,7 +78,8 @@ class BadStep(NamedTuple):
 class Meter:
     """Collects on the device; nothing leaves it until `reduce`, once per logging interval.
 
-    The wait for data is the time in which the device has nothing to do because its next batch is not there.
+    The wait for data is the time in which the device has nothing to do because its next batch is not there. Which rank
+    the others wait for is gathered along the way (see `slow_ranks`).
 
     With loss scaling (`scaled`) a gradient that is not finite is normal: the step is left out, and the scale
     lowered.
@@ -91,6 +93,8 @@ class Meter:
         self._watched = [StepSums._fields.index(name) for name in watched]
         self.nonfinite: BadStep | None = None
         """First bad step that the last `reduce` found."""
+        self.rank_times: list[RankTimes] = []
+        """Times of each rank for a step of the interval before the last `reduce`; empty where it had none."""
         self.train_s = train_s
         """Seconds of training up to the last `reduce`, without what lies before a `pause`."""
         self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
@@ -110,30 +114,34 @@ class Meter:
                     batch = next(iterator)
             except StopIteration:
                 return
-            self._waits.append((start, self._clock.mark()))
+            self._data_waits.append(Span(start, self._clock.mark()))
             yield batch
 
-    def add(self, sums: torch.Tensor) -> None:
-        """Count one optimizer step; `sums` is what `Engine.step` returned."""
+    def add(self, sums: torch.Tensor, waits: Iterable[Span] = ()) -> None:
+        """Count one optimizer step; `sums` is what `Engine.step` returned, and `waits` its `Engine.waits`."""
         self._updates.append(sums)
+        self._rank_waits.extend(waits)
         self._ends.append(self._clock.mark())
 
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
         """Compute scores and speed since the last call, and add `counts` up over the ranks along the way. Collective."""
         # The only time that the host waits for the device: first for the marks, then for the one reduction that serves scores,
-        # waiting and the caller's counts.
+        # times and the caller's counts.
         if self._ends[1:]:
             self._clock.settle(self._ends[-1])
         steps = len(self._ends) - 1
-        wait_s = sum(self._clock.seconds(start, end) for start, end in self._waits)
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
-        values = torch.cat([table.sum(dim=0), table.new_tensor([wait_s, *counts]), lost.any()[None]])
-        totals = self.ctx.sum(values).tolist()  # on a GPU this waits for the steps of the interval
+        own = table.new_zeros(self.ctx.world, len(RankTimes._fields))  # with a row for each rank the sum gathers, too
+        own[self.ctx.rank] = table.new_tensor(self._times())
+        values = torch.cat([table.sum(dim=0), table.new_tensor(counts), lost.any()[None], own.flatten()])
+        summed = self.ctx.sum(values)  # on a GPU this waits for the steps of the interval
+        totals, times = summed[: -own.numel()].tolist(), summed[-own.numel() :].view_as(own)
+        self.rank_times = [RankTimes(*row) for row in (times / steps).tolist()] if steps else []
         self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
         sums = StepSums(*totals[: len(StepSums._fields)])
         sums = sums._replace(grad_norm=sums.grad_norm / self.ctx.world)  # every rank has the same gradient
-        wait_s, *counted = totals[len(sums) :]
+        counted = totals[len(sums) :]
         # Time and sums go on from interval to interval; an epoch's are added up beside them.
         elapsed_s = time.perf_counter() - self._start
         self.train_s += elapsed_s
@@ -148,10 +156,11 @@ class Meter:
                 **(Scores.of(sums).named("train", self.classes) if sums.images else {}),
                 "train/grad_norm": sums.grad_norm / steps,
                 "perf/images_per_s": sums.images / elapsed_s,
-                "perf/data_wait_pct": 100 * wait_s / self.ctx.world / elapsed_s,
+                "perf/data_wait_pct": 100 * float(times[:, 0].sum()) / self.ctx.world / elapsed_s,
                 "perf/step_ms_p50": times_ms[steps // 2],
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
                 "perf/train_min": self.train_s / 60,
+                **(rank_figures(self.rank_times) if self.ctx.world > 1 else {}),
             }
         self._restart()
         return scalars, counted
@@ -168,8 +177,17 @@ class Meter:
     def pause(self) -> None:
         """Restart the clock: the time until now was not training."""
         self._start = time.perf_counter()
-        self._waits: list[tuple[Any, Any]] = []
+        self._data_waits: list[Span] = []
+        self._rank_waits: list[Span] = []
         self._ends = [self._clock.mark()]  # of the steps, behind the mark where the first begins
+
+    def _times(self) -> RankTimes:
+        """Sums of this rank over the interval."""
+        data_s, wait_s = (
+            sum(self._clock.seconds(*span) for span in spans) for spans in (self._data_waits, self._rank_waits)
+        )
+        all_s = self._clock.seconds(self._ends[0], self._ends[-1]) if self._ends[1:] else 0.0
+        return RankTimes(data_s, max(all_s - data_s - wait_s, 0.0), wait_s)
 
     def _first_nonfinite(self, lost: torch.Tensor) -> BadStep:
         """Find the step by `lost` on this rank: [1 + steps, 1 or 2] for the loss, and for the gradient's norm. Collective."""

@@ -12,7 +12,7 @@ class Sink(Protocol):
 
     def write(self, scalars: Mapping[str, float], step: int, epoch: float) -> None: ...
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
         """Tell people who are not looking, where the destination can."""
         return
 

@@ -46,7 +46,7 @@ class TensorBoard:
         values.append(Summary.Value(tag="epoch", simple_value=epoch))
         self._record(step=step, summary=Summary(value=values))
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
         return
 
     def weights(self, found: Mapping[str, Distribution], step: int, epoch: float) -> None:

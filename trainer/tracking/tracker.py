@@ -141,10 +141,13 @@ class Tracker:
         """True where any destination shows more than scalars."""
         return not {*self._sinks} <= {"metrics.jsonl"}
 
-    def alert(self, title: str, text: str) -> None:
-        """Write one console line, and a W&B alert, which reaches people by mail or chat."""
+    def alert(self, title: str, text: str, facts: Mapping[str, str | float] | None = None) -> None:
+        """Write one console line, a line in metrics.jsonl, and a W&B alert, which reaches people by mail or chat.
+
+        `facts` are the figures and names in the text, for programs.
+        """
         self.note(f"{title}: {text}")
-        self._send(lambda sink: sink.alert(title, text))
+        self._send(lambda sink: sink.alert(title, text, facts or {}))
 
     def note(self, text: str) -> None:
         """Write one console line, information or a warning, without breaking the progress bar."""

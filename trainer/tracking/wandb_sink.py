@@ -125,7 +125,7 @@ class WandbSink:
                 graph.add_edge(graph[source], graph[layer.name])
         self._run.summary["graph"] = graph
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
         self._run.alert(title, text, level="WARN")
 
     def close(self, failed: bool) -> None:

@@ -30,8 +30,9 @@ class TwoRanks(DistContext):
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         other = values.clone()
-        other[5] *= 2
-        other[6] = 1
+        other[5] = 1
+        data_s, compute_s, wait_s = values[7:10]
+        other[7:] = torch.tensor([0, 0, 0, 2 * data_s, compute_s - data_s, wait_s])
         return values.add_(other)
 
 
@@ -221,6 +222,7 @@ def test_two_ranks(clock: Clock) -> None:
     assert scalars["perf/images_per_s"] == 16 / 4
     assert scalars["train/top1_pct"] == 25.0
     assert scalars["perf/data_wait_pct"] == 100 * (1 + 2) / 2 / 4
+    assert meter.rank_times == [(0.5, 1.5, 0.0), (1.0, 1.0, 0.0)]
     assert meter.epoch_sums == [16.0, 4.0, 8.0, 16.0, 6.0]
 
 

@@ -29,6 +29,7 @@ from tests.support.runs import checkpoint, descendants, dotted, settings_of
 from tests.support.wandb_backend import inspect, train_here, wandb_cores
 from trainer.config import load
 from trainer.model.resnet import ModelConfig, build_resnet
+from trainer.report.run_reader import read_run
 from trainer.tracking.config import TrackingConfig, wandb_mode
 from trainer.tracking.model_summary import Layer, layers
 from trainer.tracking.tracker import Tracker
@@ -81,7 +82,8 @@ def log_steps(tracker: Tracker, steps: range, loss: float = 0.0) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "alert" not in line]
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -116,6 +118,25 @@ def test_every_row_is_on_disk_at_once_and_stays_json(folder: Path) -> None:
     assert before <= first.pop("time") <= second.pop("time") <= time.time()
     assert first == {"step": 3, "epoch": 0.3, "train/loss": None, "train/grad_norm": None, "train/lr": 0.1}
     assert second == {"step": 10, "epoch": 1, "val/top1_pct": 61.5}
+
+
+def test_an_alert_is_a_line_at_its_step_and_not_a_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_tracker(folder, OFF) as tracker:
+        log_steps(tracker, range(1, 4))
+        tracker.alert("slow rank", "rank 1 on gpu07", {"rank": 1, "node": "gpu07"})
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line.pop("time") <= time.time()
+    assert line == {
+        "step": 3,
+        "epoch": 0.3,
+        "alert": "slow rank",
+        "text": "rank 1 on gpu07",
+        "rank": 1,
+        "node": "gpu07",
+    }
+    assert "slow rank: rank 1 on gpu07\n" in capsys.readouterr().out
+    (folder / "config.yaml").write_text("run: {epochs: 1}\n")
+    assert [row["step"] for row in read_run(folder).rows] == [1, 2, 3]
 
 
 def test_resume_removes_later_rows_and_a_torn_line(folder: Path) -> None:
