@@ -22,8 +22,8 @@ from trainer.config import Config, load_run
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.loss import count, count_by_class
 from trainer.engine.prediction import Predictor
+from trainer.model.network import build_network
 from trainer.model.normalize import Normalise
-from trainer.model.resnet import build_resnet
 from trainer.tracking.meter import Scores
 
 SHOWN = 20
@@ -51,7 +51,7 @@ def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
     metadata, classes = read_metadata(checkpoint), read_classes(checkpoint)
     if metadata.get("model") != cfg.model.name or classes is None:
         raise UserError(f"model.name: {folder} holds a {metadata.get('model')}, not a {cfg.model.name}")
-    network = build_resnet(cfg.model, len(classes)).to(ctx.device).to(memory_format=torch.channels_last)
+    network = build_network(cfg.model, len(classes)).to(ctx.device).to(memory_format=torch.channels_last)
     load_weights(network, checkpoint)
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     by_hardware = cfg.engine.precision == "auto" and ctx.device.type == "cpu"

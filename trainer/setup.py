@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data_pipeline.common.address import is_address
 from data_pipeline.common.errors import UserError, require
@@ -34,9 +35,10 @@ from trainer.engine.compile_cache import keep_compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.loss import with_class_weights
+from trainer.model.network import build_network, check_network
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
-from trainer.model.resnet import ResNet, build_resnet, freeze
+from trainer.model.resnet import freeze
 from trainer.model.whitening import whiten_stem
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import lr_at
@@ -94,6 +96,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     ctx.run_on_rank0(check)
     ctx.raise_together(lambda: check_device(cfg.engine, ctx.device))
     check_graphs(cfg.engine, ctx, cfg.optim.accumulate)
+    ctx.raise_together(lambda: check_network(cfg.model))
     train, val = ctx.raise_together(lambda: _open_data(cfg, ctx))
     classes = len(train.catalog.classes)
     store = Store(cfg.folder, cfg.run.keep, cfg.run.keep_every)
@@ -373,15 +376,15 @@ def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
     return newest, read_progress(newest) if newest else Progress()
 
 
-def fresh_model(cfg: Config, classes: int) -> ResNet:
+def fresh_model(cfg: Config, classes: int) -> nn.Module:
     """Build a network with freshly drawn weights, the same on all ranks; parameters that are never trained are frozen."""
     torch.manual_seed(cfg.run.seed)
-    model = build_resnet(cfg.model, classes)
+    model = build_network(cfg.model, classes)
     freeze(model, cfg.model, epoch=cfg.run.epochs)
     return model
 
 
-def engine_for(cfg: Config, model: ResNet, ctx: DistContext, teacher: Teacher | None = None) -> Engine:
+def engine_for(cfg: Config, model: nn.Module, ctx: DistContext, teacher: Teacher | None = None) -> Engine:
     """Make the engine that trains `model`, with a teacher if there is one. Collective."""
     cfg = replace(cfg, engine=choose_compile(cfg.engine, ctx))
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
@@ -395,10 +398,11 @@ def engine_for(cfg: Config, model: ResNet, ctx: DistContext, teacher: Teacher | 
 def network_layers(cfg: Config, classes: int) -> list[Layer]:
     """List the layers of the run's network for dashboards, for one image. Touches no weights and draws nothing."""
     with torch.device("meta"):
-        model = build_resnet(cfg.model, classes)
+        model = build_network(cfg.model, classes)
     # On the CPU, with zeros: convolutions and norms on the device meta would import `torch._dynamo`, for two seconds.
-    model.load_state_dict(
-        {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}, assign=True
-    )
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
     size_px = max(cfg.data.sizes_px)
     return layers(model, torch.zeros(1, 3, size_px, size_px))

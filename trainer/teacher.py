@@ -16,9 +16,9 @@ from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.prediction import Predictor
 from trainer.model.config import ModelConfig, is_torchvision
+from trainer.model.network import build_network
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start, preprocessing
-from trainer.model.resnet import ResNet, build_resnet
 
 _IMAGENET = 1000
 SHOWN = 3  # classes named in a line
@@ -44,8 +44,8 @@ class Teacher:
 def open_teacher(name: str, classes: list[str], engine: EngineConfig, ctx: DistContext) -> Teacher:
     """Open the run folder or torchvision's weights `name` to teach `classes`. Collective. Raises `UserError`, on every rank."""
     if is_torchvision(name):
-        cfg = ModelConfig(name.partition("_")[0].lower(), weights=name)  # type: ignore[arg-type] # checked by ModelConfig
-        network, known = build_resnet(cfg, _IMAGENET), preprocessing(name)
+        cfg = ModelConfig(name.partition("_")[0].lower(), weights=name)
+        network, known = build_network(cfg, _IMAGENET), preprocessing(name)
         load_weights_to_start(network, cfg, [], ctx)
         theirs: list[str] | None = None
         normalise, precision = Normalise(known["mean"], known["std"], ctx.device), engine.precision
@@ -68,7 +68,7 @@ def check_teacher(metadata: dict[str, str], checkpoint: Path) -> None:
     )
 
 
-def _of_run(folder: Path, ctx: DistContext) -> tuple[ResNet, list[str], Normalise, Precision]:
+def _of_run(folder: Path, ctx: DistContext) -> tuple[nn.Module, list[str], Normalise, Precision]:
     """Open a run's network with its chosen weights, its classes, its normalisation and its precision. Raises `UserError`."""
     require(
         folder.is_dir(),
@@ -78,7 +78,7 @@ def _of_run(folder: Path, ctx: DistContext) -> tuple[ResNet, list[str], Normalis
     classes = read_classes(checkpoint) if checkpoint else None
     if checkpoint is None or classes is None:
         raise UserError(f"optim.teacher: {folder} has no complete checkpoint yet; train it first")
-    network = build_resnet(cfg.model, len(classes))
+    network = build_network(cfg.model, len(classes))
     load_weights(network, checkpoint)
     return network, classes, Normalise(cfg.data.mean, cfg.data.std, ctx.device), cfg.engine.precision
 

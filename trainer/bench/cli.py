@@ -30,7 +30,7 @@ from torch.profiler import record_function
 
 from data_pipeline.bench.budget import MINUTES, reported, rounds_within
 from data_pipeline.bench.peers import copy_sample
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
@@ -43,6 +43,7 @@ from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
 from trainer.engine.precision import resolve_precision
+from trainer.model.config import is_timm
 from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.setup import build_engine, training_loader
 from trainer.tracking.profiler import Trace
@@ -315,6 +316,10 @@ def _torchrun(world: int, options: list[str]) -> None:
 
 def bench(args: argparse.Namespace, options: list[str], cfg: Config) -> None:
     """Measure and report as the command's options say; `options` are those of the recipe. Raises `UserError`."""
+    require(
+        not (args.peers and is_timm(cfg.model.name)),
+        f"--peers: they train torchvision's networks, and {cfg.model.name} is timm's; leave it out",
+    )
     measured = Measured()
     kept = reported(lambda why: _report(measured, cfg, args, why))
     if args.worlds:

@@ -3,7 +3,7 @@
 python -m trainer.export RUN --format torchvision|safetensors|onnx|torch_export --out PATH [--data.path FOLDER]
 
 torchvision    a state dict: torchvision.models.NAME(num_classes=N).load_state_dict(torch.load(PATH, weights_only=True))
-safetensors    the same without pickle: load_state_dict(safetensors.torch.load_file(PATH))
+safetensors    the same without pickle: load_state_dict(safetensors.torch.load_file(PATH)); for timm's networks, into timm's own
 onnx           a graph and its weights in one file, for onnxruntime and others
 torch_export   the same for torch.export.load
 
@@ -33,6 +33,7 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.export.options import beside
+from trainer.model.config import TIMM, is_timm
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import unknown_to_torchvision
 from trainer.scoring import open_trained
@@ -53,7 +54,7 @@ class Source(NamedTuple):
 
     checkpoint: Path
     name: str
-    """Name of the model in torchvision."""
+    """Name of the model in torchvision, or timm:NAME."""
     network: nn.Module
     classes: list[str]
 
@@ -101,20 +102,26 @@ def _pack_onnx(source: Source, images: Tensor) -> bytes:
     return content
 
 
-def _in_torchvision(state: dict[str, Tensor], source: Source) -> Network:
-    from torchvision import models  # type: ignore[import-untyped] # here, for it takes a second
+def _elsewhere(state: dict[str, Tensor], source: Source) -> Network:
+    """The network of that name in timm or torchvision, with these weights."""
+    if is_timm(source.name):
+        from timm import create_model
 
-    network = models.get_model(source.name, num_classes=len(source.classes))
+        network = create_model(source.name.removeprefix(TIMM), num_classes=len(source.classes))
+    else:
+        from torchvision import models  # type: ignore[import-untyped] # here, for it takes a second
+
+        network = models.get_model(source.name, num_classes=len(source.classes))
     network.load_state_dict(state)
     return network.eval()
 
 
 def _run_torchvision(content: bytes, source: Source) -> Network:
-    return _in_torchvision(torch.load(io.BytesIO(content), weights_only=True), source)
+    return _elsewhere(torch.load(io.BytesIO(content), weights_only=True), source)
 
 
 def _run_safetensors(content: bytes, source: Source) -> Network:
-    return _in_torchvision(safetensors.torch.load(content), source)
+    return _elsewhere(safetensors.torch.load(content), source)
 
 
 def _run_torch_export(content: bytes, _: Source) -> Network:
@@ -145,8 +152,11 @@ def export(folder: Path, cfg: Config, name: str, out: Path) -> None:
     kept = beside(out)
     foreign = unknown_to_torchvision(cfg.model)
     require(
-        foreign is None or name not in ("torchvision", "safetensors"),
-        f"--format: {name} is for torchvision's networks, of which none has {foreign}; give onnx or torch_export",
+        foreign is None
+        or name not in ("torchvision", "safetensors")
+        or (is_timm(cfg.model.name) and name == "safetensors"),
+        f"--format: {name} is for torchvision's networks, of which none has {foreign}; give "
+        f"{'safetensors, ' * is_timm(cfg.model.name)}onnx or torch_export",
     )
     # Pack, run the packed content as another program would, and compare: only a file that agrees is written.
     source = open_source(folder, cfg)

@@ -7,18 +7,24 @@ from typing import Literal, get_args
 from data_pipeline.common.errors import require
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+TIMM = "timm:"
+"""Beginning of the name of a network, or of weights, that timm has."""
 Stem = Literal["conv", "deep", "patch"]
 Shortcut = Literal["conv", "pool"]
 Attention = Literal["none", "se", "eca"]
 Activation = Literal["relu", "gelu", "silu"]
+
+SHAPING = ("stem", "width", "blur", "shortcut", "attention", "activation")
+"""Options by which a network of ours is none of torchvision's, and its weights have other names or shapes."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of the network, and its start."""
 
-    name: ModelName = "resnet18"
-    """Architecture; the number is its depth in weighted layers."""
+    name: ModelName | str = "resnet18"
+    """Architecture; the number is its depth in weighted layers. Or timm:NAME, a residual network that timm builds, such as
+    timm:resnext50_32x4d, timm:wide_resnet50_2 or timm:resnetrs50."""
 
     zero_init_gamma: bool = False
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
@@ -61,8 +67,8 @@ class ModelConfig:
 
     weights: str | None = None
     """Weights to start from: a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2, which is downloaded and brings
-    data.mean, std and eval_crop unless they are given; a file of torchvision, timm or safetensors; or a run folder. A head
-    for other classes is left out."""
+    data.mean, std and eval_crop unless they are given; timm's, as timm:resnet50d.ra2_in1k, which do the same; a file of
+    torchvision, timm or safetensors; or a run folder. A head for other classes is left out."""
 
     freeze_until: int = 0
     """Epochs in which only the head is trained; weights and running statistics of the rest stay unchanged."""
@@ -75,9 +81,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.name in get_args(ModelName),
-            f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}",
+            is_timm(self.name) or self.name in get_args(ModelName),
+            f"model.name: {self.name!r} is unknown; choose one of {', '.join(get_args(ModelName))}, or a network of timm's "
+            "such as timm:resnext50_32x4d",
         )
+        for option in SHAPING if is_timm(self.name) else ():
+            value, own = getattr(self, option), type(self).__dataclass_fields__[option].default
+            require(
+                value == own,
+                f"model.{option}: {value} is for networks of our own, and {self.name} has what timm gives it; leave it out",
+            )
         require(
             self.stem in get_args(Stem),
             f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",
@@ -114,6 +127,12 @@ class ModelConfig:
                 theirs == self.name,
                 f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
             )
+        if self.weights is not None and is_timm(self.weights) and is_timm(self.name):
+            theirs = self.weights.partition(".")[0]
+            require(
+                theirs == self.name,
+                f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
+            )
         require(self.freeze_until >= 0, f"model.freeze_until: {self.freeze_until} is negative; give a number of epochs")
         for option in ("freeze_until", "head_only", "freeze_bn"):
             value = getattr(self, option)
@@ -121,6 +140,11 @@ class ModelConfig:
                 self.weights is not None or not value,
                 f"model.{option}: {value} keeps weights as they are, and these are random; give model.weights",
             )
+
+
+def is_timm(name: str) -> bool:
+    """Return True for the name of a network or of weights from timm."""
+    return name.startswith(TIMM)
 
 
 def is_torchvision(weights: str) -> bool:

@@ -1,4 +1,4 @@
-"""Weights to start a run from: torchvision's by name, or a file or run folder of PyTorch, timm, safetensors or ours."""
+"""Weights to start a run from: torchvision's or timm's by name, or a file or run folder of PyTorch, timm, safetensors or ours."""
 
 import pickle
 import re
@@ -11,14 +11,16 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.safe_yaml import read_yaml
 from trainer.checkpoint.files import WEIGHTS, read_classes
 from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
-from trainer.model.config import Activation, Attention, ModelConfig, Shortcut, Stem, is_torchvision
-from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD, SHAPING, ResNet, build_resnet
+from trainer.model.config import SHAPING, Activation, Attention, ModelConfig, Shortcut, Stem, is_timm, is_torchvision
+from trainer.model.network import build_network
+from trainer.model.resnet import ARCHITECTURES, BLUR, HEAD
 from trainer.model.running_stats import keep_statistics
 from trainer.model.weight_files import State, deepspeed_file, few, read_network
 
@@ -32,7 +34,7 @@ _CONSTANT = (
 _DIFFERING = ("name", *SHAPING)  # options by which networks differ in what they hold
 
 
-def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str], ctx: DistContext) -> str:
+def load_weights_to_start(network: nn.Module, cfg: ModelConfig, classes: list[str], ctx: DistContext) -> str:
     """Give the network, on the machine's device, the weights `cfg.weights`; the first rank reads them. Collective.
 
     The head stays as it is where the weights have none, or one for other classes. Returns a line that says what was
@@ -47,8 +49,12 @@ def load_weights_to_start(network: ResNet, cfg: ModelConfig, classes: list[str],
 def preprocessing(weights: str) -> dict[str, Any]:
     """Read mean, deviation and crop of validation images that weights were trained for, where known, by option of `data`.
 
-    torchvision's enum tells, and so does a run folder. Raises `UserError`.
+    torchvision's enum tells, timm's entry, and a run folder. Raises `UserError`.
     """
+    if is_timm(weights):
+        from trainer.model.timm_networks import preprocessing_of
+
+        return preprocessing_of(weights)
     if is_torchvision(weights):
         preset = _torchvision(weights).transforms()
         known = {"mean": preset.mean, "std": preset.std, "eval_crop": preset.crop_size[0] / preset.resize_size[0]}
@@ -69,7 +75,7 @@ def _options_of_run(path: Path, section: str) -> dict[str, Any]:
     return options
 
 
-def _load(network: ResNet, cfg: ModelConfig, classes: list[str]) -> str:
+def _load(network: nn.Module, cfg: ModelConfig, classes: list[str]) -> str:
     assert cfg.weights
     state, beside, theirs = _read(cfg.weights)
     wanted = network.state_dict()
@@ -123,7 +129,7 @@ def _blocks(state: State) -> set[str]:
 def _body_of(cfg: ModelConfig) -> State:
     """Shapes of such a network's body, without memory."""
     with torch.device("meta"):
-        return _without_head(build_resnet(cfg, 1).state_dict())
+        return _without_head(build_network(cfg, 1).state_dict())
 
 
 def _faults(state: State, wanted: State) -> list[str]:
@@ -143,6 +149,10 @@ def _faults(state: State, wanted: State) -> list[str]:
 
 def _read(weights: str) -> tuple[State, list[str], list[str] | None]:
     """Read tensors by their names in our networks, names of those left out, and the classes of the head where known."""
+    if is_timm(weights):
+        from trainer.model.timm_networks import download
+
+        return download(weights), [], None
     if is_torchvision(weights):
         return _download(weights), [], None
     path = Path(weights)

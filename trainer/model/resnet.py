@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.model.attention import make_attention
-from trainer.model.config import Activation, ModelConfig, ModelName
+from trainer.model.config import SHAPING, Activation, ModelConfig, is_timm
+from trainer.model.config import ModelName as ModelName
 from trainer.model.config import Shortcut as Shortcut
 from trainer.model.config import Stem as Stem
 from trainer.model.conv_matmul import Convolution
@@ -29,15 +30,14 @@ HEAD = "fc"
 """Name of the classifier."""
 HEAD_STAGE = 5
 
-SHAPING = ("stem", "width", "blur", "shortcut", "attention", "activation")
-"""Options by which a network is none of torchvision's, and its weights have other names or shapes."""
-
 BLUR = "blur"
 """Last part of the names of blur filters."""
 
 
 def unknown_to_torchvision(cfg: ModelConfig) -> str | None:
     """Name the first option, with its value, by which a network is none of torchvision's."""
+    if is_timm(cfg.name):
+        return f"model.name {cfg.name}"
     plain = ModelConfig()
     options = (name for name in SHAPING if getattr(cfg, name) != getattr(plain, name))
     return next((f"model.{name} {getattr(cfg, name)}" for name in options), None)
@@ -168,7 +168,7 @@ class Bottleneck(Block):
 
 
 # Table 1 of the paper: the kind of block, and how many of them each of the four stages has.
-ARCHITECTURES: dict[ModelName, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -211,7 +211,18 @@ def make_stem(width: int, cfg: ModelConfig) -> nn.Module:
             )  # fmt: skip
 
 
-class ResNet(nn.Module):
+class FrozenNorms(nn.Module):
+    """A network whose batch norms stay in evaluation mode while their weights are frozen, and so are frozen whole."""
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+class ResNet(FrozenNorms):
     """A stem, four stages of residual blocks, global average pooling and a linear classifier."""
 
     def __init__(self, cfg: ModelConfig, classes: int) -> None:
@@ -236,14 +247,6 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of training; batch norms whose weights are frozen stay in evaluation mode, and so are frozen whole."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
-                module.eval()
-        return self
-
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B,classes] of normalised images [B,3,H,W], both float; any H and W, 32 times smaller at the end."""
         x = self.bn1(self.conv1(images))
@@ -261,17 +264,23 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     default for a linear layer.
     """
     network = ResNet(cfg, classes)
-    add_drop_paths(network, cfg.drop_path)
+    set_options(network, cfg)
     for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = cfg.bn_momentum
         if isinstance(module, Block) and cfg.zero_init_gamma:
             nn.init.zeros_(module.last_norm.weight)
     return network
 
 
+def set_options(network: nn.Module, cfg: ModelConfig) -> None:
+    """Set what the layers of any residual network have: momentum of batch norms, and drop paths."""
+    add_drop_paths(network, cfg.drop_path)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = cfg.bn_momentum
+
+
 def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
-    """Freeze the parts of a `ResNet` that `cfg` keeps unchanged in `epoch`, counted from 0, and nothing else.
+    """Freeze the parts of a network that `cfg` keeps unchanged in `epoch`, counted from 0, and nothing else.
 
     A frozen parameter has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
     """

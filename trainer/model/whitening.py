@@ -12,14 +12,13 @@ from data_pipeline.loader import IGNORE_LABEL, Loader
 from data_pipeline.sources.catalog import Catalog
 from trainer.distributed import DistContext
 from trainer.model.normalize import Normalise
-from trainer.model.resnet import ResNet
 
 IMAGES = 256
 FLOOR = 5e-4
 """Lowest variance of a direction that is scaled to one, as a share of the largest: a lower one is noise."""
 
 
-def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int, ctx: DistContext) -> None:
+def whiten_stem(network: nn.Module, catalog: Catalog, cfg: DataConfig, size_px: int, ctx: DistContext) -> None:
     """Start the stem of `network` from images of `catalog`, evenly spread over it, in squares of `size_px`.
 
     The result is the same on every rank, without communication. Raises `UserError` where none of the images can be read.
@@ -35,7 +34,7 @@ def whiten_stem(network: ResNet, catalog: Catalog, cfg: DataConfig, size_px: int
 
 
 @torch.no_grad()
-def set_filters(network: ResNet, images: Tensor) -> None:
+def set_filters(network: nn.Module, images: Tensor) -> None:
     """Set the stem's filters to the directions in which its patches of normalised images [N,3,H,W] vary most, and their
     negatives, which the rectifier needs: each answers with variance one, and none like another.
 

@@ -49,7 +49,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the shape of each computation's output; torch's own `ShapeProp` imports sympy, for a second."""
+    """Notes the shape of each output that is a tensor; torch's own `ShapeProp` imports sympy, for a second."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -57,7 +57,9 @@ class _Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
-        self.of[n] = list(output.shape)
+        first = output[0] if isinstance(output, tuple) and output else output  # of parts, as torch.split gives them
+        if isinstance(first, Tensor):
+            self.of[n] = list(first.shape)
         return output
 
 
@@ -71,13 +73,13 @@ def layers(network: nn.Module, images: Tensor) -> list[Layer]:
     names: dict[fx.Node, str] = {}
     found = []
     for node in graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or node not in shapes.of:  # the size of an image is no layer
             continue
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         kind = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
-        names[node] = node.target if module else _fresh(_within(node, kind), {*names.values()})
+        names[node] = _fresh(node.target if module else _within(node, kind), {*names.values()})
         parameters = {name: list(p.shape) for name, p in module.named_parameters()} if module else {}
-        inputs = [names[source] for source in node.all_input_nodes]
+        inputs = [names[source] for source in node.all_input_nodes if source in names]
         found.append(Layer(names[node], kind, inputs, shapes.of[node], parameters))
     return found
 

@@ -88,7 +88,7 @@ def test_the_fit_finds_the_link(ranks: int) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_buckets_are_those_of_ddp(name: str) -> None:
-    parameters = list(build_resnet(ModelConfig(name=name), 1000).parameters())[::-1]  # type: ignore[arg-type]
+    parameters = list(build_resnet(ModelConfig(name=name), 1000).parameters())[::-1]
     ready = list(accumulate([1 / len(parameters)] * len(parameters)))
     theirs, _ = dist._compute_bucket_assignment_by_size([*parameters], [FIRST_BUCKET_BYTES, BUCKET_BYTES])
     wanted = [Bucket(sum(parameters[i].nbytes for i in group), 0, ready[max(group)]) for group in theirs]

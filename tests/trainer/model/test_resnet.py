@@ -205,7 +205,7 @@ def test_stays_in_channels_last_memory() -> None:
 
 def test_unknown_name_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"^model\.name: 'resnet20' is unknown; choose one of resnet18, resnet34"):
-        ModelConfig("resnet20")  # type: ignore[arg-type]
+        ModelConfig("resnet20")
 
 
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 64), ("resnet18", 72), ("resnet50", 96)])
