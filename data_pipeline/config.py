@@ -127,7 +127,7 @@ class AugmentConfig:
 
     def mixes_in(self, epoch: int, epochs: int) -> bool:
         """Return True where images are mixed in `epoch` (from 0) of a run of `epochs`."""
-        return self.mixes and epoch < round(self.mix_until * epochs)
+        return self.mixes and (self.mix_until == 1 or epoch < round(self.mix_until * epochs))
 
 
 @dataclass(frozen=True)
