@@ -23,7 +23,8 @@ def free(default: T) -> T:
 Decode = Literal["auto", "gpu", "cpu"]
 Labels = Literal["auto", "single", "multi"]
 Balance = Literal["none", "sqrt", "uniform"]
-Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
+Crop = Literal["resized", "simple"]
+Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment", "threeaugment"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class AugmentConfig:
     off costs nothing.
     """
 
+    crop: Crop = "resized"
+    """Random crop: resized, a window of random area and ratio; or simple, a square out of the image whose short side is resized
+    to data.size_px, with a rim of 4 pixels that mirrors it (Touvron et al. 2022, arXiv 2204.07118, section 3.2)."""
     min_area: float = 0.35
     """Smallest share of the image's area that a random crop keeps (Szegedy et al. 2014: 0.08; short runs need more)."""
     max_area: float = 1.0
@@ -47,12 +51,16 @@ class AugmentConfig:
     rotate_deg: float = 0.0
     """Rotation by a uniform angle in ± this many degrees, corners filled with black; 0 turns it off."""
     policy: Policy = "none"
-    """RandAugment (Cubuk et al. 2020), TrivialAugmentWide (Müller and Hutter 2021) or AutoAugment's policy for ImageNet
-    (Cubuk et al. 2019)."""
+    """RandAugment (Cubuk et al. 2020), TrivialAugmentWide (Müller and Hutter 2021), AutoAugment's policy for ImageNet
+    (Cubuk et al. 2019), or 3-Augment (Touvron et al. 2022): grey, solarised or blurred, each with the same chance."""
     randaugment_n: int = 2
     """Number of operations that RandAugment applies to an image, 1 to 4."""
     randaugment_m: int = 9
-    """Magnitude of RandAugment's operations, 0 to 30."""
+    """Magnitude of RandAugment's operations, 0 to 30; timm counts from 0 to 10."""
+    randaugment_std: float = 0.0
+    """Standard deviation of normal noise on that magnitude, new for each operation, as timm's mstd; 0 is off."""
+    randaugment_chance: float = 1.0
+    """Chance of each operation to be applied; timm's is 0.5."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strengths b, c, s, h as in torchvision: brightness, contrast and saturation are multiplied by a uniform factor in
     1 ± b, 1 ± c, 1 ± s (never below 0), and the hue is turned by a uniform share in ± h of the colour circle."""
@@ -115,7 +123,15 @@ class AugmentConfig:
         require(
             self.cutmix >= 0, f"data.augment.cutmix: {self.cutmix} is negative; give an alpha such as 1, or 0 for off"
         )
-        for name in ("mix_chance", "cutmix_chance", "mix_until"):
+        require(
+            self.crop in get_args(Crop),
+            f"data.augment.crop: {self.crop!r} is unknown; choose one of {', '.join(get_args(Crop))}",
+        )
+        require(
+            0 <= self.randaugment_std <= 30,
+            f"data.augment.randaugment_std: {self.randaugment_std} is out of range; give a number from 0 to 30",
+        )
+        for name in ("randaugment_chance", "mix_chance", "cutmix_chance", "mix_until"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.augment.{name}: {value} is out of range; give a number from 0 to 1")
         require(self.repeats >= 1, f"data.augment.repeats: {self.repeats} is below 1; give 1 for every image once")

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,7 @@ class Fetcher:
         """Make a fetcher. `read` returns a sample's encoded bytes and the image's size, or raises `BadImage`."""
         self._catalog, self._cfg, self._read = catalog, cfg, read
         self._training, self._seed = training, seed
+        self.shifts = training and cfg.augment.crop == "simple"
         self.rotates = training and cfg.augment.rotate_deg > 0
         self.operators = augment.operators(cfg) if training else []
 
@@ -77,10 +78,15 @@ class Fetcher:
         # Choose the window of each image, which depends on its size.
         if self._training:
             u = sampling.uniforms(self._seed, epoch, positions)
-            geometry = sampling.training_geometry(u, sizes, self._cfg.augment)
+            if self.shifts:
+                geometry = sampling.simple_geometry(u, sizes, size_px, self._cfg.augment)
+            else:
+                geometry = sampling.training_geometry(u, sizes, self._cfg.augment)
         else:
             geometry = sampling.centre_geometry(sizes, size_px, self._cfg.eval_crop)
-        tables = [geometry.roi[:, :2], geometry.roi[:, 2:]]
+        tables: list[NDArray[Any]] = [geometry.roi[:, :2], geometry.roi[:, 2:]]
+        if geometry.shift_px is not None:
+            tables.append(geometry.shift_px)
 
         # Draw the other changes, in the order of the graph's inputs.
         if self.rotates:

@@ -182,6 +182,7 @@ class Loader:
         return graph.ImagePipeline(
             batch=rows,
             size_px=size_px,
+            shift=self._fetcher.shifts,
             rotate=self._fetcher.rotates,
             operators=self._fetcher.operators,
             device=self.rank_info.device,

@@ -17,6 +17,7 @@ ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE, DEPTH = range(
 )  # streams of random numbers; WEIGHTS and DEPTH are the trainer's
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+RIM_PX = 4  # mirrored around an image before a simple crop
 _WIDTH = 32  # numbers reserved for one image; a multiple of 4, as one Philox counter yields four
 _FLIP, _ANGLE, _TOP, _LEFT, _VERTICAL_FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
 _APART = 3  # images whose repeats alternate; odd, so that mixing pairs an image with others each time
@@ -30,6 +31,9 @@ class Geometry(NamedTuple):
     upside down."""
     angle_deg: NDArray[np.float32]
     """[B] counter-clockwise rotation after the resize."""
+    shift_px: NDArray[np.int32] | None = None
+    """[B, 2] pixels by which the crop lies below and to the right of that window, in ± RIM_PX; what is outside of the image
+    mirrors it. None where no crop reaches outside."""
 
 
 def philox(seed: int, stream: int, epoch: int, position: int = 0) -> np.random.Philox:
@@ -148,7 +152,36 @@ def training_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], cfg: Aug
     # Place it anywhere; the centred one stays.
     top = np.where(found, np.floor(u[:, _TOP, None] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(u[:, _LEFT, None] * (width - w + 1)), (width - w) // 2)
-    # Flip by exchanging two edges of the window.
+    return _flipped(u, top, left, h, w, cfg)
+
+
+def simple_geometry(u: NDArray[np.float64], sizes: NDArray[np.int32], size_px: int, cfg: AugmentConfig) -> Geometry:
+    """Crop as torchvision's Resize(size_px) and RandomCrop(size_px, padding=4, padding_mode="reflect") do; flips and rotation.
+
+    `u` [B, 32] from `uniforms`; `sizes` [B, 2] height and width of the sources in pixels.
+    """
+    sources = sizes.astype(np.float64)
+    resized = np.floor(
+        size_px * sources / sources.min(axis=1, keepdims=True)
+    )  # cut to whole pixels as torchvision does
+    corner = np.floor(u[:, [_TOP, _LEFT]] * (resized + 2 * RIM_PX - size_px + 1)) - RIM_PX
+    start = np.clip(corner, 0, resized - size_px)
+    scale = sources / resized
+    (top, left), (h, w) = np.split(start * scale, 2, axis=1), np.split(size_px * scale, 2, axis=1)
+    geometry = _flipped(u, top, left, h, w, cfg)
+    shift = np.where(geometry.roi[:, :2] > geometry.roi[:, 2:], start - corner, corner - start)
+    return geometry._replace(shift_px=shift.astype(np.int32))
+
+
+def _flipped(
+    u: NDArray[np.float64],
+    top: NDArray[np.float64],
+    left: NDArray[np.float64],
+    h: NDArray[np.float64],
+    w: NDArray[np.float64],
+    cfg: AugmentConfig,
+) -> Geometry:
+    """Draw flips and rotation of windows, all [B, 1]; a flip exchanges two edges."""
     mirrored, upturned = u[:, _FLIP, None] < cfg.flip, u[:, _VERTICAL_FLIP, None] < cfg.vertical_flip
     roi = np.hstack([top + upturned * h, left + mirrored * w, top + ~upturned * h, left + ~mirrored * w])
     angle = cfg.rotate_deg * (2 * u[:, _ANGLE] - 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.auto_augment import get_reduced_image_net_policy
-from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from nvidia.dali.data_node import DataNode
@@ -70,19 +70,52 @@ class Stages(NamedTuple):
 
 def stages_of(cfg: AugmentConfig) -> Stages:
     """Look up the policy `cfg.policy`, with DALI's ranges of magnitudes."""
-    if cfg.policy == "randaugment":
-        return _rand_augment(cfg.randaugment_n, cfg.randaugment_m)
-    return _trivial_augment() if cfg.policy == "trivialaugment" else _auto_augment()
+    match cfg.policy:
+        case "randaugment":
+            return _rand_augment(cfg)
+        case "trivialaugment":
+            return _trivial_augment()
+        case "threeaugment":
+            return _three_augment()
+    return _auto_augment()
 
 
-def _rand_augment(n: int, m: int) -> Stages:
-    """Cubuk et al. 2020, arXiv 1909.13719: `n` of 14 operations, each of magnitude `m`."""
-    suite = get_rand_augment_suite(use_shape=True)
+def _rand_augment(cfg: AugmentConfig) -> Stages:
+    """Cubuk et al. 2020, arXiv 1909.13719: `n` of 14 operations, each of magnitude `m`, or near it, or left out."""
+    suite, n = get_rand_augment_suite(use_shape=True), cfg.randaugment_n
+    still = suite.index(augmentations.identity)
 
     def draw(u: Uniforms) -> NDArray[np.int32]:
-        return _signed(u[:, :n] * len(suite), np.full((len(u), n), m), u[:, n : 2 * n])
+        choice, sign = u[:, :n] * len(suite), u[:, n : 2 * n]
+        # What an index and a sign leave of their numbers is random too: the chance, and two for the normal distribution
+        # (Box and Muller 1958).
+        rest, other = choice % 1, 2 * sign % 1
+        applied = rest < cfg.randaugment_chance
+        noise = np.sqrt(-2 * np.log1p(-other)) * np.cos(2 * np.pi * rest / max(cfg.randaugment_chance, 1e-9))
+        magnitude = np.clip(np.rint(cfg.randaugment_m + cfg.randaugment_std * noise), 0, BINS - 1)
+        return _signed(np.where(applied, choice, still), magnitude, sign)
 
     return Stages([suite] * n, BINS, draw)
+
+
+@augmentation
+def _grey(images: DataNode, _: None) -> DataNode:
+    return fn.color_twist(images, saturation=0)
+
+
+@augmentation(mag_range=(0.1, 2.0))
+def _blur(images: DataNode, sigma: DataNode) -> DataNode:
+    return fn.gaussian_blur(images, sigma=sigma)
+
+
+def _three_augment() -> Stages:
+    """Touvron et al. 2022, arXiv 2204.07118, section 3.2: grey, solarised from level 128 on, or blurred by 0.1 to 2 pixels."""
+    suite = [_grey, augmentations.solarize.augmentation(mag_range=(128, 128)), _blur]
+
+    def draw(u: Uniforms) -> NDArray[np.int32]:
+        return _signed(u[:, 0:1] * len(suite), u[:, 1:2] * BINS, u[:, 2:3])
+
+    return Stages([suite], BINS, draw)
 
 
 def _trivial_augment() -> Stages:

@@ -25,6 +25,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.dali.augment import Operator
+from data_pipeline.sampling import RIM_PX
 
 if TYPE_CHECKING:
     from data_pipeline.dali.cpu_resize import Addresses
@@ -39,8 +40,8 @@ os.register_at_fork(after_in_child=gc.freeze)
 _DEFAULTS = DataConfig()
 
 Inputs = tuple[Any, ...]
-"""A batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], angles [] float32 for `rotate`, and the draws
-of each operator; each as a `TensorListCPU` or in another form that DALI takes for a batch."""
+"""A batch of B: encoded bytes (uint8 vectors), top-left [2], bottom-right [2], pixels [2] int32 for `shift`, angles [] float32
+for `rotate`, and the draws of each operator; each as a `TensorListCPU` or in another form that DALI takes for a batch."""
 Source = Callable[[], Inputs]
 
 
@@ -65,6 +66,7 @@ class ImagePipeline:
         *,
         batch: int,
         size_px: int,
+        shift: bool = False,
         rotate: bool,
         operators: Sequence[Operator],
         device: torch.device,
@@ -80,6 +82,7 @@ class ImagePipeline:
             self._feed.next_inputs,
             batch=batch,
             size_px=size_px,
+            shift=shift,
             rotate=rotate,
             operators=operators,
             gpu=(device.index or 0) if device.type == "cuda" else None,
@@ -126,6 +129,7 @@ def build_graph(
     *,
     batch: int,
     size_px: int,
+    shift: bool = False,
     rotate: bool,
     operators: Sequence[Operator],
     gpu: int | None,
@@ -142,6 +146,7 @@ def build_graph(
     pipeline = pipeline_def(images_of, enable_conditionals=True)(
         source,
         size_px=size_px,
+        shift=shift,
         rotate=rotate,
         operators=operators,
         on_gpu=gpu is not None,
@@ -189,6 +194,7 @@ def images_of(
     source: Source,
     *,
     size_px: int,
+    shift: bool = False,
     rotate: bool,
     operators: Sequence[Operator],
     on_gpu: bool,
@@ -202,13 +208,13 @@ def images_of(
     """
     device = "gpu" if on_gpu else "cpu"
     decode_on_gpu = on_gpu and cfg.decode != "cpu"
-    encoded, top_left, bottom_right, *angle_and_draws = fn.external_source(
+    encoded, top_left, bottom_right, *changes = fn.external_source(
         # In the order of `inputs_of`; a batch's bytes stay alive in the loader, so they are not copied.
         source=source,
-        num_outputs=3 + rotate + len(operators),
+        num_outputs=3 + shift + rotate + len(operators),
         no_copy=True,
     )
-    angle, draws = angle_and_draws[:rotate], angle_and_draws[rotate:]
+    shifts, angle, draws = changes[:shift], changes[shift : shift + rotate], changes[shift + rotate :]
 
     # Decode whole images.
     # Fancy upsampling matches PIL; the orientation tag is ignored as in torchvision.
@@ -239,6 +245,8 @@ def images_of(
         images = images.gpu()
 
     # Augment images of their final size.
+    if shift:
+        images = _shift(images, shifts[0], size_px)
     if rotate:
         # Nearest neighbour, as torchvision's RandomRotation; linear costs nine times as much on a CPU.
         images = fn.rotate(
@@ -247,6 +255,21 @@ def images_of(
     for number, operator in enumerate(operators):
         images = operator.apply(images, draws[number], size_px)
     return images
+
+
+def _shift(images: DataNode, shift: DataNode, size_px: int) -> DataNode:
+    """Move the window of each image down and to the right, by up to RIM_PX, over a rim that mirrors the image."""
+    for axis in (0, 1):
+        before, after = (
+            fn.flip(
+                fn.slice(images, start=[start], shape=[RIM_PX], axes=[axis]),
+                vertical=int(axis == 0),
+                horizontal=int(axis == 1),
+            )
+            for start in (1, size_px - 1 - RIM_PX)  # the outermost pixels are not repeated
+        )
+        images = fn.cat(before, images, after, axis=axis)
+    return fn.slice(images, shift + RIM_PX, [size_px, size_px], axes=[0, 1])
 
 
 def _hardware_decoder(cfg: DataConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.backend import TensorListCPU
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize  # type: ignore[import-untyped]
+from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import rotate  # type: ignore[import-untyped]
 
 from data_pipeline import coverage, host_batch, sampling
@@ -102,6 +103,27 @@ def test_validation_pixels_are_torchvisions(folder: Path, size_px: int) -> None:
     for image, sample in zip(images, ids.tolist(), strict=True):
         levels = difference(image, transform(decoded(loader.catalog, sample)))
         assert levels.max() <= 1 and levels.mean() < 0.25, loader.catalog.paths[sample]
+
+
+@pytest.mark.usefixtures("resizer")
+def test_simple_crops_are_torchvisions(folder: Path) -> None:
+    """The short side resized, a mirrored rim of 4 pixels, a square anywhere; crops reach into the rim at each side."""
+    cfg = config(folder, batch=12, size_px=32, augment=AugmentConfig(crop="simple", vertical_flip=0.5))
+    loader = opened(cfg)
+    images, _, ids = in_order([take(loader)])
+    u = sampling.uniforms(SEED, 0, np.arange(len(ids)))
+    corners = set()
+    for image, sample, row in zip(images, ids.tolist(), u, strict=True):
+        resized = tv.pad(tv.resize(decoded(loader.catalog, sample), 32), [4], padding_mode="reflect")
+        top, left = int(row[22] * (resized.height - 31)), int(row[23] * (resized.width - 31))
+        expected = tv.crop(resized, top, left, 32, 32)
+        expected = tv.hflip(expected) if row[20] < 0.5 else expected
+        expected = tv.vflip(expected) if row[24] < 0.5 else expected
+        levels = difference(image, expected)
+        # DALI's own resize knows nothing beside the window: pixels at its edge may differ more.
+        assert (levels > 1).mean() <= (0 if graph.cpu_kernel() else 0.05) and levels.mean() < 0.25
+        corners.add((int(np.sign(top - 4)), int(np.sign(left - 4))))
+    assert corners >= {(-1, -1), (-1, 1), (1, -1), (1, 1)}
 
 
 @pytest.mark.parametrize("size_px", [64, 224])
@@ -523,11 +545,12 @@ def test_other_errors_of_dali_are_not_taken_for_bad_files(folder: Path, monkeypa
 # Devices
 
 
-def devices(*, rotate: bool, on_gpu: bool) -> dict[str, str]:
+def devices(*, shift: bool = False, rotate: bool, on_gpu: bool) -> dict[str, str]:
     """Operator -> device, read from the serialised graph; no GPU is needed for that."""
     pipeline = pipeline_def(images_of)(
         lambda: ([],) * 4,
         size_px=32,
+        shift=shift,
         rotate=rotate,
         operators=[],
         on_gpu=on_gpu,
@@ -544,6 +567,8 @@ def test_operators_run_where_they_should() -> None:
     on_gpu = {"external_source": "cpu", "image": "mixed", "resize": "gpu", "rotate": "gpu"}
     assert devices(rotate=True, on_gpu=True) == on_gpu
     assert devices(rotate=True, on_gpu=False) == dict.fromkeys(on_gpu, "cpu")
+    of_a_shift = {"slice": "gpu", "flip": "gpu", "cat": "gpu"}
+    assert of_a_shift.items() <= devices(shift=True, rotate=False, on_gpu=True).items()
     assert devices(rotate=False, on_gpu=True).keys() == on_gpu.keys() - {"rotate"}
 
 

@@ -1,5 +1,7 @@
 """Augmentation: each change against torchvision's with the same parameters, its draws, and pixels by position alone."""
 
+import math
+import random
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from PIL import Image
+from timm.data.auto_augment import AugmentOp, auto_augment_policy_3a
 from torchvision.transforms import InterpolationMode, RandomErasing, autoaugment  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tv
 
@@ -175,6 +178,55 @@ def test_rand_augment_draws_n_operations_of_magnitude_m(n: int, m: int) -> None:
     if n > 1:
         first, second = drawn[:, 0, 0] - 6.5, drawn[:, 1, 0] - 6.5
         assert abs((first * second).mean()) < 0.04 * first.var(), "one operation follows from another"
+
+
+@pytest.mark.parametrize(("magnitude", "std", "chance"), [(7, 0.5, 0.5), (9, 2.0, 0.8), (6, 0.0, 0.5), (9, 0.5, 1.0)])
+def test_rand_augment_is_noisy_as_timms(magnitude: int, std: float, chance: float) -> None:
+    """Its operations happen as often, with magnitudes of the same distribution; it counts them from 0 to 10, not to 30."""
+    theirs: list[float] = []
+    operation = AugmentOp("Rotate", chance, magnitude, {"magnitude_std": std})
+    operation.aug_fn = lambda image, level, **_: theirs.append(level)
+    operation.level_fn = lambda level, _: (3 * level,)
+    random.seed(0)
+    rows = 20_000
+    for _ in range(rows):
+        operation(None)
+    cfg = AugmentConfig(policy="randaugment", randaugment_m=3 * magnitude)
+    noisy = replace(cfg, randaugment_std=3 * std, randaugment_chance=chance)
+    stages, u = stages_of(noisy), table(rows)
+    drawn, plain = stages.draw(u), stages_of(cfg).draw(u)
+    still = [choice.name for choice in stages.choices[0]].index("identity")
+    for stage in range(2):
+        applied = drawn[:, stage, 0] == plain[:, stage, 0]
+        assert (drawn[~applied, stage, 0] == still).all()
+        assert applied.mean() == pytest.approx(len(theirs) / rows + (1 - len(theirs) / rows) / 14, abs=0.015)
+        assert np.array_equal(drawn[:, stage, 2], plain[:, stage, 2])
+        found, bins = drawn[applied & (drawn[:, stage, 0] != still), stage, 1], np.rint(theirs)
+        shares = [np.bincount(values.astype(int), minlength=BINS) / len(values) for values in (found, bins)]
+        assert len(shares[0]) == BINS and abs(shares[0] - shares[1]).max() < 0.02
+    if std and chance < 1:
+        assert abs(np.corrcoef(drawn[:, :, 1], rowvar=False).ravel()[1]) < 0.03, "each operation has noise of its own"
+
+
+def test_three_augment_is_grey_solarised_or_blurred() -> None:
+    """As timm's 3a has it: PIL's grey and torchvision's gaussian_blur to 1 level, its solarize exactly."""
+    names = [[step.name for step in policy] for policy in auto_augment_policy_3a({})]
+    assert names == [["Solarize"], ["Desaturate"], ["GaussianBlurRand"]]
+    cfg = config(policy="threeaugment")
+    cases = [(choice, bin, 0) for bin in (0, 5, 17, 30) for choice in range(3)]
+    images = np.stack([photo(number) for number in range(len(cases))])
+    ours = apply(operators(cfg)[0], images, np.array(cases, np.int32)[:, None])
+    for (choice, bin, _), image, result in zip(cases, images, ours, strict=True):
+        sigma = 0.1 + 1.9 * bin / 30
+        expected = (
+            np.asarray(Image.fromarray(image).convert("L").convert("RGB"), np.int64),
+            hwc(tv.solarize(chw(image), 128)),
+            hwc(tv.gaussian_blur(chw(image), 2 * math.ceil(3 * sigma) + 1, sigma)),
+        )[choice]
+        assert abs(result - expected).max() <= (choice != 1), (choice, bin)
+    drawn = stages_of(cfg.augment).draw(table(20_000))
+    for column, count in enumerate((3, BINS)):
+        assert abs(np.bincount(drawn[:, 0, column], minlength=count) / len(drawn) - 1 / count).max() < 0.02
 
 
 def test_auto_augment_is_torchvisions_policy() -> None:
@@ -384,9 +436,11 @@ def test_repeats_stand_close_together_and_not_beside_themselves() -> None:
 EVERYTHING: dict[str, dict[str, object]] = {
     "none": {},
     "vertical flip": {"vertical_flip": 0.5},
-    "randaugment": {"policy": "randaugment"},
+    "randaugment": {"policy": "randaugment", "randaugment_std": 2.0, "randaugment_chance": 0.8},
     "trivialaugment": {"policy": "trivialaugment"},
     "autoaugment": {"policy": "autoaugment"},
+    "threeaugment": {"policy": "threeaugment"},
+    "simple crop": {"crop": "simple", "vertical_flip": 0.5},
     "color jitter": {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
     "erase": {"erase": 0.5},
     "repeats": {"repeats": 3},
@@ -504,6 +558,7 @@ def graph_of(cfg: DataConfig, on_gpu: bool = False) -> bytes:
     pipeline: Pipeline = pipeline_def(graph.images_of, enable_conditionals=True)(
         lambda: (),
         size_px=SIDE,
+        shift=cfg.augment.crop == "simple",
         rotate=cfg.augment.rotate_deg > 0,
         operators=operators(cfg),
         on_gpu=on_gpu,
@@ -536,10 +591,10 @@ def test_what_is_off_is_not_in_the_graph(options: dict[str, object], present: tu
     assert found == set(present)
 
 
-@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment", "autoaugment"])
+@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment", "autoaugment", "threeaugment"])
 def test_the_graph_can_be_defined_for_a_gpu(policy: str) -> None:
     """DALI refuses operators whose inputs are on another device, GPU or not."""
-    everything = config(rotate_deg=5.0, policy=policy, color_jitter=(0.4, 0.4, 0.4, 0.1), erase=0.5)
+    everything = config(crop="simple", rotate_deg=5.0, policy=policy, color_jitter=(0.4, 0.4, 0.4, 0.1), erase=0.5)
     assert b"mixed" in graph_of(everything, on_gpu=True)
 
 
@@ -560,6 +615,10 @@ def test_operators_follow_each_other_in_the_documented_order() -> None:
         ({"vertical_flip": 1.5}, "data.augment.vertical_flip: 1.5"),
         ({"policy": "augmix"}, "data.augment.policy: 'augmix'"),
         ({"randaugment_n": 5}, "data.augment.randaugment_n: 5"),
+        ({"crop": "centre"}, "data.augment.crop: 'centre'"),
+        ({"randaugment_std": -1.0}, "data.augment.randaugment_std: -1.0"),
+        ({"randaugment_chance": 1.1}, "data.augment.randaugment_chance: 1.1"),
+        ({"mix_until": 300}, "data.augment.mix_until: 300"),
         ({"randaugment_m": 31}, "data.augment.randaugment_m: 31"),
         ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, "data.augment.color_jitter: "),
         ({"color_jitter": (-0.1, 0, 0, 0)}, "data.augment.color_jitter: "),
