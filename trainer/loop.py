@@ -96,6 +96,7 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
         return Outcome.CONTINUE
     stopping = session.log(lr, stop.raised)
     if last_step:
+        session.average()
         scores, best = session.validate()
         session.tracker.log(scores, step, session.epoch)
         session.save(best)

@@ -3,19 +3,21 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from data_pipeline.common.errors import UserError, printable
 from data_pipeline.coverage import first_fault
-from data_pipeline.loader import Cursor, Loader
+from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine
 from trainer.model.resnet import freeze
+from trainer.optim.swa import averaged_before
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
 from trainer.resilience.slow_ranks import SlowRanks
 from trainer.resilience.watchdog import heartbeat
@@ -151,6 +153,25 @@ class Session:
         if failure:
             raise failure
 
+    def average(self) -> None:
+        """Bring the average of `optim.swa` up to date, from the end of an epoch's weights, or else where it is empty yet.
+
+        Collective.
+        """
+        cursor = self.progress.cursor
+        count = averaged_before(cursor.epoch, self.cfg.optim, self.cfg.run.epochs)
+        if self.cfg.optim.swa == 0 or (count > 0 and not self.epoch_read):
+            return
+        heartbeat("average", fresh=True)
+        self.loader.seek(Cursor(cursor.epoch))  # the next epoch seeks its own place
+        self.engine.average(count, self._with_heartbeat(self.loader))
+        self.meter.pause()
+
+    def _with_heartbeat(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            heartbeat("average", fresh=False)
+
     def validate(self) -> tuple[dict[str, float], bool]:
         """Score the validation images; returns the metrics, and True where they are the best so far. Collective."""
         heartbeat("save")
@@ -186,6 +207,7 @@ class Session:
         saved = self.saver.saved.step == self.progress.step or self.progress.step == self.cfg.run.max_steps
         if not self.validated and not saved:
             self.save()
+        self.average()
         scalars, best = self.validate()
         epoch = self.progress.cursor.epoch + 1
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps

@@ -1,6 +1,6 @@
 """The protocol of engines, which turn batches into weights: forward, backward, all-reduce, optimizer step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -47,6 +47,11 @@ class Engine(Protocol):
 
     def sync_buffers(self) -> None:
         """Give all ranks rank 0's statistics of batch normalisation, before evaluating. Collective."""
+        ...
+
+    def average(self, count: int, batches: Iterable[Batch]) -> None:
+        """Add the weights to the mean of `count` (see `OptimConfig.swa`), and estimate its statistics of batch normalisation
+        from images of `batches`, as many as it needs. Collective."""
         ...
 
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:

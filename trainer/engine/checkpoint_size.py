@@ -12,4 +12,4 @@ def checkpoint_bytes(module: nn.Module, optim: OptimConfig, compression: Compres
     state = sum(tensor.nbytes for tensor in module.state_dict().values())
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     errors = world if compression == "powersgd" else 0
-    return round(state * (2 if optim.ema_decay > 0 else 1) + trained * (state_share(optim) + errors))
+    return round(state * (2 if optim.ema_decay > 0 or optim.swa > 0 else 1) + trained * (state_share(optim) + errors))

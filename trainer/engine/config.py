@@ -67,11 +67,12 @@ def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
             f"optim.name: {optim.name} needs whole weights, which ZeRO divides; choose one of "
             f"{', '.join(ELEMENTWISE)}, or set engine.zero_stage to 0"
         )
-    if cfg.zero_stage == 3 and optim.ema_decay > 0:
-        raise UserError(
-            f"optim.ema_decay: {optim.ema_decay} needs whole weights, which ZeRO-3 divides; set it to 0, or "
-            "engine.zero_stage to 2"
-        )
+    for name, average in (("ema_decay", optim.ema_decay), ("swa", optim.swa)):
+        if cfg.zero_stage == 3 and average > 0:
+            raise UserError(
+                f"optim.{name}: {average} needs whole weights, which ZeRO-3 divides; set it to 0, or "
+                "engine.zero_stage to 2"
+            )
     if cfg.compression != "none":
         raise UserError(
             f"engine.compression: {cfg.compression} is for DDP only; leave it out, or set engine.name to ddp"

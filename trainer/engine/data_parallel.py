@@ -1,8 +1,9 @@
 """Common part of the engines: an optimizer step over micro-batches, and the files of weights and training state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trainer.model.running_stats import EarlyStatistics
 from trainer.node.clock import WaitTimer, clock_of
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import Ema, set_lr
+from trainer.optim.swa import BATCHES, Swa
 from trainer.resilience.watchdog import Phase
 
 
@@ -45,7 +47,9 @@ class DataParallel(ABC):
         self.ctx, self.optim, self.normalise, self.teacher = ctx, optim, normalise, teacher
         self.module = module.to(ctx.device).to(memory_format=torch.channels_last)
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
-        self.eval_model = self.ema.module if self.ema else self.module
+        self.swa = Swa(self.module) if optim.swa > 0 else None
+        averaged = self.ema or self.swa
+        self.eval_model = averaged.module if averaged else self.module
         """Network that is evaluated and saved."""
         self.autocast = Autocast(cfg.precision, ctx.device)
         self.early_statistics = EarlyStatistics(self.module)
@@ -82,7 +86,24 @@ class DataParallel(ABC):
         return torch.cat([counted, norm.to(counted).reshape(1)])
 
     def sync_buffers(self) -> None:
-        self.ctx.broadcast([*self.module.buffers(), *(self.ema.module.buffers() if self.ema else ())])
+        self.ctx.broadcast([*self.module.buffers(), *(self.eval_model.buffers() if self._averages else ())])
+
+    @property
+    def _averages(self) -> bool:
+        """True where the weights that are evaluated are an average, beside those that are trained."""
+        return self.eval_model is not self.module
+
+    def average(self, count: int, batches: Iterable[Batch]) -> None:
+        """See `Engine`."""
+        assert self.swa
+        self.swa.update(self.module, count)
+        if count == 0:
+            return  # the weights are the mean, and their statistics its own
+        with self.swa.estimating(self.module) as statistics, self.autocast(), torch.no_grad():
+            for batch in islice(batches, BATCHES):
+                self.swa.module(self.normalise(batch.images))
+            for one in statistics:
+                self.ctx.sum(one).div_(self.ctx.world)
 
     def fit_memory(self, rows: int, size_px: int, beside_bytes: int = 0) -> int:
         """See `Engine`. Only DDP cuts (see `check_deepspeed`)."""
@@ -118,14 +139,14 @@ class DataParallel(ABC):
 
     def _captured(self, state: dict[str, Any], metadata: dict[str, str]) -> dict[str, Callable[[], Content]]:
         """Files of the weights, and of `state` with what training has in every engine; copied now, packed later."""
-        state = {**state, "updates": self.updates, **({"module": self.module.state_dict()} if self.ema else {})}
+        state = {**state, "updates": self.updates, **({"module": self.module.state_dict()} if self._averages else {})}
         weights, state = self.copy.of(self.eval_model.state_dict(), WEIGHTS), self.copy.of(state, STATE)
         return {WEIGHTS: lambda: packed_weights(weights, metadata), STATE: lambda: packed_state(state)}
 
     def _restore(self, state: dict[str, Any], folder: Path) -> None:
         """Weights, and what `_captured` adds to the training state."""
         load_weights(self.eval_model, folder)
-        if self.ema:
+        if self._averages:
             self.module.load_state_dict(state["module"])
         self.early_statistics.restart()
         self.updates = state["updates"]

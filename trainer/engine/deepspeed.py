@@ -66,8 +66,8 @@ class DeepSpeedEngine(DataParallel):
         if self.stage == 0:
             self.module.to(memory_format=torch.channels_last)
             self._time_exchange()  # the other stages exchange in the middle of a pass
-        if self.ema:
-            self.predict = Predictor(self.ema.module, normalise, cfg, device)
+        if self._averages:
+            self.predict = Predictor(self.eval_model, normalise, cfg, device)
         else:
             self.predict = Predictor(self.ddp_model, normalise, replace(cfg, compile="off"), device)
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0

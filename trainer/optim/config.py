@@ -117,6 +117,11 @@ class OptimConfig:
     ema_steps: int = 1
     """Optimizer steps from one time to the next. Of k steps the decay is that of one to the power of k."""
 
+    swa: float = 0.0
+    """Share of the run at its end, from 0 to 1, whose epochs' last weights are averaged plainly, with batch norm's statistics
+    estimated anew from training images (Izmailov et al. 2018, arXiv 1803.05407). It wants a learning rate that does not go to
+    zero. 0 is off."""
+
     accumulate: int = 1
     """Micro-batches per optimizer step."""
 
@@ -194,6 +199,8 @@ class OptimConfig:
             ("temperature", 0 < self.temperature < math.inf, "is not positive; give a number above 0, or 1 for none"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is out of range; give a decay below 1, or 0 for no average"),
             ("ema_steps", self.ema_steps >= 1, "is not positive; give a number of optimizer steps"),
+            ("swa", 0 <= self.swa <= 1, "is out of range; give a share of the run from 0 to 1"),
+            ("swa", not (self.swa and self.ema_decay), "does not go with optim.ema_decay; choose one average"),
             ("accumulate", self.accumulate >= 1, "is not positive; give 1 or more micro-batches per optimizer step"),
         )
         for option, holds, fault in rules:

@@ -1,6 +1,7 @@
 """Duties of every engine: the same weights from the same images, by one rank or two, stopped and resumed or not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Batch
@@ -162,6 +164,28 @@ def check_statistics(ctx: DistContext, folder: Path) -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=f"{cfg.name} {name}")
 
 
+def check_average(ctx: DistContext, folder: Path) -> None:
+    """Of weights it is torch's by every engine, of statistics torch's over the batches of all ranks."""
+    optim = replace(SGD, swa=0.5)
+    for cfg in (DDP, *ZERO[:3]):
+        engine = build(cfg, optim, ctx, net())
+        train(engine, ctx)
+        engine.average(0, ())
+        theirs = AveragedModel(engine.module)
+        theirs.update_parameters(engine.module)
+        train(engine, ctx)
+        theirs.update_parameters(engine.module)
+        shares = [
+            [part_of(whole, slice(rank, None, ctx.world)) for (whole,) in updates(1)] for rank in range(ctx.world)
+        ]
+        engine.average(1, shares[ctx.rank])
+        update_bn([normalised(one.images) for share in shares for one in share], theirs)
+        found = saved(engine, ctx, folder / f"{cfg.name} {cfg.zero_stage}")
+        for name, value in theirs.module.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=f"{cfg.name} {name}")
+
+
 def check_resuming(ctx: DistContext, folder: Path) -> None:
     """A fresh engine that loads what another one saved goes on bit by bit, and saves the same bytes."""
     cases = [(DDP, AVERAGED), (ZERO[0], SGD), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
@@ -191,7 +215,7 @@ def prove(rank: int, world: int, folder: Path) -> None:
     else:
         torch.set_num_threads(1)
         ctx = DistContext(torch.device("cpu"), 0, 1, 1)
-    for check in (check_weights, check_predictions, check_statistics, check_resuming):
+    for check in (check_weights, check_predictions, check_statistics, check_average, check_resuming):
         ctx.run_on_rank0((folder / check.__name__).mkdir)
         check(ctx, folder / check.__name__)
 
