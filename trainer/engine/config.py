@@ -73,6 +73,8 @@ def check_deepspeed(cfg: EngineConfig, optim: OptimConfig) -> None:
                 f"optim.{name}: {average} needs whole weights, which ZeRO-3 divides; set it to 0, or "
                 "engine.zero_stage to 2"
             )
+    if optim.sam_radius > 0:
+        raise UserError(f"optim.sam_radius: {optim.sam_radius} is for DDP only; set it to 0, or engine.name to ddp")
     if cfg.compression != "none":
         raise UserError(
             f"engine.compression: {cfg.compression} is for DDP only; leave it out, or set engine.name to ddp"

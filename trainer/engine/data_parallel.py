@@ -63,9 +63,24 @@ class DataParallel(ABC):
 
     def step(self, micro_batches: list[Batch], lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
-        counted = torch.zeros(4, dtype=torch.float64, device=self.ctx.device)
-        # Passes over the chunks; gradients are averaged over the ranks in the last one alone.
         chunks = self._chunks(micro_batches)
+        counted = self._passes(chunks)
+        if self.optim.sam_radius > 0 and self.updates % self.optim.sam_steps == 0:
+            before = self._climb()
+            self._passes(chunks)
+            torch._foreach_copy_([*before], [*before.values()])
+        # Only now do the weights change, and their average with them.
+        with Phase("update"):
+            norm = self._update()
+            if self.ema:
+                self.ema.update(self.module, self.updates)
+            self.updates += 1
+        return torch.cat([counted, norm.to(counted).reshape(1)])
+
+    def _passes(self, chunks: list[Batch]) -> Tensor:
+        """Make forward and backward passes over the chunks of a step; returns this rank's `count` of them, summed."""
+        counted = torch.zeros(4, dtype=torch.float64, device=self.ctx.device)
+        # Gradients are averaged over the ranks in the last one alone.
         for number, batch in enumerate(chunks, start=1):
             draw_paths(self.drop_paths, batch.places, self.ctx.device)
             with self.early_statistics(), self._accumulating(last=number == len(chunks)):
@@ -77,13 +92,23 @@ class DataParallel(ABC):
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)
             counted += count(logits.detach(), batch.labels, losses.detach())
-        # Only now do the weights change, and their average with them.
-        with Phase("update"):
-            norm = self._update()
-            if self.ema:
-                self.ema.update(self.module, self.updates)
-            self.updates += 1
-        return torch.cat([counted, norm.to(counted).reshape(1)])
+        return counted
+
+    def _climb(self) -> dict[Tensor, Tensor]:
+        """Move the weights `sam_radius` up their gradient, whose place is free then; returns each as it was before.
+
+        Foret et al. 2021, arXiv 2010.01412, equation 2. A factor of the loss, as fp16 has it, changes nothing; a gradient that
+        is not finite moves nothing.
+        """
+        weights = {p.detach(): p.grad for p in self.module.parameters() if p.grad is not None}
+        before = {weight: weight.clone() for weight in weights}
+        norm = nn.utils.get_total_norm(weights.values())
+        moves = torch._foreach_mul([*weights.values()], self.optim.sam_radius / (norm + 1e-12))
+        for move in moves:
+            move.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_add_([*weights], moves)
+        self.optimizer.zero_grad(set_to_none=True)
+        return before
 
     def sync_buffers(self) -> None:
         self.ctx.broadcast([*self.module.buffers(), *(self.eval_model.buffers() if self._averages else ())])

@@ -141,6 +141,11 @@ class DdpEngine(DataParallel):
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
+    def _climb(self) -> dict[Tensor, Tensor]:
+        if self._partly_frozen:
+            self._average_gradients()
+        return super()._climb()
+
     def _average_gradients(self) -> None:
         """Average as DDP does with its buckets, for the few gradients that are not frozen."""
         for parameter in self.trained:

@@ -76,6 +76,13 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest global L2 norm of the gradient; longer gradients are scaled down to it. 0 is off."""
 
+    sam_radius: float = 0.0
+    """Length of the way up the gradient to the place whose gradient a step follows, so that it seeks flat minima (Foret et al.
+    2021, "SAM", arXiv 2010.01412); such a step takes twice the time. 0 is off."""
+
+    sam_steps: int = 1
+    """Optimizer steps from one such step to the next, the first included; the others are plain."""
+
     loss: Loss = "cross_entropy"
     """Loss of training: cross-entropy, or binary cross-entropy for each class, present or not, also in mixed images
     (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy."""
@@ -181,6 +188,8 @@ class OptimConfig:
             ("gamma", 0 < self.gamma <= 1, "is out of range; give a factor above 0 and at most 1"),
             ("layer_decay", 0 < self.layer_decay <= 1, "is out of range; give a factor above 0, or 1 for none"),
             ("clip_norm", 0 <= self.clip_norm < math.inf, "is out of range; give a norm above 0, or 0 for none"),
+            ("sam_radius", 0 <= self.sam_radius < math.inf, "is out of range; give a length above 0, or 0 for none"),
+            ("sam_steps", self.sam_steps >= 1, "is not positive; give a number of optimizer steps"),
             ("loss", self.loss in get_args(Loss), f"is unknown; choose one of {_listed(Loss)}"),
             (
                 "class_weights",

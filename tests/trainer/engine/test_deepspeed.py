@@ -37,6 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cfg", "optim", "wanted"),
     [
+        (ZERO[0], OptimConfig(sam_radius=0.5), "optim.sam_radius: 0.5 is for DDP only"),
         (ZERO[3], OptimConfig(swa=0.5), "optim.swa: 0.5 needs whole weights"),
         (ZERO[3], OptimConfig(ema_decay=0.9), "optim.ema_decay: 0.9 needs whole weights"),
         (ZERO[1], OptimConfig(name="lars"), "optim.name: lars needs whole weights"),

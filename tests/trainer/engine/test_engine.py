@@ -41,6 +41,7 @@ from trainer.optim.optimizer import OptimConfig, ema_decay_at
 
 CLASSES = 7
 PLAIN = OptimConfig(lr=0.1, weight_decay=1e-2, label_smoothing=0.1)
+SHARP = OptimConfig(lr=0.1, clip_norm=0.5, sam_radius=0.05, sam_steps=2)
 MEAN, STD = DataConfig().mean, DataConfig().std
 SCALED_MEAN, SCALED_STD = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
@@ -242,6 +243,44 @@ def test_binary_loss_is_timms() -> None:
         assert sums[0].item() == pytest.approx(4 * expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_sam_by_hand(precision: Precision) -> None:
+    """Every second step follows the gradient found a radius up the slope, from where it began; fp16 scales the loss."""
+    engine = build(small_net(), replace(PLAIN, sam_radius=0.5, sam_steps=2), precision)
+    network = small_net()
+    decayed = [{"params": [p], "weight_decay": PLAIN.weight_decay if p.ndim > 1 else 0} for p in network.parameters()]
+    optimizer = torch.optim.SGD(decayed, 0.1, PLAIN.momentum, nesterov=True)
+    for number, micro_batches in enumerate([*updates()][:2]):
+        images = normalised(torch.cat([one.images for one in micro_batches]))
+        labels = torch.cat([one.labels for one in micro_batches])
+
+        def gradient(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(network(images), labels, label_smoothing=PLAIN.label_smoothing)
+            loss.backward()
+            return loss
+
+        loss = gradient()
+        if number % 2 == 0:
+            start = {name: value.clone() for name, value in network.state_dict().items()}
+            length = torch.cat([p.grad.ravel() for p in network.parameters() if p.grad is not None]).norm()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    assert parameter.grad is not None
+                    parameter.add_(parameter.grad / length, alpha=0.5)
+            gradient()
+            network.load_state_dict(start)
+        optimizer.step()
+        sums = engine.step(micro_batches, 0.1)
+        assert sums[0].item() / 16 == pytest.approx(loss.item(), rel=1e-5 if precision == "fp32" else 1e-3)
+    plain = build(small_net(), PLAIN)
+    for micro_batches in [*updates()][:2]:
+        plain.step(micro_batches, 0.1)
+    rtol, atol = (1e-5, 1e-7) if precision == "fp32" else (1e-2, 1e-3)
+    torch.testing.assert_close(parameters(engine), dict(network.state_dict()), rtol=rtol, atol=atol)
+    assert (parameters(plain)["fc.weight"] - parameters(engine)["fc.weight"]).abs().max() > 0.01
+
+
 def join(rank: int, world: int, folder: Path) -> DistContext:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     keep_group()
@@ -252,7 +291,7 @@ def join(rank: int, world: int, folder: Path) -> DistContext:
 def as_one_of_two(rank: int, folder: Path) -> None:
     """Three updates of two micro-batches, whose rows are dealt out to the ranks; the last one has padding."""
     ctx = join(rank, 2, folder)
-    engine = build(small_net(), OptimConfig(lr=0.1, clip_norm=0.5), ctx=ctx)
+    engine = build(small_net(), SHARP, ctx=ctx)
     sums = torch.zeros(5, dtype=torch.float64)
     for micro_batches in updates():
         sums += ctx.sum(engine.step([part(one, slice(rank, None, 2)) for one in micro_batches], 0.1))
@@ -279,7 +318,7 @@ def updates() -> Iterator[list[Batch]]:
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     warm.start_ranks(as_one_of_two, (tmp_path,), 2)
-    engine = build(small_net(), OptimConfig(lr=0.1, clip_norm=0.5))
+    engine = build(small_net(), SHARP)
     sums = torch.zeros(5, dtype=torch.float64)
     for micro_batches in updates():
         sums += engine.step(micro_batches, 0.1)

@@ -562,6 +562,8 @@ def test_ema_decay_rises_to_its_limit() -> None:
             {"binary_threshold": 1.0},
             "optim.binary_threshold: 1.0 is out of range; give a share from 0 to below 1, or null for none",
         ),
+        ({"sam_radius": -1.0}, "optim.sam_radius: -1.0 is out of range; give a length above 0, or 0 for none"),
+        ({"sam_steps": 0}, "optim.sam_steps: 0 is not positive; give a number of optimizer steps"),
         ({"swa": 2.0}, "optim.swa: 2.0 is out of range; give a share of the run from 0 to 1"),
         ({"swa": 0.5, "ema_decay": 0.9}, "optim.swa: 0.5 does not go with optim.ema_decay; choose one average"),
         ({"accumulate": 0}, "optim.accumulate: 0 is not positive; give 1 or more micro-batches per optimizer step"),
