@@ -1,5 +1,6 @@
 """Options of the network. No torch is imported here: a mistake in them is reported before anything heavy is loaded."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -28,6 +29,10 @@ class ModelConfig:
 
     zero_init_gamma: bool = False
     """Start every residual block as its shortcut: its last batch-norm gamma is 0 (Goyal et al. 2017, section 5.1)."""
+
+    head_bias: float | None = None
+    """Start of the head's biases, such as -log(classes) with a binary loss, for each class is rare; if not given, they are drawn
+    as in torchvision."""
 
     stem: Stem = "conv"
     """First layers, which make a map of a quarter of the image's side: conv, as in torchvision, by a 7x7 convolution and a
@@ -91,6 +96,10 @@ class ModelConfig:
                 value == own,
                 f"model.{option}: {value} is for networks of our own, and {self.name} has what timm gives it; leave it out",
             )
+        require(
+            self.head_bias is None or math.isfinite(self.head_bias),
+            f"model.head_bias: {self.head_bias} is no bias; give a number such as -6.9, or leave it out",
+        )
         require(
             self.stem in get_args(Stem),
             f"model.stem: {self.stem!r} is unknown; choose one of {', '.join(get_args(Stem))}",

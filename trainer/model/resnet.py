@@ -268,6 +268,8 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     for module in network.modules():
         if isinstance(module, Block) and cfg.zero_init_gamma:
             nn.init.zeros_(module.last_norm.weight)
+    if cfg.head_bias is not None:
+        nn.init.constant_(network.fc.bias, cfg.head_bias)
     return network
 
 

@@ -1,5 +1,6 @@
 """The networks against torchvision's, and their cost against the paper's table 1."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
@@ -118,6 +119,14 @@ def test_computes_what_torchvision_computes(name: ModelName) -> None:
 )
 def test_one_seed_starts_ours_and_torchvisions_alike(name: ModelName, zero_init_gamma: bool) -> None:
     assert_same_state(seeded(name, 5, zero_init_gamma), reference(name, 5, zero_init_gamma))
+
+
+def test_a_start_of_the_heads_biases_changes_nothing_else() -> None:
+    torch.manual_seed(5)
+    ours = build_resnet(ModelConfig(head_bias=-math.log(CLASSES)), CLASSES).state_dict()
+    assert (ours.pop("fc.bias") == torch.tensor(-math.log(CLASSES))).all()
+    plain = seeded("resnet18", 5).state_dict()
+    assert all(torch.equal(plain[name], value) for name, value in ours.items())
 
 
 def test_the_seed_decides_the_weights() -> None:
@@ -286,6 +295,7 @@ def test_momentum_of_batch_norm_is_torchs() -> None:
 
 OPTIONS: dict[str, Any] = {
     "zero_init_gamma": True,
+    "head_bias": -2.0,
     "stem": "patch",
     "whiten": True,
     "width": 0.5,
