@@ -31,7 +31,7 @@ Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment", "threea
 class AugmentConfig:
     """Random changes to a training image. Every draw is a function of (seed, epoch, position), see `sampling`.
 
-    They happen in this order: crop and flips, rotation, policy, colour jitter, erasing, mixup or cutmix. A change that is
+    They happen in this order: crop and flips, rotation, policy, colour jitter, erasing, ColOut, mixup or cutmix. A change that is
     off costs nothing.
     """
 
@@ -66,6 +66,9 @@ class AugmentConfig:
     1 ± b, 1 ± c, 1 ± s (never below 0), and the hue is turned by a uniform share in ± h of the colour circle."""
     erase: float = 0.0
     """Chance that a random rectangle gets the colour data.mean (Zhong et al. 2017): .02 to .33 of the area, ratio .3 to 3.3."""
+    colout: float = 0.0
+    """Share of the rows and of the columns that each optimizer step leaves out of its images, others each time, so that the
+    network sees smaller ones (Composer's ColOut). 0 is off."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2018): blend images in pairs, and their labels, with a share from Beta(alpha, alpha)."""
     cutmix: float = 0.0
@@ -117,6 +120,9 @@ class AugmentConfig:
             f"data.augment.color_jitter: {jitter} does not fit; give brightness, contrast, saturation from 0, hue from 0 to 0.5",
         )
         require(0 <= self.erase <= 1, f"data.augment.erase: {self.erase} is not a chance; give a number from 0 to 1")
+        require(
+            0 <= self.colout < 1, f"data.augment.colout: {self.colout} is no share; give a number from 0 to below 1"
+        )
         require(
             self.mixup >= 0, f"data.augment.mixup: {self.mixup} is negative; give an alpha such as 0.2, or 0 for off"
         )

@@ -266,6 +266,11 @@ class _Epoch(Iterator[Batch]):
                 self.bad.add(sample)
             loader._bad.setdefault(loader.catalog.paths[sample], why)
 
+        # Leave rows and columns out, on the device and the same in the whole step.
+        if loader.training and loader.cfg.augment.colout:
+            share = loader.cfg.augment.colout
+            images = mixing.thin_out(images, loader.seed, self.start.epoch, micro_batch.start, share)
+
         # Look up several classes. Mix on the device, with one draw for the whole step on all ranks.
         device, catalog = images.device, loader.catalog
         labels, targets = torch.from_numpy(host_batch.labels).to(device, non_blocking=True), None

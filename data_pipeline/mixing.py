@@ -1,4 +1,4 @@
-"""mixup and cutmix on the training device, between neighbours in the order of the epoch.
+"""Changes that a whole optimizer step has in common, on the training device: mixup and cutmix between neighbours, and ColOut.
 
 Row 2i of a batch is mixed with row 2i + 1, and 2i + 1 with 2i. The ranks get whole pairs, and one draw serves a whole
 optimizer step: so neither the number of ranks nor that of micro-batches changes a pixel.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import AugmentConfig
-from data_pipeline.sampling import MIX, philox
+from data_pipeline.sampling import COLOUT, MIX, philox
 
 
 class Mixing(NamedTuple):
@@ -75,6 +75,19 @@ def box(mixing: Mixing, height: int, width: int) -> tuple[int, int, int, int]:
     y, x = int(mixing.y * height), int(mixing.x * width)
     half_height, half_width = int(half * height), int(half * width)
     return max(y - half_height, 0), max(x - half_width, 0), min(y + half_height, height), min(x + half_width, width)
+
+
+def thin_out(images: Tensor, seed: int, epoch: int, start: int, share: float) -> Tensor:
+    """Leave a `share` of the rows and of the columns of `images` [B, H, W, 3] out, the same in all of the step.
+
+    Which ones follows from the position `start` where the step begins (Composer's ColOut, for batches). Returns [B, H', W', 3].
+    """
+    generator = np.random.Generator(philox(seed, COLOUT, epoch, start))
+    for axis in (1, 2):
+        side = images.shape[axis]
+        kept = np.sort(generator.permutation(side)[: int((1 - share) * side)])
+        images = images.index_select(axis, torch.from_numpy(kept).to(images.device, non_blocking=True))
+    return images
 
 
 def _partner(rows: Tensor) -> Tensor:

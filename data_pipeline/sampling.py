@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.config import AugmentConfig, Balance
 
-ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE, DEPTH = range(
-    7
+ORDER, AUGMENT, WEIGHTS, LOOK, MIX, CHOICE, DEPTH, COLOUT = range(
+    8
 )  # streams of random numbers; WEIGHTS and DEPTH are the trainer's
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop

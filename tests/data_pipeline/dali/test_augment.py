@@ -24,6 +24,7 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.dali.augment import BINS, Operator, erased_boxes, operators, stages_of
 from data_pipeline.loader import IGNORE_LABEL, Batch, Cursor, Loader
+from data_pipeline.mixing import thin_out
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
 from tests.conftest import picture, take
@@ -443,6 +444,7 @@ EVERYTHING: dict[str, dict[str, object]] = {
     "simple crop": {"crop": "simple", "vertical_flip": 0.5},
     "color jitter": {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
     "erase": {"erase": 0.5},
+    "colout": {"colout": 0.1},
     "repeats": {"repeats": 3},
     "mixup": {"mixup": 0.4},
     "cutmix": {"cutmix": 1.0},
@@ -493,7 +495,7 @@ def test_neither_ranks_nor_micro_batches_nor_resuming_change_a_pixel(name: str, 
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (world, accumulate)
     resumed = [row for batch in batches(cfg, cursor=Cursor(1, 16)) for row in batch.images]
     assert all(torch.equal(a, b[0]) for a, b in zip(resumed, alone[16:], strict=True))
-    assert alone[0][0].shape == (3, 32, 32)
+    assert alone[0][0].shape == ((3, 28, 28) if name == "colout" else (3, 32, 32))
 
 
 def test_the_last_images_of_an_epoch_are_no_others_than_in_the_middle(folder: Path) -> None:
@@ -541,10 +543,27 @@ def test_a_damaged_image_changes_no_pixel_but_of_its_pair(folder: Path, tmp_path
 def test_each_augmentation_changes_pixels(folder: Path) -> None:
     plain = torch.cat([b.images.float() for b in batches(DataConfig(str(folder), batch=16, size_px=32))])
     for name, options in EVERYTHING.items():
-        if name not in ("none", "repeats"):
+        if name not in ("none", "repeats", "colout"):
             cfg = DataConfig(str(folder), batch=16, size_px=32, augment=AugmentConfig(**options))  # type: ignore[arg-type]
             changed = torch.cat([b.images.float() for b in batches(cfg)])
             assert (changed - plain).abs().mean() > 2, name
+
+
+def test_colout_leaves_rows_and_columns_out() -> None:
+    """In order, evenly and others in each step; 176 px become 167, as Composer has it."""
+    places = torch.arange(12 * 16).view(1, 12, 16, 1).expand(2, -1, -1, 3)
+    gone = np.zeros((2, 16))
+    steps = [thin_out(places, 3, 0, start, 0.25) for start in range(400)]
+    for images in steps:
+        assert images.shape == (2, 9, 12, 3) and torch.equal(images[0], images[1])
+        rows, columns = images[0, :, 0, 0] // 16, images[0, 0, :, 0] % 16
+        assert (rows.diff() > 0).all() and (columns.diff() > 0).all()
+        assert torch.equal(images[0, :, :, 0], rows[:, None] * 16 + columns)
+        for axis, (kept, side) in enumerate(((rows, 12), (columns, 16))):
+            gone[axis] += np.bincount(np.setdiff1d(np.arange(side), kept.numpy()), minlength=16)
+    assert abs(gone[0, :12] / 400 - 0.25).max() < 0.1 and abs(gone[1] / 400 - 0.25).max() < 0.1
+    assert torch.equal(thin_out(places, 3, 0, 7, 0.25), steps[7])
+    assert thin_out(torch.zeros(1, 176, 176, 3), 0, 0, 0, 0.05).shape == (1, 167, 167, 3)
 
 
 # The graph
@@ -623,6 +642,7 @@ def test_operators_follow_each_other_in_the_documented_order() -> None:
         ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, "data.augment.color_jitter: "),
         ({"color_jitter": (-0.1, 0, 0, 0)}, "data.augment.color_jitter: "),
         ({"erase": -0.1}, "data.augment.erase: -0.1"),
+        ({"colout": 1.0}, "data.augment.colout: 1.0"),
         ({"mixup": -1.0}, "data.augment.mixup: -1.0"),
         ({"cutmix": -1.0}, "data.augment.cutmix: -1.0"),
         ({"repeats": 0}, "data.augment.repeats: 0"),
