@@ -92,7 +92,8 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
     """Report and save, where either is due; here the ranks agree on a stop."""
     run, step = session.cfg.run, session.progress.step
     save_due, last_step = step % run.save_every == 0, step == run.max_steps
-    if not (step % run.log_every == 0 or save_due or last_step):
+    snapshot_due = run.snapshot_every is not None and step % run.snapshot_every == 0
+    if not (step % run.log_every == 0 or save_due or snapshot_due or last_step):
         return Outcome.CONTINUE
     stopping = session.log(lr, stop.raised)
     if last_step:
@@ -103,6 +104,8 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
         return Outcome.MAX_STEPS
     if save_due or stopping:
         session.save()
+    elif snapshot_due:
+        session.keep_snapshot()
     return Outcome.STOPPED if stopping else Outcome.CONTINUE
 
 

@@ -31,6 +31,11 @@ class RunConfig:
     """Optimizer steps between two rows of metrics; as often the ranks check for a request to stop."""
     save_every: int = free(200)
     """Optimizer steps between two checkpoints within an epoch; one is always written at its end."""
+    snapshot_every: int | None = free(None)
+    """Optimizer steps between two snapshots in the memory of every node, for restarts without the queue that lose seconds; none
+    if not given."""
+    snapshot_dir: str = free("/dev/shm")
+    """Folder for snapshots, in memory or on a disk of each node's own."""
     keep: int = free(2)
     """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""
     best_by: BestBy = "top1"
@@ -69,6 +74,10 @@ class RunConfig:
         )
         require(self.log_every > 0, f"run.log_every: {self.log_every} is not positive; give a number of steps")
         require(self.save_every > 0, f"run.save_every: {self.save_every} is not positive; give a number of steps")
+        require(
+            self.snapshot_every is None or self.snapshot_every > 0,
+            f"run.snapshot_every: {self.snapshot_every} is not positive; give a number of steps, or leave it out",
+        )
         require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
         require(
             self.best_by in get_args(BestBy),

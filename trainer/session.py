@@ -12,6 +12,7 @@ from data_pipeline.common.errors import UserError, printable
 from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
+from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import Config
 from trainer.distributed import DistContext
@@ -46,9 +47,11 @@ class Session:
     total_steps: int
     scaled: bool
     """True where losses are scaled, so that a gradient may be infinite now and then."""
+    snapshots: Snapshots | None = None
+    """Snapshots in the memory of the run's nodes; None if it keeps none."""
     meter: Meter = field(init=False)
-    save_time: dict[str, float] = field(default_factory=dict)
-    """Duration of the last checkpoint, for the next row of metrics."""
+    next_row: dict[str, float] = field(default_factory=dict)
+    """Figures for the next row of metrics: the duration of the last checkpoint, or the cost of an interruption."""
     validated: bool = False
     """True once this process has begun to score the validation images."""
     steps_back: Counter[int] = field(default_factory=Counter)
@@ -107,8 +110,8 @@ class Session:
         self.progress = replace(self.progress, sums=self.meter.epoch_sums, train_s=self.meter.train_s)
         limit_bad(self.loader, int(bad_images))
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
-        scalars |= {**self.save_time, **self.saver.take_scalars()}
-        self.save_time = {}
+        scalars |= {**self.next_row, **self.saver.take_scalars()}
+        self.next_row = {}
         return scalars, stops > 0
 
     def name_bad(self, loader: Loader) -> None:
@@ -130,14 +133,27 @@ class Session:
 
         Raises `NonFinite`, and `UserError` where the ranks' weights have come apart; then nothing is written.
         """
+        self._begin_save("ckpt", best, None)
+
+    def keep_snapshot(self) -> None:
+        """Write a snapshot into the memory of every node, unless a checkpoint is still being written. Collective.
+
+        Raises as `save` does.
+        """
+        heartbeat("save")
+        busy = self.ctx.sum(torch.tensor(float(self.saver.busy), device=self.ctx.device))
+        if self.snapshots and not busy.item():
+            self._begin_save("snapshot", False, self.snapshots)
+
+    def _begin_save(self, what: str, best: bool, snapshots: Snapshots | None) -> None:
         start = time.perf_counter()
         heartbeat("save")
         self.wait_for_checkpoint()
         lost = find_nonfinite(self.engine.module, self.ctx)
         if lost:
             raise NonFinite(self.progress.step, f"weight {lost}")
-        self.saver.start(self.progress, self.engine.capture_state(self.metadata), best=best)
-        self.save_time = {"perf/ckpt_save_s": time.perf_counter() - start}
+        self.saver.start(self.progress, self.engine.capture_state(self.metadata), best=best, snapshots=snapshots)
+        self.next_row[f"perf/{what}_save_s"] = time.perf_counter() - start
         self.meter.pause()
 
     def wait_for_checkpoint(self) -> None:
@@ -152,6 +168,8 @@ class Session:
         failure = self.saver.wait()
         if failure:
             raise failure
+        if self.snapshots:
+            self.snapshots.remove()
 
     def average(self) -> None:
         """Bring the average of `optim.swa` up to date, from the end of an epoch's weights, or else where it is empty yet.

@@ -24,6 +24,7 @@ from data_pipeline.summary import refuse_single_class, summary
 from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
+from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, Store, read_progress
 from trainer.config import Config, first_difference, to_yaml
 from trainer.distributed import DistContext, open_dist_context
@@ -42,7 +43,9 @@ from trainer.model.resnet import freeze
 from trainer.model.whitening import whiten_stem
 from trainer.optim.config import OptimConfig
 from trainer.optim.optimizer import lr_at
+from trainer.resilience.interruption import interruption
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
+from trainer.resilience.signals import RESTARTED
 from trainer.resilience.watchdog import FRESH, Watchdog
 from trainer.session import Session
 from trainer.teacher import Teacher, check_teacher, open_teacher
@@ -69,6 +72,7 @@ class Start:
     progress: Progress
     lines: list[str]
     """Lines for the user on the arithmetic of a resumed run."""
+    snapshots: Snapshots | None = None
 
     @property
     def nothing_left(self) -> bool:
@@ -107,8 +111,12 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         ctx.run_on_rank0(check)
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
+        snapshots = Snapshots(cfg.folder, cfg.run.snapshot_dir, ctx) if cfg.run.snapshot_every else None
+        if snapshots and (newer := snapshots.newer_than(progress)):
+            newest, progress = newer
+            ctx.raise_together(lambda: _check_images(newer[0], store, train.catalog))
         progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # the run may have been extended
-        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [])
+        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [], snapshots)
         if start.nothing_left:
             yield start
             return
@@ -164,7 +172,8 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     pieces = [*_fit_memory(start, engine)] if start.engine.fit_memory else []
     engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
-    # The destinations of its metrics, and its first lines.
+    # The destinations of its metrics, which forget what is done anew, and its first lines.
+    cost = interruption(cfg.folder / "metrics.jsonl", progress.step) if ctx.primary else None
     total_steps = sum(start.train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
     tracker = ctx.raise_together(
         lambda: Tracker(
@@ -181,6 +190,8 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     told = [line for line in (started, teacher.line if teacher else None) if line]
     for line in (*_first_lines(start, told, total_steps), *pieces):
         tracker.note(line)
+    if cause := os.environ.get(RESTARTED):
+        tracker.alert("restarted", f"{cause}; {cost}" if cost else cause)
     if not progress.step:
         tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
 
@@ -201,6 +212,8 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         metadata,
         total_steps,
         scaled=start.engine.precision == "fp16",
+        snapshots=start.snapshots,
+        next_row={f"perf/{name}": float(value) for name, value in cost._asdict().items()} if cost else {},
     )
     opened()
     with tracker, trace, saver, watchdog:
@@ -234,7 +247,8 @@ def _first_lines(start: Start, told: list[str], total_steps: int) -> Iterator[st
         yield "optim.class_weights balanced: " + " to ".join(f"{factor:.3g} ({name})" for factor, name in ends)
     yield from told
     if start.newest:
-        yield f"resuming {cfg.folder} at step {step} of {total_steps}"
+        of_memory = " from a snapshot in memory" if start.newest.parent != start.store.folder else ""
+        yield f"resuming {cfg.folder} at step {step} of {total_steps}{of_memory}"
         yield from start.lines
         if cfg.run.extend_to is not None:
             yield (
@@ -260,6 +274,8 @@ def step_back(session: Session, found: NonFinite) -> None:
     if session.steps_back[trained] > STEPS_BACK:
         raise UserError(f"{found}, and {STEPS_BACK} steps back have not helped; {remedy}") from None
     session.engine.load(newest)
+    if session.snapshots:
+        session.snapshots.give_up()
     session.resume(
         replace(
             progress,
@@ -367,13 +383,19 @@ def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> No
 def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:
     """Find the checkpoint to go on from, if there is one, and its progress."""
     newest = store.newest()
-    if newest and read_metadata(newest).get("data") != train.fingerprint():
+    if newest:
+        _check_images(newest, store, train)
+    return newest, read_progress(newest) if newest else Progress()
+
+
+def _check_images(newest: Path, store: Store, train: Catalog) -> None:
+    """Raise `UserError` where a checkpoint was trained on other images."""
+    if read_metadata(newest).get("data") != train.fingerprint():
         divided = ", or was divided into training and validation otherwise" if train.taken.divided_from else ""
         raise UserError(
             f"data.path: {train.root} holds other images or classes than when {store.folder.parent} was started{divided}; "
             "restore them, or give another --run.dir"
         )
-    return newest, read_progress(newest) if newest else Progress()
 
 
 def fresh_model(cfg: Config, classes: int) -> nn.Module:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from data_pipeline.common.errors import UserError
+from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, StateWriter, Store
 from trainer.distributed import DistContext
 
@@ -22,7 +23,7 @@ LAST_S = 30.0
 
 class _Outcome(NamedTuple):
     failure: UserError | None
-    seconds: float
+    scalars: dict[str, float]
 
 
 class Saver:
@@ -45,17 +46,24 @@ class Saver:
         self._save: Future[_Outcome] | None = None
         self._told: Future[_Outcome] | None = None
         self._untold: dict[str, float] = {}
+        self._told_of_snapshots = False
 
-    def start(self, progress: Progress, write: StateWriter, *, best: bool) -> None:
-        """Begin to save this rank's files by `write`. Call `wait` before the next save. Collective."""
-        assert self._save is None or self._save.done()
+    @property
+    def busy(self) -> bool:
+        """True while this rank is saving; others may have ended a moment before."""
+        return self._save is not None and not self._save.done()
+
+    def start(self, progress: Progress, write: StateWriter, *, best: bool, snapshots: Snapshots | None = None) -> None:
+        """Begin to save this rank's files by `write`, to disk or to `snapshots`. Call `wait` before the next save. Collective."""
+        assert not self.busy
         self._untold = self.take_scalars()  # no row may have been written since it ended
         save: Future[_Outcome] = Future()
         self._save = save
 
         def run() -> None:
             try:
-                save.set_result(self._write(progress, write, best))
+                outcome = self._keep(progress, write, snapshots) if snapshots else self._write(progress, write, best)
+                save.set_result(outcome)
             except BaseException as error:
                 save.set_exception(error)
 
@@ -77,7 +85,7 @@ class Saver:
         """Take the figures of the last save, if one has ended since the last call."""
         if self._save and self._save is not self._told and self._save.done():
             self._told = self._save
-            self._untold = {"perf/ckpt_write_s": self._save.result().seconds, "perf/ckpt_failed": float(self.failed)}
+            self._untold = self._save.result().scalars
         scalars, self._untold = self._untold, {}
         return scalars
 
@@ -110,11 +118,27 @@ class Saver:
             if self.ctx.primary:
                 self.store.abandon()
                 self.tell(f"not saved: {error}")
-            return _Outcome(error, time.perf_counter() - start_s)
+            return _Outcome(error, self._scalars(start_s))
         self.saved = progress
         if best and self.ctx.primary:
             self.tell(f"saved best: step {step}, {progress.best}")
-        return _Outcome(None, time.perf_counter() - start_s)
+        return _Outcome(None, self._scalars(start_s))
+
+    def _scalars(self, start_s: float) -> dict[str, float]:
+        return {"perf/ckpt_write_s": time.perf_counter() - start_s, "perf/ckpt_failed": float(self.failed)}
+
+    def _keep(self, progress: Progress, write: StateWriter, snapshots: Snapshots) -> _Outcome:
+        """Keep a snapshot. A failure is told once, and concerns nobody else."""
+        start_s = time.perf_counter()
+        try:
+            snapshots.write(progress, write, self._group)
+        except UserError as error:
+            if self.ctx.primary and not self._told_of_snapshots:
+                self.tell(f"no snapshot is kept: {error}")
+            self._told_of_snapshots = True
+            return _Outcome(None, {})
+        self._told_of_snapshots = False
+        return _Outcome(None, {"perf/snapshot_write_s": time.perf_counter() - start_s})
 
 
 def check_room(store: Store, each: int, epochs: int) -> None:

@@ -67,7 +67,7 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
     file = checkpoint / MANIFEST
     # The manifest is written last, so a checkpoint with one was once complete; then its files must match it.
     try:
-        manifest = {name: Stamp(**stamp) for name, stamp in _read_json(file).items()}
+        manifest = read_manifest(checkpoint)
         for name, stamp in manifest.items():
             file = checkpoint / name
             length = file.stat().st_size
@@ -89,6 +89,11 @@ def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
     except (OSError, ValueError, TypeError, KeyError):
         return f"{PROGRESS} says what this version of Sluice does not know"
     return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Stamp]:
+    """Read the names and stamps of a checkpoint's files. Raises OSError, and ValueError, TypeError or AttributeError."""
+    return {name: Stamp(**stamp) for name, stamp in _read_json(checkpoint / MANIFEST).items()}
 
 
 def _read_json(file: Path) -> Any:
@@ -233,13 +238,13 @@ class Store:
         """Make room for a checkpoint beside the others. For one rank; `put` and `complete` follow. Raises `UserError`."""
         with self._writing(step):
             self.abandon()
-            self._partial(step).mkdir(parents=True)
+            self.partial(step).mkdir(parents=True)
 
     def put(self, step: int, write: StateWriter) -> dict[str, Stamp]:
         """Let `write` add files to the checkpoint begun; returns their stamps. For any rank. Raises `UserError`."""
         with self._writing(step):
-            self._partial(step).mkdir(exist_ok=True)  # NFS may show the folder late to another machine
-            return write(self._partial(step))
+            self.partial(step).mkdir(exist_ok=True)  # NFS may show the folder late to another machine
+            return write(self.partial(step))
 
     def complete(self, progress: Progress, manifest: Mapping[str, Stamp], *, best: bool) -> None:
         """Point `last` (and `best`) to the files of all ranks, once all of them are on disk. For one rank.
@@ -247,7 +252,7 @@ class Store:
         Raises `UserError` where the disk does not take them; the earlier checkpoints stay.
         """
         with self._writing(progress.step):
-            partial = self._partial(progress.step)
+            partial = self.partial(progress.step)
             state = json.dumps(asdict(progress), indent=1) + "\n"
             stamps = {**manifest, PROGRESS: write_stamped(partial / PROGRESS, state.encode())}
             table = {name: stamp._asdict() for name, stamp in sorted(stamps.items())}
@@ -327,7 +332,8 @@ class Store:
         path = self.folder / link
         return path.is_dir() and not path.is_symlink()
 
-    def _partial(self, step: int) -> Path:
+    def partial(self, step: int) -> Path:
+        """Folder of a checkpoint that is being written."""
         # Named after the step, because on NFS another machine may confuse the folder with one that was renamed before.
         return self.folder / f"{PARTIAL}-{step:08d}"
 

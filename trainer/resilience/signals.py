@@ -14,6 +14,9 @@ ECHO_S = 2.0
 AFTER_SIGNAL = "SLUICE_AFTER_SIGNAL"
 """Variable with a hint for a run that has saved on a signal, set where a job is restarted by itself."""
 
+RESTARTED = "SLUICE_RESTARTED"
+"""Variable with the cause for which a supervisor has started the processes of a run again."""
+
 
 class StopFlag:
     """Context manager: the first of SIGNALS sets `raised`, and is sent again when the context ends.
