@@ -18,6 +18,7 @@ from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.submission import Submission, find, newest
+from launch.supervisor.record import recorded_restarts
 from trainer.checkpoint.run_folder import read_job
 
 POLL_S = 0.5
@@ -51,6 +52,7 @@ class Row(NamedTuple):
     state: str
     nodes: str
     restarts: int
+    """Those by SLURM, and those within the allocation."""
     epoch: float | None
     left_s: float | None
     """Seconds until the run has trained all its epochs; None unless it is training."""
@@ -106,11 +108,13 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
     last: dict[str, Any] = {}
     for row in rows:
         last |= {name: value for name, value in row.items() if value is not None}
+    state = state_of(submission, known) if submission else _plain_state(run, known)
+    within = recorded_restarts(run)
     return Row(
         name,
-        state_of(submission, known) if submission else _plain_state(run, known),
+        f"{state}; last restart: {within.cause}" if within.cause and state == "running" else state,
         known.nodes if known else "",
-        max(submission.restarts if submission else 0, known.restarts if known else 0),
+        max(submission.restarts if submission else 0, known.restarts if known else 0) + within.number,
         last.get("epoch"),
         _seconds_left(run, rows, now_s) if known and known.state == "RUNNING" else None,
         last.get("perf/images_per_s"),
@@ -206,7 +210,7 @@ def logs(arguments: list[str]) -> None:
     follow = args.follow
     _, submission = find(args.run)
     job = submission.job.id or ""
-    texts = (submission.script_log, submission.rank_log(0))
+    texts = (submission.script_log, submission.node_log(0), submission.rank_log(0))
     for text in tail(texts, lambda: follow and (known := queue().get(job)) is not None and known.active):
         print(text, end="", flush=True)
 

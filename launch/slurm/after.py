@@ -16,7 +16,7 @@ from typing import TypeVar
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import own_job, requeue, state_of
-from launch.slurm.submission import Submission, restart_count
+from launch.slurm.submission import LOST, Submission, restart_count
 
 T = TypeVar("T")
 
@@ -43,6 +43,8 @@ def decide(submission: Submission, status: int) -> int:
     # A saved run always comes back. A crashed one comes back until it has crashed too often.
     if outcome == "handed over" or status == 128 + signal.SIGUSR2:  # the signal came before training had begun
         print("saved on a signal: queued again", flush=True)
+    elif outcome == LOST:
+        print("more nodes are lost than there are spares: queued again", flush=True)
     else:
         crashes, limit = crashes + 1, submission.job.profile["max_crashes"]
         print(f"crash {crashes} (exit code {status}), {limit} are allowed", flush=True)

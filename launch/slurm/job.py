@@ -1,4 +1,4 @@
-"""Processes of a job: each one joins the others and trains, and rank 0 records how the training ended."""
+"""Processes of a job: a supervisor on each node starts its ranks, which train, and rank 0 records how the training ended."""
 
 import os
 import platform
@@ -9,30 +9,51 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_pipeline.common.entry_point import keep_printing, run_command
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import first_host, own_job
-from launch.slurm.submission import Submission, restart_count, short_name
-from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
-
-
-def train(folder: str) -> None:
-    """Run one rank, in a job that has a task for each rank: submitit calls this in every task of the submission `folder`."""
-    submission = Submission(Path(folder))
-    enter(submission, submission.rank_log(int(os.environ["SLURM_PROCID"])))
-    os.environ.update(rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"])))
-    run_command(lambda: train_rank(submission))
+from launch.slurm.profile import Profile
+from launch.slurm.submission import LOST, Submission, restart_count, short_name
+from launch.supervisor.link import listen
+from launch.supervisor.ranks import NodeRanks, python
+from launch.supervisor.record import record_restart
+from launch.supervisor.supervisor import Supervisor, follow
+from trainer.checkpoint.snapshot_home import forget
+from trainer.resilience.signals import AFTER_SIGNAL, RESTARTED, StopFlag
 
 
 def train_node(folder: str) -> None:
-    """Run one node, in a job where torchrun starts the ranks: submitit calls this in every task of the submission `folder`."""
-    from launch.workers import join_nodes, run_workers
+    """Run the ranks of one node, again after a failure: submitit calls this on every node for the submission `folder`.
 
+    The first node's supervisor decides for all, and records how the training ended.
+    """
     submission = Submission(Path(folder))
-    variables = rank_variables(os.environ, first_host(os.environ["SLURM_JOB_NODELIST"]))
-    enter(submission, submission.node_log(int(variables["RANK"])))
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # torchrun would die of it and leave its workers behind
-    nodes = join_nodes(variables, submission.job.ranks_per_node)
-    run_command(lambda: sys.exit(run_workers(nodes, "launch.slurm.job", [folder])))
+    node, name = int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
+    enter(submission, submission.node_log(node))
+    job = submission.job
+
+    def supervise() -> None:
+        address = first_host(os.environ["SLURM_JOB_NODELIST"])
+        try:
+            with NodeRanks(node, name, job.ranks_per_node, python("launch.slurm.job", folder)) as own:
+                sys.exit(follow(own, address, meeting_port(os.environ)) if node else lead(submission, own))
+        finally:
+            forget(Path(job.run))
+
+    run_command(supervise)
+
+
+def lead(submission: Submission, own: NodeRanks) -> int:
+    """Decide for all nodes until the training has ended. Returns the exit code."""
+    job = submission.job
+    profile, run = Profile(**job.profile), Path(job.run)
+    with listen(meeting_port(os.environ)) as listener:
+        supervisor = Supervisor(own, profile.nodes, profile.restarts, lambda one: record_restart(run, one), listener)
+        end = supervisor.run()
+    if end.cause:
+        print(printable(end.cause), flush=True)
+    if end.lost:
+        submission.write_outcome(restart_count(), LOST)
+    return end.code
 
 
 def enter(submission: Submission, log: Path) -> None:
@@ -59,15 +80,21 @@ def enter(submission: Submission, log: Path) -> None:
 
 def rank_variables(slurm: Mapping[str, str], address: str) -> dict[str, str]:
     """Variables as torchrun would set them, from those of a SLURM step whose tasks are spread evenly over its nodes."""
-    tasks, nodes, job = (int(slurm[name]) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
+    tasks, nodes = (int(slurm[name]) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"))
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks // nodes),
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(20000 + job % 10000),  # below the ports that systems assign; jobs may share a node
+        "MASTER_PORT": str(meeting_port(slurm)),
     }
+
+
+def meeting_port(slurm: Mapping[str, str]) -> int:
+    """Port at which the processes of a job meet: below those that systems assign, and another for each job, as they may share
+    a node."""
+    return 20000 + int(slurm["SLURM_JOB_ID"]) % 10000
 
 
 def whereabouts(variables: Mapping[str, str]) -> str:
@@ -93,7 +120,8 @@ def train_rank(submission: Submission) -> None:
                 progress = fit(cfg, ctx, stop)
                 signalled = ctx.sum(torch.tensor(float(stop.raised), device=ctx.device)).item() > 0
         except UserError as error:
-            _tell(submission, f"error: {error}")
+            # A mistake is there at once; what fails only in a later start is no mistake of the user's.
+            _tell(submission, f"failed: {error}" if os.environ.get(RESTARTED) else f"error: {error}")
             raise
         _tell(submission, "finished" if progress.finished else "handed over" if signalled else "stopped")
         sys.exit(0)  # not by the signal: srun would then end the other ranks

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -30,6 +30,8 @@ class Profile:
     """Quality of service."""
     nodes: int = 1
     """Number of nodes."""
+    spares: int = 0
+    """Further nodes of the allocation, which take the place of those that are lost or whose processes fail."""
     gpus_per_node: int = 0
     """GPUs of each node; one process is started for each."""
     tasks_per_node: int | None = None
@@ -64,12 +66,17 @@ class Profile:
     """Further arguments of srun."""
     warn_s: int = 120
     """Seconds before the time limit at which the run is told to save and to queue again."""
+    restarts: int = 3
+    """Restarts of the processes without the queue, in each start of the job, after one was killed, failed or hung, or a node was
+    lost that a spare one replaces."""
     max_crashes: int = 3
     """Crashes after which a run is queued again. Preemptions, time limits and lost nodes do not count."""
 
     def __post_init__(self) -> None:
         # Numbers that SLURM would refuse, or take for something else, in words that name the option.
         require(self.nodes > 0, f"nodes: {self.nodes} is not positive; give the number of nodes")
+        require(self.spares >= 0, f"spares: {self.spares} is negative; give a number of nodes")
+        require(self.restarts >= 0, f"restarts: {self.restarts} is negative; give 0 to go through the queue each time")
         require(
             self.gpus_per_node >= 0, f"gpus_per_node: {self.gpus_per_node} is negative; give 0 where there are none"
         )
@@ -133,10 +140,9 @@ class Profile:
 
 @dataclass(frozen=True)
 class Request:
-    """Request of a command line: the profile, the launcher, and if the script is only printed."""
+    """Request of a command line: the profile, and if the script is only printed."""
 
     profile: Profile
-    launcher: str
     dry_run: bool
 
 
@@ -158,9 +164,6 @@ def request_parser(prog: str) -> ArgumentParser:
     )
     parser.add_class_arguments(Profile)
     parser.add_argument(
-        "--launcher", type=Literal["srun", "torchrun"], default="srun", help="What starts the processes of a node."
-    )
-    parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Print the job's script; submit and write nothing."
     )
     return parser
@@ -177,7 +180,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
 def request_of(values: dict[str, Any]) -> Request:
     """Pick the request from the values of a parser's options. Raises `UserError`."""
     profile = Profile(**{part.name: values[part.name] for part in fields(Profile)})
-    return Request(profile, values["launcher"], values["dry_run"])
+    return Request(profile, values["dry_run"])
 
 
 def _with_file(arguments: list[str]) -> list[str]:

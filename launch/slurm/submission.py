@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from data_pipeline.common.errors import UserError
 from launch.slurm.profile import Profile
 
 SCRIPT_LOG = "batch.log"
+LOST = "lost nodes"
+"""Outcome of a job that has lost more nodes than it has spare ones."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Job:
     """The run folder, absolute."""
     cwd: str
     """Folder of the submitting command: relative paths among the options start there."""
-    launcher: str
     profile: dict[str, Any]
     version: str
     """Commit of the code, or the version of the installed package."""
@@ -54,7 +55,8 @@ class Submission:
 
     @property
     def job(self) -> Job:
-        return Job(**self._read("job.json"))
+        known = {one.name for one in fields(Job)}  # an earlier version had more
+        return Job(**{name: value for name, value in self._read("job.json").items() if name in known})
 
     def write_job(self, job: Job) -> None:
         self._write("job.json", asdict(job))
@@ -63,7 +65,7 @@ class Submission:
         return self.folder / f"rank-{rank}.log"
 
     def node_log(self, node: int) -> Path:
-        """Log of torchrun's own output on one node."""
+        """Log of the supervisor on one node."""
         return self.folder / f"node-{node}.log"
 
     @property
@@ -71,7 +73,7 @@ class Submission:
         return self.folder / SCRIPT_LOG
 
     def outcome(self, restart: int) -> str | None:
-        """Outcome of the start number `restart` of the job: `finished`, `stopped`, `handed over` or a mistake in words.
+        """Outcome of the start number `restart` of the job: `finished`, `stopped`, `handed over`, LOST or a mistake in words.
 
         None if nothing was recorded: the job crashed.
         """

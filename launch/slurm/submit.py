@@ -25,7 +25,7 @@ from submitit.core.utils import FailedJobError
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.cores import cores_per_task
-from launch.slurm.job import train, train_node
+from launch.slurm.job import train_node
 from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
 from trainer.checkpoint.run_folder import check_run, claim_run, record_run
@@ -74,10 +74,9 @@ def resubmit(arguments: list[str]) -> None:
         raise UserError(f"RUN: no run given; call {prog} RUN [--nodes N ...]")
     run, last = find(arguments[0])
     job = last.job
-    earlier = {**job.profile, "launcher": job.launcher}
     cfg = load_run(run, [])
     cfg = replace(cfg, run=replace(cfg.run, dir=str(run.absolute())))
-    submit(cfg, parse_request(f"{prog} RUN", arguments[1:], earlier), job.cwd)
+    submit(cfg, parse_request(f"{prog} RUN", arguments[1:], job.profile), job.cwd)
 
 
 def submit(cfg: Config, request: Request, cwd: str) -> None:
@@ -120,10 +119,9 @@ def submit_runs(
         submission.folder.mkdir(parents=True, exist_ok=True)
         submission.write_job(job)
     # SLURM tests limits on submitted jobs only here; a refusal takes back the folders of this submission.
-    task = train_node if request.launcher == "torchrun" else train
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints the message that it then raises
-            handles = executor.map_array(task, [str(submission.folder) for submission in submissions])
+            handles = executor.map_array(train_node, [str(submission.folder) for submission in submissions])
     except FailedJobError as refused:
         for folder in {home, *(submission.folder for submission in submissions)}:
             shutil.rmtree(folder)
@@ -139,7 +137,6 @@ def new_job(cfg: Config, request: Request, cwd: str) -> Job:
     return Job(
         run=str(cfg.folder),
         cwd=cwd,
-        launcher=request.launcher,
         profile=asdict(request.profile),
         version=code_version(),
         submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -173,17 +170,16 @@ def executor_for(
     home: Path, submissions: list[Submission], request: Request, name: str, parallel: int | None = None
 ) -> SlurmExecutor:
     """Make submitit's executor from the profile; its own files lie in `home`."""
-    # torchrun is one task for a node and needs the cores of all its ranks.
+    # The supervisor is the one task of a node, and needs the cores of all its ranks.
     profile = request.profile
-    by_torchrun = request.launcher == "torchrun"
     cpus = profile.cpus_per_task or cores_per_task(profile)
-    cpus = cpus and cpus * (profile.ranks_per_node if by_torchrun else 1)
+    cpus = cpus and cpus * profile.ranks_per_node
     executor = SlurmExecutor(home, python=shlex.quote(profile.python or sys.executable))
     executor.update_parameters(
         job_name=_for_sbatch(name if name.isprintable() else ascii(name)),
         time=profile.minutes,
-        nodes=profile.nodes,
-        ntasks_per_node=1 if by_torchrun else profile.ranks_per_node,
+        nodes=profile.nodes + profile.spares,
+        ntasks_per_node=1,
         gpus_per_node=profile.gpus_per_node or None,
         cpus_per_task=cpus,
         signal_delay_s=profile.warn_s,
@@ -197,6 +193,7 @@ def executor_for(
             "chdir": "/",  # jobs change folder themselves: SLURM would replace % and \ in the name
             "output": "/dev/null",
             "requeue": True,
+            **({"no-kill": True} if profile.spares else {}),
             "export": ",".join(_handed_on(profile)),
         },
     )
@@ -229,8 +226,9 @@ def _before(submissions: list[Submission], profile: Profile) -> list[str]:
 
 
 def _srun_arguments(profile: Profile, cpus: int | None) -> list[str]:
-    """Arguments of srun: each task sees the cores and variables of the whole node; all end when one has failed."""
-    arguments = ["--output=all", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1"]
+    """Arguments of srun: a task sees all cores of its node, and all end when one has failed, unless there are spare nodes."""
+    failing = ["--no-kill", "--kill-on-bad-exit=0"] if profile.spares else ["--kill-on-bad-exit=1"]
+    arguments = ["--output=all", "--export=ALL", "--cpu-bind=none", *failing]
     if cpus:
         arguments.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not take this from sbatch
     if profile.container:

@@ -127,7 +127,7 @@ def submit(folder: Path, members: list[Member], record: Record, request: Request
 
 def train_here(folder: Path, members: list[Member], record: Record, ranks: int | None, *, dry_run: bool) -> int:
     """Train the runs that are not done, one after another. Returns 1 if one has failed, 128 + N on signal N."""
-    from launch.workers import run_workers, this_machine
+    from launch.workers import run_workers
     from trainer.distributed import gpu_count
 
     for number, member in enumerate(members, start=1):
@@ -141,7 +141,7 @@ def train_here(folder: Path, members: list[Member], record: Record, ranks: int |
         print(f"[{number}/{len(members)}] {printable(member.name)}", flush=True)
         # Recorded before and after each run, so that an interruption loses nothing.
         record.write(folder)
-        code = run_workers(this_machine(processes), "trainer", member.arguments)
+        code = run_workers(processes, "trainer", member.arguments, member.cfg.folder)
         # A signal means the whole sweep: without this check the next run would start.
         if code in ASKED_TO_STOP:
             print("asked to stop; the same command goes on from here")

@@ -1,6 +1,7 @@
 """Restarts of a job, without waiting: by torchrun after a rank has died, and on a second signal."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.entry_point import run_command
+from launch.supervisor.record import recorded_restarts
 from tests.support.runs import Job, checkpoint, dotted, free_port, ranks_of, reference, rows, settings_of
 from trainer import __main__ as training
 from trainer.checkpoint.store import Progress, Stamp, Store, fault
@@ -39,6 +41,36 @@ def test_torchrun_starts_ranks_again(base: Path, tmp_path: Path) -> None:
     steps = [row["step"] for row in rows(run) if "train/lr" in row]
     assert steps == sorted(set(steps)), "a step is there twice"
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(reference(base, 2))]
+
+
+@pytest.mark.slow
+def test_launch_local_starts_ranks_again(base: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed within the second epoch, and rank 0 suspended within the third; the end is that of a run left alone.
+
+    Both times it goes on from a snapshot, as no checkpoint is written within an epoch.
+    """
+    run, memory = tmp_path / "a run", tmp_path / "memory"
+    kept = {"run.stall_s": "10", "run.save_every": "1000", "run.snapshot_every": "1", "run.snapshot_dir": str(memory)}
+    options = dotted(settings_of(base, run) | kept)
+    job = Job(1, tmp_path / "log", "launch", "local", "-n", "2", "--restarts", "2", *options)
+    for start, (rank, step, act) in enumerate(((1, 7, signal.SIGKILL), (0, 12, signal.SIGSTOP))):
+        while len(ranks := ranks_of(job, start)) < 2:
+            assert job.process.poll() is None, job.output()
+            time.sleep(0.1)
+        job.wait_for_step(run, step)
+        os.kill(ranks[rank], act)
+    assert job.wait() == 0, job.output()
+    causes = ["rank 1 was ended by SIGKILL", "rank 1 found that nothing moves, and rank 0 did not end"]
+    for number, cause in enumerate(causes, start=1):
+        assert f"restart {number}: {cause}\n" in job.output()
+        assert f"restarted: {cause}; " in job.output(), "rank 0 tells what it costs"
+    assert recorded_restarts(run) == (2, causes[1])
+    assert len(re.findall(r" at step \d+ of 15 from a snapshot in memory\n", job.output())) == 2, job.output()
+    assert not list(memory.glob("*/*")), "the memory is given back"
+    for name in ("model.safetensors", "training.pt"):
+        assert checkpoint(run)[name] == checkpoint(reference(base, 2))[name], name
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(reference(base, 2))]
+    assert sum("perf/lost_s" in row for row in rows(run)) == 2
 
 
 class SlowStore(Store):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from launch.slurm.commands import run_slurm
 from launch.slurm.profile import Profile, Request
 from launch.slurm.submission import Submission
 from launch.slurm.submit import executor_for, script_of
+from launch.supervisor.record import recorded_restarts
 from tests.conftest import HOSTILE_NAMES
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.runs import ROOT, checkpoint, dotted, render_images, rows, settings_of
@@ -237,7 +239,11 @@ def line_of(cluster: Cluster, run: Path) -> str:
 def test_crashes_have_a_limit(cluster: Cluster, base: Path) -> None:
     """The first crash, a killed process, brings the job back; the second, images that have gone meanwhile, ends it."""
     run, images = base / "crashing", render_images(base / "images to lose")
-    cluster.submit(run, ["--max_crashes", "1"], [*settings(base, run), "--data.path", str(images), "--run.epochs", "4"])
+    cluster.submit(
+        run,
+        ["--max_crashes", "1", "--restarts", "0"],
+        [*settings(base, run), "--data.path", str(images), "--run.epochs", "4"],
+    )
     cluster.wait_for_step(run, 4)
     cluster.until(run, lambda: Store(run).progress().step >= 3)  # written while the training goes on
     kill_rank(cluster, run)
@@ -251,14 +257,16 @@ def test_crashes_have_a_limit(cluster: Cluster, base: Path) -> None:
     assert Store(run).progress() == saved and saved.step >= 3
 
 
-def kill_rank(cluster: Cluster, run: Path) -> None:
-    """SIGKILL, as the kernel sends it when the memory is full."""
+def kill_rank(cluster: Cluster, run: Path, node: str = "127.0.1.1") -> None:
+    """SIGKILL for a rank on a node, as the kernel sends it when the memory is full."""
     folder = str(cluster.submission(run).folder)
-    wanted = "\0".join([sys.executable, "-u", "-m", "submitit.core._submit", folder, ""]).encode()
+    wanted = "\0".join([sys.executable, "-u", "-m", "launch.slurm.job", folder, ""]).encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
-            if (process / "cmdline").read_bytes() == wanted:
+            here = f"SLURMD_NODENAME={node}\0".encode() in (process / "environ").read_bytes()
+            if here and (process / "cmdline").read_bytes() == wanted:
                 os.kill(int(process.name), signal.SIGKILL)
+                return
 
 
 def test_a_mistake_is_not_tried_again(cluster: Cluster, base: Path) -> None:
@@ -291,18 +299,6 @@ def test_time_limit(cluster: Cluster, base: Path) -> None:
     assert cluster.state(run) == "CANCELLED"
 
 
-def test_torchrun_warned_before_the_time_limit(cluster: Cluster, base: Path, undisturbed: Path) -> None:
-    """SIGUSR2 to all processes, as SLURM sends it then."""
-    run = base / "by torchrun"
-    cluster.submit(run, [*TWO_BY_TWO, "--launcher", "torchrun"], settings(base, run))
-    cluster.wait_for_step(run, 2)
-    cluster.run("scancel", "--signal=USR2", cluster.job(run))
-    cluster.wait(run, "COMPLETED", "FAILED")
-    assert cluster.restarts(run) == 1
-    assert cluster.submission(run).crashes == 0
-    assert_same_end(run, undisturbed)
-
-
 def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     """Nobody is told: SLURM finds out, and starts the job anew from its last checkpoint."""
     run = base / "on a lost node"
@@ -317,6 +313,36 @@ def test_a_lost_node(cluster: Cluster, base: Path) -> None:
     assert f"resuming {run} at step {saved.step} of {STEPS}" in cluster.said(run)
     assert Store(run).progress().finished
     assert_events_once(run)
+
+
+def test_restarts_within_the_allocation(base: Path, undisturbed: Path) -> None:
+    """A rank is killed, then a node is lost: each time the spare node takes its place, and SLURM has nothing to start again."""
+    cwd = base / "with a spare"
+    cwd.mkdir()
+    run = base / "on spare nodes"
+    with running_cluster(cwd, nodes=3) as cluster:
+        cluster.submit(run, [*TWO_BY_TWO, "--spares", "1"], settings(base, run))
+        cluster.wait_for_step(run, 2)
+        kill_rank(cluster, run, "127.0.1.2")
+        cluster.until(run, lambda: recorded_restarts(run).number == 1)
+        wait_for_step(cluster, run, 6)
+        cluster.script("kill-node", "127.0.1.3")
+        cluster.until(run, lambda: recorded_restarts(run).number == 2)
+        cluster.wait(run, "COMPLETED", "FAILED")
+        said, submission = cluster.said(run), cluster.submission(run)
+        assert re.search(r"restart 1 on 127.0.1.1, 127.0.1.3: rank [23] on 127.0.1.2 was ended by SIGKILL", said), said
+        assert "restart 2 on 127.0.1.1, 127.0.1.2: node 127.0.1.3 is lost" in said, said
+        assert (submission.crashes, submission.restarts, submission.end) == (0, 0, "finished"), said
+        assert cluster.restarts(run) == 0
+        shown = cluster.launch("status", str(base)).stdout
+        assert "finished" in next(line for line in shown.splitlines() if run.name in line)
+    assert_same_end(run, undisturbed)
+
+
+def wait_for_step(cluster: Cluster, run: Path, step: int) -> None:
+    """Until the run reports `step` after what has just happened."""
+    start_s = time.time()
+    cluster.until(run, lambda: any(row["step"] >= step and row["time"] > start_s for row in rows(run)[-1:]))
 
 
 def test_plain_sbatch(cluster: Cluster, base: Path) -> None:
@@ -363,7 +389,7 @@ def test_hostile_names_stay_whole(cluster: Cluster, name: str, tmp_path: Path, m
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     submission = Submission(tmp_path / name / "slurm" / "1")
     profile = Profile(comment=name if name.isprintable() else "plain", env={"NAME": name}, setup=['printf %s "$NAME"'])
-    executor = executor_for(submission.folder, [submission], Request(profile, "srun", False), name)
+    executor = executor_for(submission.folder, [submission], Request(profile, False), name)
     script = script_of(executor)
     run_slurm("sbatch", "--test-only", stdin=script)
     submission.folder.mkdir(parents=True)
@@ -383,10 +409,10 @@ def test_dry_run_writes_nothing(cluster: Cluster, base: Path) -> None:
     run = base / "dry"
     done = cluster.launch("submit", "--profile", "dev", "--dry_run", "--", *settings(base, run), WANDB_API_KEY="secret")
     assert done.returncode == 0 and not run.exists()
-    for line in ("--nodes=2", "--ntasks-per-node=2", "--partition=low", "--time=60", "--requeue"):
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--partition=low", "--time=60", "--requeue"):
         assert f"#SBATCH {line}\n" in done.stdout
     assert "WANDB_API_KEY" in done.stdout and "secret" not in done.stdout
-    assert "#SBATCH --cpus-per-task=2\n" in done.stdout, "of a node's four, for each of two processes"
+    assert "#SBATCH --cpus-per-task=4\n" in done.stdout, "all of a node's, for two processes"
     given = {"DALI_X": "1", "FI_X": "1", "CUDA_HOME": "/cuda", "CUDA_VISIBLE_DEVICES": "3"}
     done = cluster.launch("submit", "--gpus_per_node", "1", "--dry_run", "--", *settings(base, run), **given)
     assert "#SBATCH --cpus-per-task=2\n" in done.stdout, "half of a node's GPUs, and half of its cores"

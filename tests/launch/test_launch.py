@@ -21,7 +21,9 @@ from launch.slurm.commands import Queued, own_job
 from launch.slurm.cores import share
 from launch.slurm.job import rank_variables
 from launch.slurm.profile import PROFILES, Profile, parse_request
-from launch.slurm.submission import Job, Submission, find, fresh_folder, newest
+from launch.slurm.submission import LOST, Job, Submission, find, fresh_folder, newest
+from launch.supervisor.record import record_restart
+from launch.supervisor.supervisor import Restart
 from tests.support import warm
 from tests.support.runs import ROOT, descendants, dotted, environment, rows, settings_of
 from trainer.checkpoint.store import Store
@@ -201,15 +203,14 @@ def test_every_profile_loads(name: str) -> None:
     request = parse_request("submit", ["--profile", name])
     assert request == parse_request("submit", [f"--profile={PROFILES / name}.yaml"])
     assert request.profile != Profile()
-    assert request.launcher == "srun" and not request.dry_run
+    assert not request.dry_run
 
 
 def test_options_win_over_the_file_and_that_over_an_earlier_job(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text('nodes: 4\ntime: "2-03:04:05"\nsetup: [a, b]\nlauncher: torchrun\n')
+    file.write_text('nodes: 4\ntime: "2-03:04:05"\nsetup: [a, b]\n')
     earlier = {"nodes": 2, "mem": "8G", "qos": "low"}
     request = parse_request("submit", ["--profile", str(file), "--nodes", "6", "--qos", "01"], earlier)
-    assert request.launcher == "torchrun"
     profile = request.profile
     assert (profile.nodes, profile.time, profile.setup, profile.mem, profile.qos) == (
         6,
@@ -321,7 +322,7 @@ def submitted(run: Path, number: str = "7") -> Submission:
     (run / "config.yaml").touch()
     submission = Submission(fresh_folder(run))
     submission.folder.mkdir(parents=True)
-    submission.write_job(Job(str(run), str(run.parent), "srun", {"max_crashes": 1}, "v", "2026-01-31 12:00:00", number))
+    submission.write_job(Job(str(run), str(run.parent), {"max_crashes": 1}, "v", "2026-01-31 12:00:00", number))
     return submission
 
 
@@ -354,6 +355,23 @@ def test_a_job_that_has_ended_stays_ended(
     submission.write_outcome(0, outcome)
     assert decide(submission, 143) == code
     assert (submission.end, submission.restarts, submission.crashes) == (end, 0, 0)
+
+
+@pytest.mark.parametrize(("outcome", "crashes"), [(LOST, 0), ("failed: another process trains", 1)])
+def test_a_job_that_goes_back_into_the_queue(
+    outcome: str, crashes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More lost nodes than spares are no crash; a mistake in words is one, where it appeared only after a restart."""
+    asked: list[str] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setattr("launch.slurm.after.state_of", lambda job: "RUNNING")
+    monkeypatch.setattr("launch.slurm.after.requeue", asked.append)
+    submission = submitted(tmp_path / "run")
+    submission.write_outcome(0, outcome)
+    decide(submission, 1)
+    assert (asked, submission.crashes, submission.restarts, submission.end) == (["7"], crashes, 1, None)
 
 
 def test_an_outcome_is_that_of_one_start(tmp_path: Path) -> None:
@@ -424,6 +442,9 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert (rows["ended"].state, rows["ended"].restarts) == ("finished", 3)
     assert rows["lost"].state == "gone"
     assert rows["cancelled"].state == "completing"
+    record_restart(tmp_path / "running", Restart(1, "rank 1 on gpu2 was ended by SIGKILL", ("gpu1", "gpu3")))
+    again = {row.name: row for row in table(tmp_path, jobs, 1110.0)}["running"]
+    assert again[1:4] == ("running; last restart: rank 1 on gpu2 was ended by SIGKILL", "gpu[1-2]", 3)
 
 
 def test_logs_are_followed_to_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,7 +313,7 @@ def test_slurm_has_a_say_until_a_run_is_finished(found: tuple[Path, Record]) -> 
     for number, name in enumerate(record.settings):
         submission = Submission(folder / name / "slurm/1")
         submission.folder.mkdir(parents=True)
-        submission.write_job(Job(str(folder / name), "/", "srun", {}, "v", "2026-01-31 12:00:00", f"7_{number}"))
+        submission.write_job(Job(str(folder / name), "/", {}, "v", "2026-01-31 12:00:00", f"7_{number}"))
     failed = Submission(folder / "lr=0.3,seed=0/slurm/1")
     failed.write_restarts(crashes=0, restarts=0, end="error: data.path: x")
     jobs = {"7_5": Queued("RUNNING", "gpu1", 0, "None"), "7_6": Queued("FAILED", "", 0, "None")}

@@ -38,7 +38,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.pack.cli import PackConfig, pack
 from data_pipeline.sources.builtin import builtin_dataset
-from launch.workers import this_machine
+from tests.support.elastic import this_machine
 from tests.support.recorded import (
     EPOCHS,
     faults_of_losses,

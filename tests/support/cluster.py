@@ -22,14 +22,17 @@ WAIT_S = 300
 
 
 class Cluster:
-    """Two nodes of four processors, and the commands of ours and of SLURM against them."""
+    """Some nodes of four processors, and the commands of ours and of SLURM against them."""
 
-    def __init__(self, folder: Path, cwd: Path) -> None:
+    def __init__(self, folder: Path, cwd: Path, nodes: int) -> None:
         slurm_free = {name: value for name, value in environment().items() if not name.startswith("SLURM")}
-        port = 10_000 + os.getpid() % 900 * 10  # another for whoever else tests here; training takes those from 20000
+        port = (
+            10_000 + os.getpid() % 900 * 10 + 5 * (nodes > 2)
+        )  # another for whoever else tests here; training takes those from 20000
         self.cwd = cwd
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = {**slurm_free, "PATH": path, "CLUSTER_DIR": str(folder), "CLUSTER_PORT": str(port)}
+        self.environment["CLUSTER_NODES"] = str(nodes)
 
     def script(self, *arguments: str) -> str:
         """Output of cluster.sh."""
@@ -109,11 +112,13 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(cwd: Path) -> Iterator[Cluster]:
-    """A cluster, gone at the end; the test is skipped where SLURM is not installed."""
+def running_cluster(cwd: Path, nodes: int = 2) -> Iterator[Cluster]:
+    """A cluster of so many nodes, gone at the end; the test is skipped where SLURM is not installed."""
     if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") or not shutil.which("sbatch"):
         pytest.skip("SLURM is not installed: apt-get install --no-install-recommends slurm-wlm munge")
-    cluster = Cluster(Path(f"/tmp/slurm-{os.getpid()}"), cwd)  # pytest's folders are too long for a socket
+    cluster = Cluster(
+        Path(f"/tmp/slurm-{os.getpid()}-{nodes}"), cwd, nodes
+    )  # pytest's folders are too long for a socket
     try:
         cluster.start()
         yield cluster

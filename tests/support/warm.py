@@ -27,6 +27,7 @@ _IMPORTED = [
     "trainer.loop",
     "trainer.resilience.signals",
     "launch.workers",
+    "torch.distributed.launcher.api",
     "data_pipeline.dali.cpu_resize",
     "torch._dynamo",  # which DDP imports
     "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook",
@@ -160,7 +161,7 @@ def _by_torchrun(ranks: int, module: str, arguments: tuple[str, ...]) -> None:
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import elastic_launch
 
-    from launch.workers import this_machine
+    from tests.support.elastic import this_machine
 
     config = this_machine(ranks)
     config.start_method = "fork"

@@ -206,7 +206,7 @@ def suspend(job: Job, run: Path, rank: int) -> int:
 
 @pytest.mark.slow
 def test_suspended_ranks_of_a_training(base: Path, tmp_path: Path) -> None:
-    """Rank 1 under torchrun and rank 0 under `launch local`; both launchers take half a minute to end what is suspended."""
+    """Rank 1 under torchrun and rank 0 under `launch local`; both launchers end what is suspended."""
     whole = reference(base, 2)
     runs = [tmp_path / "first run", tmp_path / "second run"]
     options = [dotted(settings_of(base, run) | {"run.stall_s": "10"}) for run in runs]
