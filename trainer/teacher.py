@@ -15,7 +15,7 @@ from trainer.config import load_run
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.prediction import Predictor
-from trainer.model.config import ModelConfig, is_torchvision
+from trainer.model.config import ModelConfig, is_timm, is_torchvision
 from trainer.model.network import build_network
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start, preprocessing
@@ -42,13 +42,11 @@ class Teacher:
 
 
 def open_teacher(name: str, classes: list[str], engine: EngineConfig, ctx: DistContext) -> Teacher:
-    """Open the run folder or torchvision's weights `name` to teach `classes`. Collective. Raises `UserError`, on every rank."""
-    if is_torchvision(name):
-        cfg = ModelConfig(name.partition("_")[0].lower(), weights=name)
-        network, known = build_network(cfg, _IMAGENET), preprocessing(name)
-        load_weights_to_start(network, cfg, [], ctx)
+    """Open a run folder, or weights of torchvision or timm, to teach `classes`. Collective. Raises `UserError`, on every rank."""
+    if is_torchvision(name) or is_timm(name):
         theirs: list[str] | None = None
-        normalise, precision = Normalise(known["mean"], known["std"], ctx.device), engine.precision
+        network, normalise = _published(name, ctx)
+        precision = engine.precision
     else:
         network, theirs, normalise, precision = ctx.raise_together(lambda: _of_run(Path(name), ctx))
     columns, order = ctx.raise_together(lambda: _columns(name, network, theirs, classes))
@@ -68,11 +66,27 @@ def check_teacher(metadata: dict[str, str], checkpoint: Path) -> None:
     )
 
 
+def _published(name: str, ctx: DistContext) -> tuple[nn.Module, Normalise]:
+    """Load a network of torchvision's or timm's, and its normalisation. Collective. Raises `UserError`, on every rank."""
+    try:
+        cfg = ModelConfig(name.partition(".")[0] if is_timm(name) else name.partition("_")[0].lower(), weights=name)
+        network, known = build_network(cfg, _IMAGENET), preprocessing(name)
+        told = load_weights_to_start(network, cfg, [], ctx)
+    except UserError as error:
+        raise UserError(re.sub(r"^model\.(weights|name)", "optim.teacher", str(error))) from None
+    require(
+        "head included" in told,
+        f"optim.teacher: {name} is for other classes than ImageNet's {_IMAGENET}; give others, or a run folder",
+    )
+    return network, Normalise(known["mean"], known["std"], ctx.device)
+
+
 def _of_run(folder: Path, ctx: DistContext) -> tuple[nn.Module, list[str], Normalise, Precision]:
     """Open a run's network with its chosen weights, its classes, its normalisation and its precision. Raises `UserError`."""
     require(
         folder.is_dir(),
-        f"optim.teacher: {folder} is neither a run folder nor a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2",
+        f"optim.teacher: {folder} is neither a run folder nor weights of torchvision or timm, such as "
+        "ResNet50_Weights.IMAGENET1K_V2",
     )
     cfg, checkpoint = load_run(folder, []), Store(folder).chosen()
     classes = read_classes(checkpoint) if checkpoint else None

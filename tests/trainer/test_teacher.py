@@ -142,7 +142,9 @@ def test_torchvisions_outputs_are_found_by_imagenets_names(tmp_path: Path, monke
 
 
 def test_what_is_no_teacher_is_refused(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(UserError, match="is neither a run folder nor a name of torchvision's"):
+    with pytest.raises(UserError, match=r"^optim\.teacher: timm has no 'resnet51'"):
+        opened("timm:resnet51", ["a", "b"])
+    with pytest.raises(UserError, match="is neither a run folder nor weights of torchvision or timm"):
         opened(tmp_path / "none", ["a", "b"])
     with pytest.raises(UserError, match="is not a run folder"):
         opened(images(base), ["a", "b"])

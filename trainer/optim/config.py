@@ -104,8 +104,8 @@ class OptimConfig:
 
     teacher: str | None = None
     """Network whose answers are learned beside the labels (Hinton et al. 2015, arXiv 1503.02531): a run folder, whose chosen
-    weights it takes, or a name of torchvision's such as ResNet50_Weights.IMAGENET1K_V2. It sees the same crops as the network in
-    training, mixed images too (Beyer et al. 2022, arXiv 2106.05237), and does not change."""
+    weights it takes, or a name such as ResNet50_Weights.IMAGENET1K_V2 or timm:resnet50.a1_in1k. It sees the same crops as the
+    network in training, mixed images too (Beyer et al. 2022, arXiv 2106.05237), and does not change."""
 
     teacher_share: float = 0.5
     """Share of the loss that compares with the teacher, above 0 and at most 1; the labels have the rest."""
@@ -202,7 +202,7 @@ class OptimConfig:
                 "is out of range; give a share from 0 to below 1, or null for none",
             ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "is out of range; give a share from 0 to below 1"),
-            ("teacher", self.teacher != "", "is empty; give a run folder or a name of torchvision's, or leave it out"),
+            ("teacher", self.teacher != "", "is empty; give a run folder or the name of weights, or leave it out"),
             ("teacher_share", 0 < self.teacher_share <= 1, "is out of range; give a share above 0, up to 1"),
             ("teacher_answer", self.teacher_answer in ("soft", "hard"), "is unknown; choose one of soft, hard"),
             ("temperature", 0 < self.temperature < math.inf, "is not positive; give a number above 0, or 1 for none"),
