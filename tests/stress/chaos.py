@@ -7,7 +7,7 @@ same ranks    the last checkpoint must have the bytes of the undisturbed run's
 other ranks   each start has one to three ranks and reads from class folders or from a pack: order, crops and draws must be
               the undisturbed run's, and no image of an epoch may be read twice or left out
 
-A start is what `launch local` does, an agent of torchrun's and a process for each rank, but forked from this process, which
+A start is what torchrun does, an agent and a process for each rank, but forked from this process, which
 has imported what they need: it takes one or two seconds and not eight. Exits with 1 where anything was lost.
 """
 

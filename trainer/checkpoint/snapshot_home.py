@@ -29,18 +29,19 @@ def open_base(place: str) -> Path:
 
 
 def read_token(run: Path) -> Path | None:
-    """Read the beginning of the names of a run's snapshot folders; None where it has none."""
+    """Read the beginning of the names of a run's snapshot folders; None where it has none, or is a copy of one that has."""
     try:
-        return Path(os.fsdecode((run / TOKEN).read_bytes()))
+        token, _, owner = (run / TOKEN).read_bytes().partition(b"\0")
     except FileNotFoundError:
         return None
+    return Path(os.fsdecode(token)) if owner == os.fsencode(run.absolute()) else None
 
 
 def new_token(run: Path, base: Path) -> Path:
     """Tie a run to snapshots in `base` that nobody has written yet. Raises OSError."""
     token = base / secrets.token_hex(8)
     (run / TOKEN).parent.mkdir(parents=True, exist_ok=True)
-    replace_file(run / TOKEN, os.fsencode(token))
+    replace_file(run / TOKEN, os.fsencode(token) + b"\0" + os.fsencode(run.absolute()))
     return token
 
 

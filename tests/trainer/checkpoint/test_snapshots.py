@@ -47,12 +47,17 @@ def test_only_the_newest_of_the_run_itself_is_gone_on_from(tmp_path: Path) -> No
     found = Snapshots(run, str(place), SOLO).newer_than(progress(4))
     assert found and found[1] == progress(5)
     assert (found[0] / "part-0").read_bytes() == bytes([5, 0]) * 1000
+    shutil.copytree(run, tmp_path / "a copy")
+    assert Snapshots(tmp_path / "a copy", str(place), SOLO).newer_than(progress(4)) is None, "it is another run"
+    assert Snapshots(run, str(place), SOLO).newer_than(progress(4)) == found
     # A run that goes on from its folder has others from there on, and so has one that begins anew under the same name.
     again = Snapshots(run, str(place), SOLO)
     assert again.newer_than(progress(5)) is None and again.newer_than(Progress()) is None
     again.write(progress(8), writer(8), None)
     shutil.rmtree(run)
     anew = Snapshots(run, str(place), SOLO)
+    assert anew.newer_than(Progress()) is None
+    shutil.rmtree(tmp_path / "a copy")
     assert anew.newer_than(Progress()) is None
     assert len(homes(place)) == 1, "what belongs to no run is swept away"
     anew.write(progress(2), writer(2), None)
