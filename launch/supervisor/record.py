@@ -4,12 +4,14 @@ import json
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from data_pipeline.common.errors import printable
 from launch.supervisor.supervisor import Restart
 
 FILE = "restarts.jsonl"
+_PATIENCE_S = 5.0
 
 
 class Recorded(NamedTuple):
@@ -21,7 +23,16 @@ class Recorded(NamedTuple):
 
 
 def record_restart(run: Path, restart: Restart) -> None:
-    """Print a restart, and add it to the run's file, if the run has a folder and the disk takes it."""
+    """Print a restart, and add it to the run's file, if the run has a folder and the disk takes it.
+
+    Waits for the disk only a moment: the other nodes would take a silent supervisor for lost.
+    """
+    writer = Thread(target=_write, args=(run, restart), daemon=True)
+    writer.start()
+    writer.join(_PATIENCE_S)
+
+
+def _write(run: Path, restart: Restart) -> None:
     where = f" on {', '.join(restart.nodes)}" if any(restart.nodes) else ""
     print(printable(f"restart {restart.number}{where}: {restart.cause}"), flush=True)
     row = {"time": time.time(), "restart": restart.number, "cause": restart.cause, "nodes": list(restart.nodes)}
