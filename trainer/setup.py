@@ -111,15 +111,19 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         ctx.run_on_rank0(check)
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
-        snapshots = Snapshots(cfg.folder, cfg.run.snapshot_dir, ctx) if cfg.run.snapshot_every else None
-        if snapshots and (newer := snapshots.newer_than(progress)):
-            newest, progress = newer
-            ctx.raise_together(lambda: _check_images(newer[0], store, train.catalog))
         progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # the run may have been extended
-        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [], snapshots)
+        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [])
         if start.nothing_left:
             yield start
             return
+
+        # A snapshot in memory may be newer than what is on disk.
+        snapshots = Snapshots(cfg.folder, cfg.run.snapshot_dir, ctx) if cfg.run.snapshot_every else None
+        newer = snapshots.newer_than(progress) if snapshots else None
+        if newer and newer[1].step < (cfg.run.max_steps or math.inf):
+            newest, progress = newer
+            ctx.raise_together(lambda: _check_images(newer[0], store, train.catalog))
+        start = replace(start, newest=newest, progress=progress, snapshots=snapshots)
 
         # Mistakes that would show only later.
         _check_extension(cfg, train, progress)
@@ -142,6 +146,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
         ctx.run_on_rank0(lambda: record_job(cfg.folder))
         ctx.run_on_rank0(store.prepare)
+        if snapshots:
+            snapshots.open()
         progress = replace(progress, arithmetic=arithmetic)
         yield replace(start, engine=engine, optim=optim, progress=progress, lines=lines)
 

@@ -38,10 +38,13 @@ def read_token(run: Path) -> Path | None:
 
 
 def new_token(run: Path, base: Path) -> Path:
-    """Tie a run to snapshots in `base` that nobody has written yet. Raises OSError."""
+    """Tie a run to snapshots in `base` that nobody has written yet. Raises `UserError`."""
     token = base / secrets.token_hex(8)
-    (run / TOKEN).parent.mkdir(parents=True, exist_ok=True)
-    replace_file(run / TOKEN, os.fsencode(token) + b"\0" + os.fsencode(run.absolute()))
+    try:
+        (run / TOKEN).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(run / TOKEN, os.fsencode(token) + b"\0" + os.fsencode(run.absolute()))
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); make room") from None
     return token
 
 
@@ -51,10 +54,13 @@ def home_of(token: Path) -> Path:
 
 
 def make_home(token: Path, run: Path) -> Path:
-    """Make the folder of a run's snapshots on this node. Raises OSError."""
+    """Make the folder of a run's snapshots on this node. Raises `UserError`."""
     home = home_of(token)
-    home.mkdir(mode=0o700, exist_ok=True)
-    (home / RUN).write_bytes(os.fsencode(run))
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        (home / RUN).write_bytes(os.fsencode(run))
+    except OSError as error:
+        raise UserError(f"run.snapshot_dir: cannot write to {home} ({error.strerror}); make room") from None
     return home
 
 

@@ -49,22 +49,37 @@ class Snapshots:
         self._writes = self._writers[self._node] == ctx.rank
         self._group = ctx.new_group(self._writers)
         self.base = ctx.raise_together(lambda: open_base(place))
-        self._use(ctx.broadcast_from_rank0(lambda: read_token(self.run)) or self._renewed())
+        self._token: Path | None = ctx.broadcast_from_rank0(lambda: read_token(self.run))
+        self._taken = False
+
+    @property
+    def store(self) -> Store:
+        """Snapshots on this node."""
+        assert self._token
+        return Store(home_of(self._token), keep=1)
 
     def newer_than(self, progress: Progress) -> tuple[Path, Progress] | None:
         """Find the newest snapshot of the run, give it to the nodes that lack it, and return its folder on this node.
 
-        None where none is newer than `progress`, that of the run folder: then the earlier ones are given up.
+        None where none is newer than `progress`, that of the run folder. Writes nothing to the run folder; see `open`.
         """
+        if self._token is None:
+            return None
         found = self.ctx.gather_objects(self._whole() if self._writes else None)
         newest = max((one for one in found if one), default=None)
         if newest is None or newest[0] <= progress.step:
-            self.give_up()
             return None
+        self._taken = True
+        self._use(self._token)
         source, lacking = self._node_of[found.index(newest)], found[self._writers[self._node]] != newest
         self.ctx.raise_together(lambda: self._receive(newest[0], source, lacking) if self._writes else None)
         folder = self.store.folder / "last"
         return folder, self.ctx.raise_together(lambda: read_progress(folder))
+
+    def open(self) -> None:
+        """Begin to keep snapshots. Where the run does not go on from the earlier ones, they are given up."""
+        if not self._taken:
+            self.give_up()
 
     def write(self, progress: Progress, write: StateWriter, group: Any) -> None:
         """Keep a snapshot, of which `write` adds the files of this rank. In a thread with a `group` of its own.
@@ -81,21 +96,20 @@ class Snapshots:
     def give_up(self) -> None:
         """Forget the snapshots so far: the run goes on from elsewhere."""
         self.remove()
-        self._use(self._renewed())
+        token = self.ctx.raise_together(lambda: new_token(self.run, self.base) if self.ctx.primary else None)
+        self._use(self.ctx.broadcast_from_rank0(lambda: token))
         if self._writes:
             sweep(self.base)
 
     def remove(self) -> None:
         """Give the memory back. Not collective."""
-        if self._writes:
-            shutil.rmtree(self.store.folder.parent, ignore_errors=True)
+        if self._writes and self._token:
+            shutil.rmtree(home_of(self._token), ignore_errors=True)
 
-    def _renewed(self) -> Path:
-        return self.ctx.broadcast_from_rank0(lambda: new_token(self.run, self.base))
-
-    def _use(self, token: Path) -> None:
+    def _use(self, token: Path | None) -> None:
+        assert token
+        self._token = token
         self.ctx.raise_together(lambda: make_home(token, self.run) if self._writes else None)
-        self.store = Store(home_of(token), keep=1)
 
     def _whole(self) -> tuple[int, str] | None:
         """Step and hash of this node's snapshot; None where it has none that is whole."""
