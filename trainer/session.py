@@ -174,7 +174,7 @@ class Session:
     def average(self) -> None:
         """Bring the average of `optim.swa` up to date, from the end of an epoch's weights, or else where it is empty yet.
 
-        Collective.
+        Its time counts as evaluation. Collective.
         """
         cursor = self.progress.cursor
         count = averaged_before(cursor.epoch, self.cfg.optim, self.cfg.run.epochs)
