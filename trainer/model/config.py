@@ -81,6 +81,10 @@ class ModelConfig:
     head_only: bool = False
     """Train the head alone in all epochs."""
 
+    head_norm: bool = False
+    """Train the last batch norm along with the head where only that is trained, statistics included: for images of another size
+    (FixRes; Touvron et al. 2019, arXiv 1906.06423, section 3.3)."""
+
     freeze_bn: bool = False
     """Keep batch normalisation unchanged: gamma, beta and the running statistics, with which it then normalises."""
 
@@ -143,6 +147,10 @@ class ModelConfig:
                 f"model.weights: {self.weights} is for {theirs}; set model.name to it, or give others",
             )
         require(self.freeze_until >= 0, f"model.freeze_until: {self.freeze_until} is negative; give a number of epochs")
+        require(
+            not self.head_norm or ((self.head_only or self.freeze_until > 0) and not self.freeze_bn),
+            f"model.head_norm: {self.head_norm} is for runs that train the head alone; set model.head_only, without freeze_bn",
+        )
         for option in ("freeze_until", "head_only", "freeze_bn"):
             value = getattr(self, option)
             require(

@@ -287,10 +287,12 @@ def freeze(network: nn.Module, cfg: ModelConfig, epoch: int) -> None:
     A frozen parameter has no gradient, so no optimiser decays or moves it, and no backward pass goes through it.
     """
     only_head = cfg.head_only or epoch < cfg.freeze_until
+    norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+    learning = (HEAD, *norms[-1:]) if cfg.head_norm else (HEAD,)
     for name, module in network.named_modules():
         kept = only_head or (cfg.freeze_bn and isinstance(module, _BatchNorm))
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(name == HEAD or not kept)
+            parameter.requires_grad_(name in learning or not kept)
     network.train(network.training)
 
 

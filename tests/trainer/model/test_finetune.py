@@ -193,6 +193,34 @@ def by_torch(network: nn.Module, scales: list[float]) -> list[list[float]]:
     return told
 
 
+def test_the_last_norm_learns_with_the_head() -> None:
+    """As by torch alone, with that norm and the head in training; all else stays as it is."""
+    theirs = pretrained()
+    theirs.get_buffer("layer4.1.bn2.num_batches_tracked").fill_(1000)  # its statistics move as torch's, then
+    engine = engine_of(theirs, ModelConfig(weights="given", head_only=True, head_norm=True), PLAIN)
+    before, network = state_of(theirs), copy.deepcopy(theirs).eval()
+    learning = {name: network.get_submodule(name) for name in ("layer4.1.bn2", "fc")}
+    for layer in learning.values():
+        layer.train()
+    weights = [value for layer in learning.values() for value in layer.parameters()]
+    groups = [{"params": [value], "weight_decay": 1e-2 * (value.ndim > 1)} for value in weights]
+    sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    for seed in range(3):
+        images = batch(8, seed)
+        engine.step([images], 0.05)
+        engine.predict(images.images)
+        sgd.zero_grad()
+        loss_of(network, images).backward()
+        sgd.step()
+    ours = state_of(engine.module)
+    for name, value in state_of(network).items():
+        learns = name.rpartition(".")[0] in learning
+        assert learns or torch.equal(ours[name], before[name]), name
+        assert not learns or not torch.equal(ours[name], before[name]), name
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_thawing_is_what_torch_does(layer_decay: float, tmp_path: Path) -> None:
     """On one process and on two, where batch norm keeps its statistics: the images then count each for itself."""

@@ -417,6 +417,10 @@ def test_mismatched_keys_are_listed(tmp_path: Path) -> None:
         ),
         ({"weights": "a", "freeze_until": -1}, "model.freeze_until: -1 is negative; give a number of epochs"),
         (
+            {"weights": "a", "head_norm": True},
+            "model.head_norm: True is for runs that train the head alone; set model.head_only, without freeze_bn",
+        ),
+        (
             {"head_only": True},
             "model.head_only: True keeps weights as they are, and these are random; give model.weights",
         ),

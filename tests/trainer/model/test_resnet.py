@@ -310,7 +310,14 @@ OPTIONS: dict[str, Any] = {
 
 
 def test_every_option_of_a_network_is_tried() -> None:
-    rest = {"name", "weights", "freeze_until", "head_only", "freeze_bn"}  # which of torchvision's, and what is trained
+    rest = {
+        "name",
+        "weights",
+        "freeze_until",
+        "head_only",
+        "head_norm",
+        "freeze_bn",
+    }  # which of torchvision's, and what is trained
     assert {field.name for field in fields(ModelConfig)} == OPTIONS.keys() | rest
 
 

@@ -175,7 +175,7 @@ def test_a_loss_curve_is_ours(ours: str, theirs: str) -> None:
     assert len(set(curve)) == 20
 
 
-@pytest.mark.parametrize("option", [{"head_only": True}, {"freeze_bn": True}])
+@pytest.mark.parametrize("option", [{"head_only": True}, {"head_only": True, "head_norm": True}, {"freeze_bn": True}])
 def test_what_is_frozen_stays(option: dict[str, bool]) -> None:
     torch.manual_seed(0)
     cfg = ModelConfig(SMALL, weights="given", **option)  # type: ignore[arg-type]
@@ -189,9 +189,10 @@ def test_what_is_frozen_stays(option: dict[str, bool]) -> None:
     engine.predict(pixels)  # after which training goes on
     for _ in range(2):
         engine.step([Batch(pixels, torch.arange(8) % CLASSES, torch.arange(8), 8, 8)], 0.1)
-    norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for name, value in network.state_dict().items():
-        frozen = not name.startswith("fc.") if "head_only" in option else name.rpartition(".")[0] in norms
+        layer = name.rpartition(".")[0]
+        frozen = layer not in ("fc", *norms[-1:] * ("head_norm" in option)) if "head_only" in option else layer in norms
         assert torch.equal(value, before[name]) == frozen, name
 
 
