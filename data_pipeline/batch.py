@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     images: torch.Tensor
     """[B, 3, H, W] RGB in channels-last memory on the rank's device, uint8; float32 in 0..255 where mixup blends."""
     labels: torch.Tensor
-    """[B] int64 on the rank's device; IGNORE_LABEL for padding and for images that could not be read. Where images have several
-    classes (`Catalog.multi_label`) only the sign says anything, and `targets` has the classes."""
+    """[B] int64 on the rank's device; IGNORE_LABEL for padding and for images that could not be read. Where `multi_label` only
+    the sign says anything, and `targets` has the classes."""
     ids: torch.Tensor
     """[B] int64 on the CPU: row in the catalog."""
     num_real: int
@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     """Samples in the whole optimizer step, over its micro-batches and all ranks: what a mean loss is divided by."""
     targets: torch.Tensor | None = None
     """[B, C] float32 where images are mixed: the share of each class. `labels` then has the class of the largest one, and
-    `ids` the image that the row began with. Where images have several classes, always: 1 for each of them."""
+    `ids` the image that the row began with. Where `multi_label`, always: 1 for each class of an image that is not mixed."""
     places: Places | None = None
     """Places of the rows, for random numbers of the network; None outside of a training."""
+    multi_label: bool = False
+    """True where an image may have several classes, or none."""

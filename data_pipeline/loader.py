@@ -291,6 +291,7 @@ class _Epoch(Iterator[Batch]):
             total=micro_batch.end - micro_batch.start,
             targets=targets,
             places=Places(loader.seed, self.start.epoch, micro_batch.positions) if loader.training else None,
+            multi_label=catalog.multi_label,
         )
 
     def _inputs(self) -> Iterator[graph.Inputs]:

@@ -60,6 +60,8 @@ class Row(NamedTuple):
     best_top1_pct: float | None
     slow: str
     """Ranks that hold up the others, as "rank 3 on gpu07 (data, 41 %)"; empty without any."""
+    best_map_pct: float | None
+    """In place of top-1 where images have several classes."""
 
 
 def status(arguments: list[str]) -> None:
@@ -85,7 +87,8 @@ def status(arguments: list[str]) -> None:
         shown.add_column("slow ranks", no_wrap=True)
     for row in rows:
         eta = "" if row.left_s is None else str(timedelta(seconds=round(row.left_s)))
-        figures = (_figure(row.epoch, ".2f"), eta, _figure(row.images_per_s, ".0f"), _figure(row.best_top1_pct, ".2f"))
+        best = _figure(row.best_top1_pct, ".2f") if row.best_map_pct is None else f"{row.best_map_pct:.2f} mAP"
+        figures = (_figure(row.epoch, ".2f"), eta, _figure(row.images_per_s, ".0f"), best)
         words = (row.name, row.state, row.nodes, str(row.restarts), *figures, *([row.slow] if slow else []))
         shown.add_row(*(Text(printable(word)) for word in words))
     wide = None if sys.stdout.isatty() else 10_000
@@ -123,6 +126,7 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
             f"rank {one['rank']} on {one['node']} ({one['phase']}, {one['slower_pct']:.0f} %)"
             for one in slow_ranks(lines)
         ),
+        last.get("val/best_map_pct"),
     )
 
 

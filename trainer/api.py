@@ -29,8 +29,8 @@ ImageLike = str | Path | NDArray[np.uint8]
 class Prediction(NamedTuple):
     """Classes and probabilities that a network gives N images."""
 
-    labels: list[str]
-    """[N] name of the likeliest class."""
+    labels: list[str] | list[list[str]]
+    """[N] name of the likeliest class; where images may have several, the names of those that reach their thresholds."""
     probabilities: NDArray[np.float32]
     """[N, C] in the order of `TrainedRun.classes`."""
 
@@ -54,11 +54,14 @@ class TrainedRun:
             paths = [_file_of(image, Path(beside) / f"{row}.png", row) for row, image in enumerate(images)]
             catalog = Catalog(Path("/"), paths, np.full(len(paths), UNLABELLED), self.classes, bad={})
             found = predict_all(
-                self._trained.predict, len(self.classes), catalog, self.config.data, self._machine, View()
+                self._trained.probabilities, len(self.classes), catalog, self.config.data, self._machine, View()
             )
         unreadable = [paths[row] for row in np.flatnonzero(~found.readable)]
         if unreadable:
             raise UserError(f"images: {unreadable[0]} cannot be read; mend it, or leave it out")
+        if self._trained.multi_label:
+            said = found.probabilities >= self._trained.thresholds
+            return Prediction([[self.classes[c] for c in np.flatnonzero(row)] for row in said], found.probabilities)
         best = found.probabilities.argmax(axis=1)
         return Prediction([self.classes[row] for row in best], found.probabilities)
 

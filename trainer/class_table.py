@@ -31,14 +31,16 @@ def print_classes(scores: pd.DataFrame, most: int | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("class", "precision %", "recall %", "F1 %", "images", "predicted", box=None, pad_edge=False)
+    titles = {"precision_pct": "precision %", "recall_pct": "recall %", "f1_pct": "F1 %", "ap_pct": "AP %"}
+    figures_of = [name for name in scores if name in titles]
+    table = Table("class", *(titles[name] for name in figures_of), "images", "predicted", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     shown = scores if most is None or len(scores) <= most else scores.nsmallest(most, "recall_pct")
     for name, *rates, support, predicted in shown.itertuples(index=False):
         figures = ["-" if np.isnan(rate) else f"{rate:.2f}" for rate in rates]
         table.add_row(Text(printable(name)), *figures, str(support), str(predicted))
-    means = [f"{mean:.2f}" for mean in scores[["precision_pct", "recall_pct", "f1_pct"]].mean()]
+    means = [f"{mean:.2f}" for mean in scores[figures_of].mean()]
     total = f"{scores.support.sum()}", f"{scores.predicted.sum()}"
     left = (
         f" (those of {len(scores) - len(shown)} with a higher recall are not shown)" if len(shown) < len(scores) else ""

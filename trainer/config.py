@@ -167,6 +167,10 @@ def may_change(option: str) -> bool:
 def first_difference(saved: str, cfg: Config) -> Difference | None:
     """Find the first option by which a saved configuration is another run than `cfg`."""
     old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
+    for options in (old, new):
+        options["run.best_by"] = (
+            options.get("run.best_by") or "top1"
+        )  # which it always was, before it could be not given
     for key, value in new.items():
         extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
         if key in old and old[key] != value and not may_change(key) and not extended:

@@ -138,7 +138,7 @@ def say_end(session: Session, outcome: Outcome) -> None:
             f"{session.cfg.folder}"
         )
     else:
-        which = "best" if progress.best_top1_pct >= 0 else "last"
+        which = "best" if progress.to_beat is not None else "last"
         command = shlex.join(["python", "-m", "trainer.report", str(session.cfg.folder)])
         weights = session.store.folder / which / WEIGHTS
         tracker.note(f"trained {run.epochs} epochs: {best}, weights in {weights}; next: {command}")

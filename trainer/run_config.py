@@ -38,9 +38,10 @@ class RunConfig:
     """Folder for snapshots, in memory or on a disk of each node's own."""
     keep: int = free(2)
     """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""
-    best_by: BestBy = "top1"
-    """Validation score that chooses the weights kept as the best: top1; macro_recall, the mean over the classes of the
-    share of their images that is recognised, for classes of uneven numbers; or loss."""
+    best_by: BestBy | None = None
+    """Validation score that chooses the weights kept as the best: top1, which it is if not given; macro_recall, the mean over
+    the classes of the share of their images that is recognised, for classes of uneven numbers; or loss. Where images have
+    several classes map, which it is then if not given; macro_f1; or loss."""
     keep_every: int | None = free(None)
     """Keep also the checkpoint at the end of every so many epochs."""
     profile: str | None = free(None)
@@ -80,7 +81,7 @@ class RunConfig:
         )
         require(self.keep > 0, f"run.keep: {self.keep} is not positive; give a number of checkpoints")
         require(
-            self.best_by in get_args(BestBy),
+            self.best_by in (None, *get_args(BestBy)),
             f"run.best_by: {self.best_by!r} is unknown; choose one of {', '.join(get_args(BestBy))}",
         )
         require(

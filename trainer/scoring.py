@@ -1,5 +1,6 @@
 """Score a run on a whole split: every sample once, with any number of ranks and any batch."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,24 +11,29 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.files import load_weights, read_classes, read_metadata
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.store import BestBy, Store
 from trainer.config import Config, load_run
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.loss import count, count_by_class
 from trainer.engine.prediction import Predictor
 from trainer.model.network import build_network
 from trainer.model.normalize import Normalise
+from trainer.multi_label import UNKNOWN, ClassCounts, LabelScores, counts, predict_split, score
+from trainer.run_config import RunConfig
 from trainer.tracking.meter import Scores
 
 SHOWN = 20
 """Classes that the table of `trainer.evaluate` has at most; `trainer.report` shows all."""
+
+
+NO_THRESHOLDS = np.empty(0)
 
 
 class Trained(NamedTuple):
@@ -38,6 +44,21 @@ class Trained(NamedTuple):
     data: str
     """Fingerprint of the images that they were trained on."""
     predict: Predictor
+    """Images to logits."""
+    labels: str = ""
+    """Form of several classes of an image in the table that it was trained on (see `Taken.written`); "" where each had one."""
+    thresholds: NDArray[np.float64] = NO_THRESHOLDS
+    """[C] probability from which on an image is said to be of a class, where images may have several; else empty."""
+
+    @property
+    def multi_label(self) -> bool:
+        """True where an image may have several classes."""
+        return self.labels != ""
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, C] float32 of images [B, 3, H, W] uint8: of each class by itself where an image may have several."""
+        logits = self.predict(images)
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
 
 def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
@@ -57,7 +78,11 @@ def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
     by_hardware = cfg.engine.precision == "auto" and ctx.device.type == "cpu"
     engine = replace(cfg.engine, precision="fp32") if by_hardware else cfg.engine
     predict = Predictor(network, normalise, engine, ctx.device)
-    return Trained(checkpoint.resolve(), classes, metadata.get("data", ""), predict)
+    labels, thresholds = metadata.get("labels", ""), NO_THRESHOLDS
+    if labels:  # weights that were never validated have no thresholds
+        known = json.loads(metadata.get("thresholds", "[]"))
+        thresholds = np.array(known or [UNKNOWN] * len(classes), np.float64)
+    return Trained(checkpoint.resolve(), classes, metadata.get("data", ""), predict, labels, thresholds)
 
 
 def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
@@ -65,6 +90,17 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
 
     The run's own set is recognised by its training images, even if it was moved. Raises `UserError`.
     """
+    catalog = _open_scored(folder, cfg, trained)
+    kinds = "one class each", "several classes"
+    require(
+        catalog.multi_label == trained.multi_label,
+        f"data.labels: images of {cfg.path} have {kinds[catalog.multi_label]}, and {folder} was trained on images of "
+        f"{kinds[trained.multi_label]}; give --data.labels {'multi' if trained.multi_label else 'single'}, or others",
+    )
+    return catalog
+
+
+def _open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
     try:
         catalog = open_catalog(cfg, "val", trained.classes)
     except UserError:  # another set may have validation images of its own, or no such groups
@@ -97,16 +133,23 @@ def scored_on(catalog: Catalog, images: int) -> str:
     return f"{images} of {listed}{held_out} images in {catalog.root}"
 
 
-class ClassCounts(NamedTuple):
-    """Numbers [C] of each class over the scored images."""
+def best_by(run: RunConfig, catalog: Catalog) -> BestBy:
+    """Choose the score that decides which weights are the best. Raises `UserError` where images like these have none of it."""
+    fitting: tuple[BestBy, ...] = (
+        ("map", "macro_f1", "loss") if catalog.multi_label else ("top1", "macro_recall", "loss")
+    )
+    has = "may have several classes" if catalog.multi_label else "have one class each"
+    require(
+        run.best_by is None or run.best_by in fitting,
+        f"run.best_by: {run.best_by} does not fit images that {has}; give {', '.join(fitting[:2])} or {fitting[2]}",
+    )
+    return run.best_by or fitting[0]
 
-    hits: NDArray[np.int64]
-    images: NDArray[np.int64]
-    predicted: NDArray[np.int64]
 
-
-def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ctx: DistContext) -> Scores:
+def evaluate(predict: Callable[[torch.Tensor], torch.Tensor], loader: Loader, ctx: DistContext) -> Scores | LabelScores:
     """Score `predict` (images to logits [B, classes]) on everything that `loader` holds. Collective."""
+    if loader.catalog.multi_label:
+        return score(predict_split(predict, loader, ctx))
     return evaluate_classes(predict, loader, ctx)[0]
 
 
@@ -133,11 +176,16 @@ def evaluate_classes(
     return Scores.of(total.tolist())._replace(macro_recall_pct=macro_recall_pct), counts
 
 
-def with_mirror(predict: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Wrap `predict` to average each image and its mirror image: the logarithm of their mean probabilities."""
+def with_mirror(
+    predict: Callable[[torch.Tensor], torch.Tensor], *, multi_label: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Wrap `predict` to average each image and its mirror image: the logits of their mean probabilities."""
 
     def both(images: torch.Tensor) -> torch.Tensor:
         mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
+        if multi_label:
+            mean = (predict(images).double().sigmoid() + predict(mirrored).double().sigmoid()) / 2
+            return mean.logit().float()
         return (predict(images).softmax(dim=1) + predict(mirrored).softmax(dim=1)).div(2).log()
 
     return both
@@ -152,18 +200,24 @@ def score_run(folder: Path, cfg: Config, *, flip: bool) -> None:
         trained = ctx.raise_together(lambda: open_trained(folder, cfg, ctx))
         catalog = ctx.raise_together(lambda: open_scored(folder, cfg.data, trained))
         loader = Loader(cfg.data, catalog, ctx, training=False)
-        predict = with_mirror(trained.predict) if flip else trained.predict
+        predict = with_mirror(trained.predict, multi_label=trained.multi_label) if flip else trained.predict
         with progress("evaluating", len(catalog)) as advance:
 
             def predict_and_tell(images: torch.Tensor) -> torch.Tensor:
                 advance(ctx.world * len(images))  # the other ranks are about as far
                 return predict(images)
 
-            scores, counts = evaluate_classes(predict_and_tell, loader, ctx)
+            if trained.multi_label:
+                found = predict_split(predict_and_tell, loader, ctx)
+                several = score(found, trained.thresholds)
+                images, words, numbers = several.images, several.words(), counts(found, trained.thresholds)
+            else:
+                scores, by_class = evaluate_classes(predict_and_tell, loader, ctx)
+                images, words, numbers = scores.images, scores.words(len(trained.classes)), by_class
     if ctx.primary:
         from trainer.class_table import class_scores, print_classes  # here, as it imports pandas
 
-        print_classes(class_scores(*counts, trained.classes), SHOWN)
+        print_classes(class_scores(*numbers, trained.classes), SHOWN)
         views = ", with mirror images," if flip else ""
-        judged = printable(f"{trained.checkpoint}{views} on {scored_on(catalog, scores.images)}")
-        print(f"{judged}: {scores.words(len(trained.classes))}")
+        judged = printable(f"{trained.checkpoint}{views} on {scored_on(catalog, images)}")
+        print(f"{judged}: {words}")

@@ -1,5 +1,6 @@
 """A run under way: its position, and its work between optimizer steps."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -18,12 +19,13 @@ from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine
 from trainer.model.resnet import freeze
+from trainer.multi_label import LabelScores
 from trainer.optim.swa import averaged_before
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
 from trainer.resilience.slow_ranks import SlowRanks
 from trainer.resilience.watchdog import heartbeat
-from trainer.scoring import evaluate
-from trainer.tracking.meter import Meter
+from trainer.scoring import best_by, evaluate
+from trainer.tracking.meter import Meter, beats, named
 from trainer.tracking.profiler import Trace
 from trainer.tracking.tracker import Tracker
 
@@ -57,6 +59,9 @@ class Session:
     steps_back: Counter[int] = field(default_factory=Counter)
     """Steps back, by the number of steps in the checkpoint that they led to."""
 
+    _thresholds: dict[str, str] = field(default_factory=dict)
+    """Metadata that a validation has just found for the present weights, where images have several classes."""
+
     def __post_init__(self) -> None:
         self.classes = self.loader.catalog.classes
         self.images = len(self.loader.catalog)
@@ -67,7 +72,14 @@ class Session:
         """Take over the position `progress`; the engine has been restored to it."""
         self.progress = progress
         self._reduced = progress.step  # the step up to which the meter has been read
-        self.meter = Meter(self.ctx, progress.sums, len(self.classes), progress.train_s, scaled=self.scaled)
+        self.meter = Meter(
+            self.ctx,
+            progress.sums,
+            len(self.classes),
+            progress.train_s,
+            scaled=self.scaled,
+            multi_label=self.loader.catalog.multi_label,
+        )
 
     @property
     def epoch_read(self) -> bool:
@@ -152,7 +164,13 @@ class Session:
         lost = find_nonfinite(self.engine.module, self.ctx)
         if lost:
             raise NonFinite(self.progress.step, f"weight {lost}")
-        self.saver.start(self.progress, self.engine.capture_state(self.metadata), best=best, snapshots=snapshots)
+        self.saver.start(
+            self.progress,
+            self.engine.capture_state({**self.metadata, **self._thresholds}),
+            best=best,
+            snapshots=snapshots,
+        )
+        self._thresholds = {}
         self.next_row[f"perf/{what}_save_s"] = time.perf_counter() - start
         self.meter.pause()
 
@@ -160,7 +178,12 @@ class Session:
         """Wait for the current checkpoint. Where it failed, the best is again the one on disk. Collective."""
         if self.saver.wait():
             saved = self.saver.saved
-            self.progress = replace(self.progress, best_top1_pct=saved.best_top1_pct, best_score=saved.best_score)
+            self.progress = replace(
+                self.progress,
+                best_top1_pct=saved.best_top1_pct,
+                best_map_pct=saved.best_map_pct,
+                best_score=saved.best_score,
+            )
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Collective. Raises `UserError` where it is not."""
@@ -206,12 +229,22 @@ class Session:
             limit_bad(self.val_loader, unread)
         if not math.isfinite(scores.loss):
             self.tracker.alert("bad validation", f"val loss is {scores.loss}; these weights are not taken for the best")
-        by = self.cfg.run.best_by
-        best = scores.beat(self.progress.to_beat, by)
+        by = best_by(self.cfg.run, self.val_loader.catalog)
+        best = beats(scores, self.progress.to_beat, by)
         if best:
-            self.progress = replace(self.progress, best_top1_pct=scores.top1_pct, best_by=by, best_score=scores.by(by))
+            self.progress = replace(self.progress, best_by=by, best_score=scores.by(by))
         self.meter.pause()
-        return {**scores.named("val", len(self.classes)), "val/best_top1_pct": self.progress.best_top1_pct}, best
+        if isinstance(scores, LabelScores):
+            self._thresholds = {"thresholds": json.dumps(scores.thresholds.tolist())}
+            if best:
+                self.progress = replace(self.progress, best_map_pct=scores.map_pct)
+            return {**named("val", scores.figures()), "val/best_map_pct": self.progress.best_map_pct or 0.0}, best
+        if best:
+            self.progress = replace(self.progress, best_top1_pct=scores.top1_pct)
+        return {
+            **named("val", scores.figures(len(self.classes))),
+            "val/best_top1_pct": self.progress.best_top1_pct,
+        }, best
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.engine.predict(images)

@@ -35,7 +35,7 @@ from trainer.engine.compilation import check_device, check_graphs, choose_compil
 from trainer.engine.compile_cache import keep_compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
-from trainer.engine.loss import with_class_weights
+from trainer.engine.loss import fitted_to_classes
 from trainer.model.network import build_network, check_network
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
@@ -47,6 +47,7 @@ from trainer.resilience.interruption import interruption
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
 from trainer.resilience.signals import RESTARTED
 from trainer.resilience.watchdog import FRESH, Watchdog
+from trainer.scoring import best_by
 from trainer.session import Session
 from trainer.teacher import Teacher, check_teacher, open_teacher
 from trainer.tracking.model_summary import Layer, layers
@@ -62,7 +63,7 @@ class Start:
     engine: EngineConfig
     """Options as resolved: see `choose_arithmetic`."""
     optim: OptimConfig
-    """Options with numbers for `class_weights`: see `with_class_weights`."""
+    """Options with numbers for `class_weights`: see `fitted_to_classes`."""
     ctx: DistContext
     train: Loader
     val: Loader
@@ -128,7 +129,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         # Mistakes that would show only later.
         _check_extension(cfg, train, progress)
         _check_batches(cfg, classes, ctx)
-        optim = with_class_weights(cfg.optim, train.catalog)
+        optim = fitted_to_classes(cfg.optim, train.catalog)
+        best_by(cfg.run, train.catalog)
         for loader in (train, val):
             limit_bad(loader)
         ctx.run_on_rank0(lambda: _check_room(cfg, store, classes, ctx))
@@ -170,6 +172,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         "model": cfg.model.name,
         "classes": json.dumps(catalog.classes),
         "data": catalog.fingerprint(),
+        **({"labels": catalog.taken.written} if catalog.multi_label else {}),
         **({"teacher": teacher.digest} if teacher else {}),
     }
     if start.newest:
@@ -247,6 +250,8 @@ def _first_lines(start: Start, told: list[str], total_steps: int) -> Iterator[st
     for catalog in (start.train.catalog, start.val.catalog):
         for path, why in catalog.bad.items():
             yield f"left out {catalog.root / path}: {why}"
+    if start.optim.loss != cfg.optim.loss:
+        yield f"optim.loss: {start.optim.loss}, as images may have several classes"
     if cfg.optim.class_weights == "balanced":
         factors = start.optim.class_weights
         ends = sorted(zip(map(float, factors), start.train.catalog.classes, strict=True))[:: len(factors) - 1]
@@ -355,7 +360,6 @@ def _open_data(cfg: Config, ctx: DistContext) -> tuple[Loader, Loader]:
     """Open the training and the validation images."""
     train = open_catalog(cfg.data, "train")
     refuse_single_class(train)
-    require(not train.multi_label, "data.path: its images have several classes, which are not trained yet")
     val = open_catalog(cfg.data, "val", train.classes)
     return training_loader(cfg, train, ctx), Loader(loaded(cfg), val, ctx, training=False)
 

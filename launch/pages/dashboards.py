@@ -48,8 +48,8 @@ SECTIONS = (
         "Quality",
         "How good is the model, and is it still getting better?",
         (
-            Panel("Validation top-1", "%", ("val/top1_pct",), "epoch"),
-            Panel("Best validation top-1", "%", ("val/best_top1_pct",), "epoch"),
+            Panel("Validation top-1, or mAP", "%", ("val/top1_pct", "val/map_pct"), "epoch"),
+            Panel("Best validation top-1, or mAP", "%", ("val/best_top1_pct", "val/best_map_pct"), "epoch"),
             Panel("Validation top-5", "%", ("val/top5_pct",), "epoch"),
             Panel("Validation loss", "nats", ("val/loss",), "epoch"),
             Panel("Training loss", "nats", ("train/loss",)),

@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, printable, require
 from trainer.report import charts, html_page
 from trainer.report.charts import Curve
-from trainer.report.run_reader import Run, differences, find_runs, read_run
+from trainer.report.run_reader import SCORES, Run, Score, differences, find_runs, read_run
 
 CHARTS = (
     charts.VAL_TOP1,
@@ -30,15 +31,6 @@ CHARTS = (
     charts.RATE,
     charts.SPEED,
     charts.DATA_WAIT,
-)
-_HEADS = (
-    ("run", False),
-    ("state", False),
-    ("epoch", True),
-    ("best top-1, %", True),
-    ("images/s", True),
-    ("data wait, %", True),
-    ("options that differ", False),
 )
 _BODY = """
 <p>{{ count }} as of {{ stamp }}, the best first; images/s and data wait are medians over a run's rows.</p>
@@ -50,20 +42,29 @@ _BODY = """
 
 def page(runs: list[Run], now_s: float) -> str:
     """Render the HTML page about the runs at `now_s` (Unix seconds), the best first."""
-    runs = sorted(runs, key=lambda run: (-run.best_top1_pct if run.best_top1_pct >= 0 else 1, run.name, run.folder))
+    runs = sorted(runs, key=lambda run: (-run.best_pct if run.best_pct >= 0 else 1, run.name, run.folder))
+    scores = sorted({run.score for run in runs if run.rows}, reverse=True) or ["top1_pct"]
+    shown = [charts.VAL_MAP] * ("map_pct" in scores) + [*CHARTS[scores == ["map_pct"] :]]
     return html_page.page(
         "Training runs",
         _BODY,
         charts.style(),
         count=_count(runs),
         stamp=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
-        heads=_HEADS,
+        heads=_heads(scores),
         rows=[_row(n, run, own, now_s) for n, (run, own) in enumerate(zip(runs, differences(runs), strict=True))],
         charts=[
             charts.chart(panel, [Curve(run.name, run.curve(panel.metric), n, _dashes(n)) for n, run in enumerate(runs)])
-            for panel in CHARTS
+            for panel in shown
         ],
     )
+
+
+def _heads(scores: Sequence[Score]) -> list[tuple[str, bool]]:
+    """Titles of the columns, and True for those of figures."""
+    best = f"best {' or '.join(SCORES[score] for score in scores)}, %"
+    figures = (("epoch", True), (best, True), ("images/s", True), ("data wait, %", True))
+    return [("run", False), ("state", False), *figures, ("options that differ", False)]
 
 
 def _dashes(number: int) -> int:
@@ -84,7 +85,7 @@ def _row(number: int, run: Run, own: dict[str, Any], now_s: float) -> list[objec
         ),
         run.state(now_s),
         f"{round(run.epochs, 2):g} / {run.options.get('run.epochs', '?')}",
-        _figure(run.best_top1_pct, ".2f"),
+        _figure(run.best_pct, ".2f") + " mAP" * (run.score == "map_pct"),
         _figure(_median(run, "perf/images_per_s"), ",.0f"),
         _figure(_median(run, "perf/data_wait_pct"), ".1f"),
         Markup("").join(options),

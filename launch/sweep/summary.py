@@ -25,7 +25,9 @@ from launch.sweep.cli import Record, read_record
 from launch.sweep.settings import label, shown
 from trainer.report.run_reader import Run, read_run
 
-TOP1, MINUTES, SPEED = "best_top1_pct", "minutes", "images_per_s"
+BEST = {"best_map_pct": "mAP", "best_top1_pct": "top-1"}
+"""Column of the best score, mAP where images have several classes, and its words."""
+MINUTES, SPEED = "minutes", "images_per_s"
 SEED = "run.seed"
 
 
@@ -33,7 +35,7 @@ def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: floa
     """Make a row for each run of the sweep in `folder`, in the order of the record.
 
     Columns: `run`, the options in which the runs differ (as text, "" where a run does not set it), `state`, `done` (True
-    where training reached its requested end), `epochs`, `best_top1_pct`, `minutes`, `images_per_s` (median over the rows
+    where training reached its requested end), `epochs`, one of BEST, `minutes`, `images_per_s` (median over the rows
     of metrics). `minutes` are of training alone, without evaluation, checkpoints and interruptions. A run that cannot be read
     is left out, with a line on stderr. Raises `UserError` where no run can be read.
     """
@@ -47,6 +49,11 @@ def summarise(folder: Path, record: Record, jobs: dict[str, Queued], now_s: floa
             errors.append(error)
     if errors and not rows:
         raise UserError(str(errors[0]))
+    # A run without any row of metrics does not know the kind of its images.
+    several = "map_pct" in [row.pop("score") for row in rows]
+    rows = [
+        {"best_map_pct" if several and name == "best_top1_pct" else name: row[name] for name in row} for row in rows
+    ]
     for why in errors:
         print(f"left out: {printable(str(why))}", file=sys.stderr)
     return pd.DataFrame(rows)
@@ -59,10 +66,16 @@ def _figures(folder: Path, exit_code: int | None, jobs: dict[str, Queued], now_s
         "state": _state(run, exit_code, jobs, now_s),
         "done": run.finished or 0 < run.saved_step == run.options.get("run.max_steps"),
         "epochs": run.epochs,
-        TOP1: run.best_top1_pct,
+        "best_top1_pct": run.best_pct,
+        "score": run.score,
         MINUTES: run.minutes[-1] if run.rows else math.nan,
         SPEED: pd.Series(speeds, dtype=float).median(),
     }
+
+
+def best_column(runs: pd.DataFrame) -> str:
+    """Name the column of the runs' best score, one of BEST."""
+    return next(name for name in BEST if name in runs)
 
 
 def _state(run: Run, exit_code: int | None, jobs: dict[str, Queued], now_s: float) -> str:
@@ -89,14 +102,13 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame | None:
         runs, keys = runs.assign(setting="all"), ["setting"]
     if SEED not in runs or not runs.duplicated(keys).any():
         return None
-    done = runs.assign(**{column: runs[column].where(runs.done) for column in (TOP1, MINUTES, SPEED)})
+    best = best_column(runs)
+    score = best.removeprefix("best_")
+    done = runs.assign(**{column: runs[column].where(runs.done) for column in (best, MINUTES, SPEED)})
     grouped = done.groupby(keys, sort=False)
     return grouped.agg(
-        runs=(TOP1, "count"),
-        mean_top1_pct=(TOP1, "mean"),
-        std_top1_pct=(TOP1, "std"),
-        min_top1_pct=(TOP1, "min"),
-        max_top1_pct=(TOP1, "max"),
+        runs=(best, "count"),
+        **{f"{name}_{score}": (best, name) for name in ("mean", "std", "min", "max")},
         minutes=(MINUTES, "mean"),
         images_per_s=(SPEED, "mean"),
     ).reset_index()
@@ -114,19 +126,20 @@ def plot(runs: pd.DataFrame, title: str) -> bytes:
 
     options = _options(runs)
     labels = [label({key.rpartition(".")[2]: row[key] for key in options if row[key]}) for _, row in runs.iterrows()]
-    labelled = runs.assign(label=labels).dropna(subset=[TOP1])
+    best = best_column(runs)
+    labelled = runs.assign(label=labels).dropna(subset=[best])
     groups = {str(name): group for name, group in labelled.groupby("label", sort=False)}
-    ranked = sorted(groups, key=lambda name: groups[name][TOP1].mean())
+    ranked = sorted(groups, key=lambda name: groups[name][best].mean())
     # Filled circles are finished runs, empty ones not; the bar is the mean of the finished.
     figure = Figure(figsize=(7.5, 1.6 + 0.32 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     for line, name in enumerate(ranked):
         group = groups[name]
         for done, face in ((True, "#0b6e99"), (False, "white")):
-            values = group[group.done == done][TOP1]
+            values = group[group.done == done][best]
             axes.scatter(values, [line] * len(values), 42, facecolor=face, edgecolor="#0b6e99", zorder=3)
         axes.plot(
-            [group[group.done][TOP1].mean()] * 2,
+            [group[group.done][best].mean()] * 2,
             [line - 0.33, line + 0.33],
             color="black",
             linewidth=1.8,
@@ -134,11 +147,14 @@ def plot(runs: pd.DataFrame, title: str) -> bytes:
             # Points outside the plot, for the legend.
         )
     axes.scatter([], [], 42, color="#0b6e99", label="a run")
-    if not runs.dropna(subset=[TOP1]).done.all():
+    if not runs.dropna(subset=[best]).done.all():
         axes.scatter([], [], 42, facecolor="white", edgecolor="#0b6e99", label="a run that is not done")
     axes.plot([], [], color="black", linewidth=1.8, label="mean of those done")
     axes.set_yticks(range(len(ranked)), ranked, parse_math=False)
-    axes.set(xlabel="best validation top-1, %", ylim=(-0.7, len(ranked) - 0.3))
+    axes.set(
+        xlabel=f"best validation {BEST[best]}, %",
+        ylim=(-0.7, len(ranked) - 0.3),
+    )
     axes.grid(axis="x", color="#dddddd")
     axes.set_axisbelow(True)
     axes.set_title(title, parse_math=False)
@@ -196,8 +212,12 @@ def main(arguments: list[str]) -> None:
     files = {"summary.csv": _csv(runs.drop(columns="done"))}
     if seeds is not None:
         files["summary-seeds.csv"] = _csv(seeds)
-    if runs[TOP1].notna().any():
-        files["summary.png"] = plot(runs, f"{folder.resolve().name}: best top-1 of each setting")
+    best = best_column(runs)
+    if runs[best].notna().any():
+        files["summary.png"] = plot(
+            runs,
+            f"{folder.resolve().name}: best {BEST[best]} of each setting",
+        )
     for name, content in files.items():
         try:
             replace_file(out / name, content)

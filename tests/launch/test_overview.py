@@ -94,6 +94,19 @@ def test_table_tells_what_real_runs_did(base: Path) -> None:
     assert len(runs[0].curve("val/top1_pct")) == EPOCHS and len(runs[0].curve("train/loss")) > EPOCHS
 
 
+def test_images_of_several_classes_have_map_for_top1(tmp_path: Path) -> None:
+    several = read_run(made(tmp_path / "several", [{"val/map_pct": 51.25, "val/loss": 0.3}, {"val/map_pct": 50.0}]))
+    single = read_run(made(tmp_path / "single", [{"val/top1_pct": 60.0}]))
+    for runs, title, cells, charts in (
+        ([several], "best mAP, %", ["51.25 mAP"], ("Validation mAP", "Validation loss")),
+        ([single, several], "best top-1 or mAP, %", ["60.00", "51.25 mAP"], ("Validation mAP", "Validation top-1")),
+    ):
+        text = page(runs, NOW_S)
+        head, *rows = Reader(text).rows
+        assert head[3] == title and [row[3] for row in rows] == cells
+        assert all(chart in text for chart in charts) and ("Validation top-1" in text) == (single in runs)
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     folder = made(tmp_path / "<i>folder</i> \udcff", [{"val/top1_pct": 50.0}], name=HOSTILE, note="<b>bold</b>")
     other = made(tmp_path / "other", [], note="plain")
@@ -149,7 +162,7 @@ def test_states(tmp_path: Path) -> None:
         file.write('{"step": 3, "epo')
     run = read_run(killed)
     assert [row["step"] for row in run.rows] == [1, 2]
-    assert begun.state(NOW_S) == "no figures yet" and math.isnan(begun.best_top1_pct)
+    assert begun.state(NOW_S) == "no figures yet" and math.isnan(begun.best_pct)
     assert run.state(NOW_S + RUNNING_S - 1) == "running"
     assert run.state(NOW_S + RUNNING_S + 1) == "stopped, nothing saved"
     rows = Reader(page([begun, run], NOW_S)).rows

@@ -286,6 +286,17 @@ def test_the_table_has_every_run(found: tuple[Path, Record]) -> None:
     assert "nan" not in text_of(table).lower()
 
 
+def test_images_of_several_classes_have_map_for_top1(found: tuple[Path, Record]) -> None:
+    before = summarise(*found, {}, now_s=1e9)
+    for file in found[0].glob("*/metrics.jsonl"):
+        file.write_text(file.read_text().replace("val/top1_pct", "val/map_pct"))
+    after = summarise(*found, {}, now_s=1e9)
+    assert after.equals(before.rename(columns={"best_top1_pct": "best_map_pct"}))
+    spread = over_seeds(after)
+    assert spread is not None and {"mean_map_pct", "max_map_pct"} < {*spread} and "mean_top1_pct" not in spread
+    assert plot(after, "mAP").startswith(b"\x89PNG")
+
+
 def test_the_spread_over_seeds_is_that_of_finished_runs(found: tuple[Path, Record]) -> None:
     spread = over_seeds(summarise(*found, {}, now_s=1e9))
     assert spread is not None

@@ -69,6 +69,29 @@ def render_images(folder: Path, train: int = TRAIN, val: int = VAL) -> Path:
     return folder
 
 
+LIGHTS = ("red", "green", "blue")
+
+
+def render_lights(folder: Path, count: int = 48, form: str = " ") -> Path:
+    """`folder` with count images and train.csv, in which each image has those of LIGHTS that are on in it, or none.
+
+    `form` is the character between the classes in its column `lights`, or "columns" for a column of 0 and 1 for each.
+    """
+    draw = np.random.default_rng(1)
+    (folder / "images").mkdir(parents=True)
+    columns = form == "columns"
+    lines = [",".join(("image", *(LIGHTS if columns else ("lights",))))]
+    for number in range(count):
+        on = draw.integers(0, 2, 3)
+        height, width = draw.integers(24, 41, 2)
+        pixels = draw.integers(0, 120, (height, width, 3)) + 135 * on
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"images/{number:03}.jpg")
+        names = [name for name, lit in zip(LIGHTS, on, strict=True) if lit]
+        lines.append(f"{number:03}.jpg," + (",".join(map(str, on)) if columns else f'"{form.join(names)}"'))
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    return folder / "train.csv"
+
+
 @cache
 def images(base: Path) -> Path:
     """The images that most tests share, below the session's folder `base`."""

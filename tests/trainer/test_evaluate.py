@@ -61,7 +61,9 @@ def scored(run: Path, ctx: DistContext) -> Scores:
     load_weights(network, checkpoint)
     normalise = Normalise(cfg.data.mean, cfg.data.std, ctx.device)
     loader = Loader(cfg.data, open_catalog(cfg.data, "val", list(TINTS)), ctx, training=False)
-    return evaluate(Predictor(network, normalise, EngineConfig(precision="fp32"), ctx.device), loader, ctx)
+    scores = evaluate(Predictor(network, normalise, EngineConfig(precision="fp32"), ctx.device), loader, ctx)
+    assert isinstance(scores, Scores)
+    return scores
 
 
 def score_as_rank(rank: int, world: int, run: Path, folder: Path) -> None:

@@ -133,7 +133,7 @@ def _short(value: str | list[int]) -> str:
     return value if isinstance(value, str) else " and ".join(map(str, sorted(set(value))))
 
 
-BestBy = Literal["top1", "macro_recall", "loss"]
+BestBy = Literal["top1", "macro_recall", "map", "macro_f1", "loss"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ class Progress:
     """Seconds of training so far, without evaluation, checkpoints and what an interruption lost."""
     best_top1_pct: float = -1.0
     """Validation top-1 of the best weights; below 0 before there are any."""
+    best_map_pct: float | None = None
+    """The same of mAP, for images of several classes, where there is no top-1."""
     best_by: BestBy = "top1"
     """Score that chooses the best weights (see `run.best_by`)."""
     best_score: float | None = None
@@ -167,11 +169,15 @@ class Progress:
     @property
     def best(self) -> str:
         """The best weights' scores for people."""
-        top1 = f"val top-1 {self.best_top1_pct:.2f} %"
-        if self.best_score is None or self.best_by == "top1":
-            return top1
-        named = {"macro_recall": f"macro recall {self.best_score:.2f} %", "loss": f"loss {self.best_score:.4f}"}
-        return f"val {named[self.best_by]}, {top1}"
+        usual = "top-1" if self.best_map_pct is None else "mAP"
+        score = self.best_top1_pct if self.best_map_pct is None else self.best_map_pct
+        if self.best_score is None or self.best_by in ("top1", "map"):
+            return f"val {usual} {score:.2f} %"
+        names = {"macro_recall": "macro recall", "macro_f1": "macro F1"}
+        named = (
+            f"{names[self.best_by]} {self.best_score:.2f} %" if self.best_by in names else f"loss {self.best_score:.4f}"
+        )
+        return f"val {named}, val {usual} {score:.2f} %"
 
 
 def read_progress(checkpoint: Path) -> Progress:

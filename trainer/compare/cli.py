@@ -35,6 +35,13 @@ TARGETS_PCT = (50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0, 97.0, 99.0)
 METRICS = ("val/top1_pct", "train/top1_pct", "val/loss", "train/loss", "train/lr", "perf/images_per_s")
 FIGURES = ("epochs", "best_top1_pct", "val_loss", "train_loss", "train_top1_pct", "images_per_s", "minutes")
 """Columns of `run_table`, each a figure of a run."""
+LABEL_METRICS = ("val/map_pct", "val/macro_f1_pct", *METRICS[2:])
+LABEL_FIGURES = ("epochs", "best_map_pct", "val_loss", "train_loss", "val_macro_f1_pct", "images_per_s", "minutes")
+"""The same where images have several classes, of which there is no training accuracy."""
+
+
+def metrics_of(run: Run) -> tuple[str, ...]:
+    return LABEL_METRICS if run.score == "map_pct" else METRICS
 
 
 @dataclass(frozen=True)
@@ -82,18 +89,19 @@ def run_table(settings: list[Setting]) -> pd.DataFrame:
     for setting in settings:
         for run in setting.runs:
             epochs = epoch_table(run)
-            last = {metric: _last(epochs, metric) for metric in METRICS}
+            several = run.score == "map_pct"
+            last = {metric: _last(epochs, metric) for metric in metrics_of(run)}
             figures = (
                 run.epochs,
-                run.best_top1_pct,
+                run.best_pct,
                 last["val/loss"],
                 last["train/loss"],
-                last["train/top1_pct"],
+                last["val/macro_f1_pct" if several else "train/top1_pct"],
                 epochs["perf/images_per_s"].median(),
                 run.minutes[-1] if run.rows else math.nan,
             )
             identity = {"setting": setting.name, "run": run.name, "seed": str(run.options.get("run.seed", ""))}
-            rows.append({**identity, **dict(zip(FIGURES, figures, strict=True))})
+            rows.append({**identity, **dict(zip(LABEL_FIGURES if several else FIGURES, figures, strict=True))})
     return pd.DataFrame(rows)
 
 
@@ -103,14 +111,14 @@ def _last(epochs: pd.DataFrame, metric: str) -> float:
 
 
 def epoch_table(run: Run) -> pd.DataFrame:
-    """Make a row for each evaluation of a run: `epoch`, `minutes`, and METRICS, NaN where a row has none.
+    """Make a row for each evaluation of a run: `epoch`, `minutes`, and `metrics_of` it, NaN where a row has none.
 
     The learning rate is that of the last optimizer step reported before it, as rows of whole epochs have none.
     """
-    table = pd.DataFrame(run.rows, columns=["epoch", "time", *METRICS], dtype=float)
+    table = pd.DataFrame(run.rows, columns=["epoch", "time", *metrics_of(run)], dtype=float)
     table.insert(1, "minutes", run.minutes)
     table["train/lr"] = table["train/lr"].ffill()
-    validated = pd.Series(["val/top1_pct" in row for row in run.rows], dtype=bool)
+    validated = pd.Series([f"val/{run.score}" in row for row in run.rows], dtype=bool)
     return table[validated].drop(columns="time").drop_duplicates("epoch", keep="last").reset_index(drop=True)
 
 
@@ -135,7 +143,7 @@ def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Make a row for each setting: `runs` (their number), then mean and standard deviation (of a sample) of each of FIGURES."""
     grouped = runs.groupby("setting", sort=False)
     table = pd.DataFrame({"runs": grouped.size()})
-    for figure in FIGURES:
+    for figure in (name for name in dict.fromkeys((*FIGURES, *LABEL_FIGURES)) if name in runs):
         table[f"{figure}_mean"], table[f"{figure}_std"] = grouped[figure].mean(), grouped[figure].std()
     return table.reset_index()
 
@@ -147,7 +155,7 @@ def target_table(settings: list[Setting], targets_pct: list[float]) -> pd.DataFr
         for run in setting.runs:
             epochs = epoch_table(run)
             for target in targets_pct:
-                reached = epochs[epochs["val/top1_pct"] >= target].head(1)
+                reached = epochs[epochs[f"val/{run.score}"] >= target].head(1)
                 epoch, minutes = reached[["epoch", "minutes"]].to_numpy().flatten() if len(reached) else (math.nan,) * 2
                 rows.append((setting.name, run.name, target, epoch, minutes))
     return pd.DataFrame(rows, columns=["setting", "run", "target_pct", "epoch", "minutes"])
@@ -155,7 +163,7 @@ def target_table(settings: list[Setting], targets_pct: list[float]) -> pd.DataFr
 
 def usual_targets(runs: pd.DataFrame) -> list[float]:
     """Choose targets: the lowest of the runs' bests, which all reach, and the highest round accuracies that any reaches."""
-    bests = runs.best_top1_pct.dropna()
+    bests = runs["best_map_pct" if "best_map_pct" in runs else "best_top1_pct"].dropna()
     if bests.empty:
         return []
     round_ones = [target for target in TARGETS_PCT if target <= bests.max()][-4:]
@@ -181,6 +189,10 @@ def class_table(settings: list[Setting]) -> tuple[pd.DataFrame, list[str]]:
     Each setting is represented by its first run that has predictions: pooled over seeds, pairs would not be independent.
     """
     chosen, notes = [], []
+    if settings[0].runs[0].score == "map_pct":
+        return pd.DataFrame(), [
+            "McNemar's test is for images of one class each; classes.csv of python -m trainer.report has AP and F1"
+        ]
     for setting in settings:
         found = next(
             ((run, table) for run in setting.runs if (table := read_predictions(run.folder)) is not None), None
@@ -210,7 +222,9 @@ def parse(arguments: list[str]) -> tuple[list[Run], Path, list[float], bool]:
     parser = plain_parser("python -m trainer.compare", "Put runs side by side: tables, curves, a report.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, two or more.")
     parser.add_argument("--out", default="comparison", help="The folder to write to.")
-    parser.add_argument("--targets", help="Validation top-1 in %%, as 75,84.2,90; what the runs reach if not given.")
+    parser.add_argument(
+        "--targets", help="Validation top-1, or mAP, in %%, as 75,84.2,90; what the runs reach if not given."
+    )
     parser.add_argument("--force", action="store_true", help="Replace an earlier comparison in --out.")
     args = parse_plain(parser, arguments)
     folders = list({Path(name).resolve(): Path(name) for name in args.runs}.values())
@@ -235,6 +249,11 @@ def main() -> None:
         ours = (out / page.PAGE).exists()
         empty = not any(out.iterdir())
         require(empty or (force and ours), f"--out: {out} exists; give another folder" + ", or --force" * ours)
+
+    kinds = {run.score for run in runs if run.rows}
+    require(
+        len(kinds) < 2, "RUN: images of some have several classes, those of others one; compare each kind for itself"
+    )
 
     # Runs that differ in their seed alone are one setting.
     settings = settings_of(runs)

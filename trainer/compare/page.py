@@ -26,9 +26,11 @@ FILES = (*(f"{name}.csv" for name in TABLES), *PICTURES, PAGE)
 HEADS = {
     "epochs": ("epochs", 1),
     "best_top1_pct": ("best top-1, %", 2),
+    "best_map_pct": ("best mAP, %", 2),
     "val_loss": ("val loss, nats", 3),
     "train_loss": ("train loss, nats", 3),
     "train_top1_pct": ("train top-1, %", 2),
+    "val_macro_f1_pct": ("val macro F1, %", 2),
     "images_per_s": ("images/s", 0),
     "minutes": ("minutes", 1),
     "runs": ("n", 0),
@@ -43,6 +45,8 @@ HEADS = {
 }
 """Title of a column of figures, and its digits behind the point."""
 PANELS = (charts.VAL_TOP1, charts.TRAIN_TOP1, charts.VAL_LOSS, charts.TRAIN_LOSS, charts.RATE, charts.SPEED)
+LABEL_PANELS = (charts.VAL_MAP, charts.VAL_F1, *PANELS[2:])
+"""The same for images of several classes."""
 BAR = charts.COLOURS[0][0]
 SIGNIFICANT = 0.05
 SHOWN_CLASSES = 30
@@ -58,7 +62,7 @@ that differ in their seed alone.</p>
 {% endif %}
 {% if tables.reached %}
 <h2>How soon</h2>
-<p>Epochs / minutes of training until validation top-1 first reaches the target, means over seeds.</p>
+<p>Epochs / minutes of training until validation {{ score }} first reaches the target, means over seeds.</p>
 {{ table(*tables.reached) }}
 {% endif %}
 {% if tables.options %}
@@ -156,7 +160,13 @@ class Comparison:
             "options": self.options,
         }
         drawn = [
-            (title, [charts.chart(panel, lines(panel, self.epochs, self.steps, over), over) for panel in PANELS])
+            (
+                title,
+                [
+                    charts.chart(panel, lines(panel, self.epochs, self.steps, over), over)
+                    for panel in panels_of(self.epochs)
+                ],
+            )
             for over, title in (("epoch", "Curves over epochs"), ("minutes", "Curves over minutes"))
             if len(self.epochs)
         ]
@@ -167,6 +177,7 @@ class Comparison:
             tables={name: table_of(table) if len(table) else None for name, table in tables.items()},
             curves=drawn,
             repeated=self.repeated,
+            score="mAP" if panels_of(self.epochs) == LABEL_PANELS else "top-1",
             legend=[(charts.swatch(n, n), name) for n, name in enumerate(_settings(self.epochs))],
             notes=self.notes,
             pairs=[
@@ -207,6 +218,10 @@ def table_of(table: pd.DataFrame) -> tuple[list[tuple[str, bool]], list[list[obj
     return heads, readable.to_numpy().tolist()
 
 
+def panels_of(epochs: pd.DataFrame) -> tuple[Panel, ...]:
+    return LABEL_PANELS if charts.VAL_MAP.metric in epochs else PANELS
+
+
 def _settings(epochs: pd.DataFrame) -> list[str]:
     return [str(name) for name in epochs.setting.unique()] if len(epochs) else []
 
@@ -234,14 +249,14 @@ def _points(rows: pd.DataFrame, over: str, metric: str) -> list[tuple[float, flo
 
 
 def curves_png(epochs: pd.DataFrame, steps: pd.DataFrame, over: str) -> bytes:
-    """Plot all PANELS over "epoch" or "minutes", each setting by colour and dashes, so that a print tells them apart too."""
+    """Plot all panels over "epoch" or "minutes", each setting by colour and dashes, so that a print tells them apart too."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
     with charts.styled():
         figure = Figure(figsize=(10, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-        for axes, panel in zip(figure.subplots(3, 2).flatten(), PANELS, strict=True):
+        for axes, panel in zip(figure.subplots(3, 2).flatten(), panels_of(epochs), strict=True):
             charts.draw(axes, panel, lines(panel, epochs, steps, over), over)
         names = _settings(epochs)
         handles = [

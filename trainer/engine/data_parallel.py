@@ -15,7 +15,7 @@ from trainer.checkpoint.files import STATE, WEIGHTS, load_weights
 from trainer.checkpoint.host_copy import Content, HostCopy, packed_state, packed_weights
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig
-from trainer.engine.loss import count, training_loss
+from trainer.engine.loss import count_batch, training_loss
 from trainer.engine.precision import Autocast
 from trainer.model.drop_path import draw_paths, drop_paths
 from trainer.model.running_stats import EarlyStatistics
@@ -91,7 +91,7 @@ class DataParallel(ABC):
                 with Phase("backward"), self.waits.exchanging():
                     # Gradients are averaged over ranks; this makes it the mean over the images of the whole step.
                     self._backward(losses * self.ctx.world / batch.total)
-            counted += count(logits.detach(), batch.labels, losses.detach())
+            counted += count_batch(logits.detach(), batch, losses.detach())
         return counted
 
     def _climb(self) -> dict[Tensor, Tensor]:

@@ -13,11 +13,23 @@ from data_pipeline.sources.catalog import Catalog
 from trainer.optim.config import OptimConfig
 
 
-def with_class_weights(optim: OptimConfig, train: Catalog) -> OptimConfig:
-    """Put numbers in place of `class_weights: balanced`. Raises `UserError` where a list is not of these classes."""
-    classes, weights = train.classes, optim.class_weights
+def fitted_to_classes(optim: OptimConfig, train: Catalog) -> OptimConfig:
+    """Put numbers in place of `class_weights: balanced`, and take the binary loss where images have several classes.
+
+    Raises `UserError` where a list is not of these classes, or a teacher would need a single one.
+    """
+    classes, weights, counts = train.classes, optim.class_weights, train.class_counts()
+    if train.multi_label:
+        require(
+            optim.teacher is None,
+            f"optim.teacher: {optim.teacher} answers with one class, and images have several; leave it out, or start from its "
+            "weights by --model.weights",
+        )
+        optim = replace(optim, loss="binary")
+        if weights == "balanced":
+            ratios = np.where(counts > 0, (len(train) - counts) / counts.clip(1), 1.0)
+            return replace(optim, class_weights=ratios.tolist())
     if weights == "balanced":
-        counts = np.bincount(train.labels, minlength=len(classes))
         mean = counts.sum() / (counts > 0).sum()
         return replace(optim, class_weights=np.where(counts > 0, mean / counts.clip(1), 0.0).tolist())
     require(
@@ -42,7 +54,8 @@ def training_loss(
 def _loss_of_labels(logits: Tensor, batch: Batch, optim: OptimConfig, weights: Tensor | None) -> Tensor:
     """Compute `optim.loss` of each row [B], with label smoothing (Szegedy et al. 2015, sec. 7).
 
-    `weights` [classes] are factors of each class's part of the cross-entropy; of the binary loss of each image, by its class.
+    `weights` [classes] are factors of each class's part of the cross-entropy; of the binary loss of each image, by its class,
+    or where images have several classes, of the loss of each class where it is there.
     """
     targets = batch.labels if batch.targets is None else batch.targets
     smoothing = optim.label_smoothing
@@ -56,9 +69,10 @@ def _loss_of_labels(logits: Tensor, batch: Batch, optim: OptimConfig, weights: T
             targets = functional.one_hot(targets.clamp_min(0), classes)
         present = targets if optim.binary_threshold is None else targets > optim.binary_threshold
         present = present.to(logits.dtype) * (1 - smoothing) + smoothing / classes
-        losses = functional.binary_cross_entropy_with_logits(logits, present, reduction="none")
+        factors = weights if batch.multi_label else None
+        losses = functional.binary_cross_entropy_with_logits(logits, present, pos_weight=factors, reduction="none")
         losses = losses.sum(dim=1) if optim.binary_sum else losses.mean(dim=1)
-        if weights is not None:
+        if weights is not None and not batch.multi_label:
             losses = losses * (targets.to(logits.dtype) @ weights)
     return losses
 
@@ -70,6 +84,14 @@ def _loss_of_teacher(logits: Tensor, taught: Tensor, optim: OptimConfig) -> Tens
     ours, theirs = ((rows / optim.temperature).log_softmax(dim=1) for rows in (logits, taught))
     # Gradients of the softer answers are smaller by the square of the temperature (Hinton et al. 2015, section 2).
     return optim.temperature**2 * functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
+
+
+def count_batch(logits: Tensor, batch: Batch, loss: Tensor) -> Tensor:
+    """Do what `count` does; without hits where images have several classes, of which no single one is right."""
+    if not batch.multi_label:
+        return count(logits, batch.labels, loss)
+    counted = (batch.labels != IGNORE_LABEL).sum()
+    return torch.stack([loss, torch.zeros_like(counted), torch.zeros_like(counted), counted]).double()
 
 
 def count(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Source(NamedTuple):
     """Name of the model in torchvision, or timm:NAME."""
     network: nn.Module
     classes: list[str]
+    thresholds: list[float]
+    """Probability of each class from which on an image is of it, where it may be of several; else empty."""
 
 
 class Format(NamedTuple):
@@ -183,7 +185,7 @@ def open_source(folder: Path, cfg: Config) -> Source:
     plain = replace(cfg, engine=replace(cfg.engine, compile="off", precision="fp32"))
     trained = open_trained(folder, plain, HERE)
     network = trained.predict.network.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    return Source(trained.checkpoint, cfg.model.name, network, trained.classes)
+    return Source(trained.checkpoint, cfg.model.name, network, trained.classes, trained.thresholds.tolist())
 
 
 def _some_images(cfg: DataConfig, classes: list[str]) -> Catalog:
@@ -233,4 +235,5 @@ def preprocessing(cfg: DataConfig, source: Source) -> dict[str, object]:
         "mean": cfg.mean,
         "std": cfg.std,
         "classes": source.classes,
+        **({"thresholds": source.thresholds, "probability": "1 / (1 + exp(-logit))"} if source.thresholds else {}),
     }

@@ -85,7 +85,8 @@ class OptimConfig:
 
     loss: Loss = "cross_entropy"
     """Loss of training: cross-entropy, or binary cross-entropy for each class, present or not, also in mixed images
-    (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy."""
+    (Wightman et al. 2021, arXiv 2110.00476, section 2.2), the mean over classes. Evaluation always uses cross-entropy. Where
+    images have several classes both are binary."""
 
     binary_threshold: float | None = 0.2
     """Share of a mixed image, from 0 to below 1, above which the binary loss takes a class to be there. null takes each
@@ -97,7 +98,8 @@ class OptimConfig:
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     """Factors of the loss by class: none; balanced, the mean number of training images of a class over that of this one; or
     a list with one for each class, in the order of the classes. In mixed images, and for label smoothing, each class's
-    share has its own. They are not normalised: a mean of 1 over the images keeps the learning rate's meaning."""
+    share has its own. They are not normalised: a mean of 1 over the images keeps the learning rate's meaning. Where images
+    have several classes, the factor of a class's loss where it is there; balanced, the images without it over those with it."""
 
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes, from 0 to below 1."""

@@ -30,7 +30,8 @@ from data_pipeline.sources.tables.manifest import table_images
 from trainer.config import Config
 from trainer.distributed import DistContext, open_dist_context
 from trainer.predict import kaggle_submission as sample
-from trainer.scoring import Trained, open_trained
+from trainer.predict import several_classes
+from trainer.scoring import NO_THRESHOLDS, Trained, open_trained
 
 BATCH = 64
 """Images that a rank predicts at once. Their grouping is the same at any number of ranks, because the last digits of a
@@ -44,6 +45,8 @@ class Predictions(NamedTuple):
     """[N, C] probabilities; 1 / C where the image could not be read."""
     readable: NDArray[np.bool_]
     """[N] True where the image could be read."""
+    thresholds: NDArray[np.float64] = NO_THRESHOLDS
+    """[C] of each class, where an image may have several: the mean of the runs'; else empty."""
 
 
 def predict_all(
@@ -51,7 +54,7 @@ def predict_all(
 ) -> Predictions:
     """Compute probabilities of each of `catalog`'s images, the same on all ranks and at any number of them. Collective.
 
-    `predict` takes images [B, 3, H, W] uint8 to logits [B, classes]. Images that cannot be read are named on stderr.
+    `predict` takes images [B, 3, H, W] uint8 to probabilities [B, classes]. Images that cannot be read are named on stderr.
     """
     torch.backends.cudnn.benchmark = False  # it picks algorithms by their time, so not always the same
     # Fixed batches, dealt to the ranks in turn: so no result depends on the number of ranks.
@@ -68,7 +71,7 @@ def predict_all(
         with progress("predicting", count) as advance:
             for loaded, places in zip(loader, own, strict=True):
                 shown = view.of(loaded.images, cfg.validation_px)
-                mean = torch.stack([predict(images).softmax(dim=1) for images in shown]).mean(dim=0)
+                mean = torch.stack([predict(images) for images in shown]).mean(dim=0)
                 probabilities[places] = mean[: loaded.num_real]
                 read[places] += 1
                 advance(ctx.world * len(places))  # the other ranks are about as far
@@ -125,18 +128,26 @@ def predict_mean(
     """Average the probabilities of runs, in the order of the classes of the `first`, which is open. Collective."""
     classes = first.classes
     founds: list[Predictions] = []
+    thresholds: list[NDArray[np.float64]] = []
     for (folder, cfg), view in zip(runs, views, strict=True):
-        trained = ctx.raise_together(partial(open_alike, folder, cfg, ctx, classes)) if founds else first
-        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, view)
-        founds.append(found._replace(probabilities=found.probabilities[:, places_of(classes, trained)]))
+        trained = ctx.raise_together(partial(open_alike, folder, cfg, ctx, first)) if founds else first
+        found = predict_all(trained.probabilities, len(classes), catalog, cfg.data, ctx, view)
+        places = places_of(classes, trained)
+        founds.append(found._replace(probabilities=found.probabilities[:, places]))
+        thresholds.append(trained.thresholds[places] if trained.multi_label else trained.thresholds)
     mean = np.stack([found.probabilities for found in founds]).mean(axis=0, dtype=np.float64)
     readable = np.logical_and.reduce([found.readable for found in founds])
-    return Predictions(mean.astype(np.float32), readable)
+    return Predictions(mean.astype(np.float32), readable, np.mean(thresholds, axis=0))
 
 
-def open_alike(folder: Path, cfg: Config, ctx: DistContext, classes: list[str]) -> Trained:
-    """Open a run that has these classes, in any order; any classes where none are given. Raises `UserError`."""
+def open_alike(folder: Path, cfg: Config, ctx: DistContext, alike: Trained | None) -> Trained:
+    """Open a run with the classes of the run `alike`, in any order; with any where that is None. Raises `UserError`."""
     trained = open_trained(folder, cfg, ctx)
+    require(
+        alike is None or alike.labels == trained.labels,
+        f"RUN: {folder} was trained on a table that writes classes otherwise than that of the first run; give runs of one table",
+    )
+    classes = alike.classes if alike else []
     odd = sorted({*trained.classes} ^ {*(classes or trained.classes)})
     require(
         not odd,
@@ -168,6 +179,25 @@ def rank(found: Predictions, fallback: int | None) -> NDArray[np.int64]:
     return np.argsort(-weights, axis=1, kind="stable")
 
 
+def said_of(found: Predictions, fallback: int | None) -> several_classes.Said:
+    """Say [N, C] which classes an image is of, by their thresholds; of `fallback` alone where it could not be read."""
+    said = found.probabilities >= found.thresholds
+    said[~found.readable] = False
+    if fallback is not None:
+        said[~found.readable, fallback] = True
+    return said
+
+
+def _form(
+    args: argparse.Namespace, catalog: Catalog, trained: Trained
+) -> sample.Form | several_classes.SampleForm | None:
+    if not args.sample:
+        return None
+    if trained.multi_label:
+        return several_classes.read(args.sample, catalog.paths, trained.classes, trained.labels)
+    return sample.read(args.sample, catalog.paths, trained.classes, args.topk)
+
+
 def _refuse_unreadable(found: Predictions, catalog: Catalog) -> None:
     bad = np.flatnonzero(~found.readable)
     if len(bad):
@@ -196,14 +226,21 @@ def _names(catalog: Catalog, cfg: DataConfig) -> list[str]:
 
 def _table(
     args: argparse.Namespace,
-    form: sample.Form | None,
+    form: sample.Form | several_classes.SampleForm | None,
     names: list[str],
     found: Predictions,
     trained: Trained,
 ) -> pd.DataFrame:
     classes = trained.classes
+    if trained.multi_label:
+        said = said_of(found, classes.index(args.fallback) if args.fallback else None)
+        if isinstance(form, several_classes.SampleForm):
+            return form.fill(found.probabilities, said)
+        return several_classes.plain_table(
+            names, said, found.probabilities, classes, trained.labels, chances=args.probabilities
+        )
     ranked = rank(found, classes.index(args.fallback) if args.fallback else None)[:, : args.topk]
-    if form is not None:
+    if isinstance(form, sample.Form):
         return form.fill(found.probabilities, ranked)
     table = plain_table(names, ranked, found, classes)
     if args.probabilities:
@@ -221,12 +258,14 @@ def write_predictions(args: argparse.Namespace, runs: list[tuple[Path, Config]])
             args.fallback is None or args.fallback in classes,
             f"--fallback: {args.fallback} is no class of {first}; give one of {sample.few(classes)}",
         )
+        require(
+            args.topk == 1 or not trained.multi_label,
+            f"--topk: {args.topk} likeliest are for images of one class each; leave it out, as thresholds choose among several",
+        )
         require(args.topk <= len(classes), f"--topk: {args.topk} is more than the {len(classes)} classes; lower it")
         catalog = ctx.raise_together(lambda: open_images(cfg.data))
         names = ctx.raise_together(lambda: _names(catalog, cfg.data))
-        form = ctx.raise_together(
-            lambda: sample.read(args.sample, catalog.paths, classes, args.topk) if args.sample else None
-        )
+        form = ctx.raise_together(lambda: _form(args, catalog, trained))
         found = predict_mean(runs, trained, catalog, ctx, views)
         if args.fallback is None:
             _refuse_unreadable(found, catalog)

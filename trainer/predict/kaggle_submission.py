@@ -68,7 +68,7 @@ def read(file: Path, paths: list[str], classes: list[str], topk: int) -> Form:
     """The form of the sample `file` for the images `paths`. Raises `UserError` where ids or columns are not theirs."""
     table = pd.DataFrame(read_table(file, "--sample").columns, dtype=str)
     require(table.shape[1] > 1, f"--sample: {file} has no column beside its ids; give one with ids and predictions")
-    rows = _matched(file, table.iloc[:, 0].tolist(), paths)
+    rows = matched(file, table.iloc[:, 0].tolist(), paths)
     if len(classes) == 2 and topk == 1 and table.shape[1] == 2 and _are_probabilities(set(table.iloc[:, 1])):
         return Form(table, rows, "probability", classes, _certain(str(table.columns[1]), classes))
     return Form(table, rows, _shown(file, table, classes, topk), classes)
@@ -86,7 +86,7 @@ def _certain(column: str, classes: list[str]) -> str:
     return column if column in classes else classes[1]
 
 
-def _matched(file: Path, ids: list[str], paths: list[str]) -> NDArray[np.int64]:
+def matched(file: Path, ids: list[str], paths: list[str]) -> NDArray[np.int64]:
     """[N] the image of each id. Raises `UserError` where the ids are not exactly those of the images."""
     twice = [name for name, seen in Counter(ids).items() if seen > 1]
     require(not twice, f"--sample: {file} has {len(twice)} ids more than once: {few(twice)}; remove the repeated rows")

@@ -14,7 +14,7 @@ from data_pipeline.common.worker_pool import progress
 from trainer.config import Config
 from trainer.distributed import open_dist_context
 from trainer.predict.cli import open_alike, places_of, predict_all, view_of, write_table
-from trainer.scoring import open_scored
+from trainer.scoring import Trained, open_scored
 
 
 def write_held_out(args: argparse.Namespace, runs: list[tuple[Path, Config]]) -> None:
@@ -22,15 +22,21 @@ def write_held_out(args: argparse.Namespace, runs: list[tuple[Path, Config]]) ->
 
     An image that several runs held out has the mean of their probabilities.
     """
-    classes: list[str] = []
+    first: Trained | None = None
     labels: dict[str, str] = {}
     found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     with progress("opening the runs"), open_dist_context() as ctx:
         for folder, cfg in runs:
-            trained = ctx.raise_together(partial(open_alike, folder, cfg, ctx, classes))
-            classes = classes or trained.classes
+            trained = ctx.raise_together(partial(open_alike, folder, cfg, ctx, first))
+            require(
+                not trained.multi_label,
+                f"--oof: its table has one class for an image, and those of {folder} may have several; python -m trainer.report "
+                "writes probabilities.csv of the images that a run held out",
+            )
+            first = first or trained
+            classes = first.classes
             catalog = ctx.raise_together(partial(open_scored, folder, cfg.data, trained))
-            own = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, view_of(args, cfg.data))
+            own = predict_all(trained.probabilities, len(classes), catalog, cfg.data, ctx, view_of(args, cfg.data))
             probabilities = own.probabilities[:, places_of(classes, trained)]
             for row in np.flatnonzero(own.readable).tolist():
                 name, label = f"{catalog.root}/{catalog.paths[row]}", catalog.classes[int(catalog.labels[row])]

@@ -55,6 +55,8 @@ class Panel(NamedTuple):
 
 VAL_TOP1 = Panel("Validation top-1", "%", "val/top1_pct", "share")
 TRAIN_TOP1 = Panel("Training top-1", "%", "train/top1_pct", "share")
+VAL_MAP = Panel("Validation mAP", "%", "val/map_pct", "share")
+VAL_F1 = Panel("Validation macro F1", "%", "val/macro_f1_pct", "share")
 VAL_LOSS = Panel("Validation loss", "nats", "val/loss", "loss")
 TRAIN_LOSS = Panel("Training loss", "nats", "train/loss", "loss")
 RATE = Panel("Learning rate", "per optimizer step", "train/lr", "rate")

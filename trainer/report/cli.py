@@ -9,6 +9,8 @@ confusion.csv/.png images by their class, in rows, and by the predicted class, i
 mistakes.png       the wrong predictions with the highest confidence
 calibration.csv, reliability.png   share of right predictions for each confidence
 scores.json        accuracy, loss and calibration error
+
+For images of several classes: see `label_report`.
 """
 
 import json
@@ -22,12 +24,14 @@ from numpy.typing import NDArray
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
+from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog
 from trainer.class_table import class_scores, print_classes
 from trainer.config import Config
 from trainer.distributed import open_dist_context
+from trainer.multi_label import predict_split, score
 from trainer.predict.cli import View, csv, predict_all
-from trainer.report import plots
+from trainer.report import label_report, plots
 from trainer.scoring import open_scored, open_trained, scored_on
 from trainer.tracking.meter import Scores
 
@@ -184,7 +188,15 @@ def report_run(folder: Path, cfg: Config, out: Path) -> None:
         if ctx.primary:
             for path, why in catalog.bad.items():
                 print(f"left out {printable(str(catalog.root / path))}: {why}", file=sys.stderr)
-        found = predict_all(trained.predict, len(classes), catalog, cfg.data, ctx, View())
+        if trained.multi_label:
+            several = predict_split(trained.predict, Loader(cfg.data, catalog, ctx, training=False), ctx)
+            score(several)  # it raises where there is nothing to score
+            ctx.run_on_rank0(lambda: label_report.write(several, catalog, trained, out))
+            if ctx.primary:
+                title = printable(f"{trained.checkpoint} on {scored_on(catalog, len(several.rows))}")
+                label_report.print_report(several, trained, title, out)
+            return
+        found = predict_all(trained.probabilities, len(classes), catalog, cfg.data, ctx, View())
         rows = np.flatnonzero(found.readable)
         require(len(rows) > 0, "data.path: none of the validation images could be read")
         images = [catalog.paths[row] for row in rows]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -23,6 +23,11 @@ RUNNING_S = 600.0
 LONGEST_BYTES = 1 << 29  # some millions of rows
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 """Exceptions that reading another program's file may raise."""
+
+
+Score = Literal["top1_pct", "map_pct"]
+SCORES: dict[Score, str] = {"top1_pct": "top-1", "map_pct": "mAP"}
+"""Words for the scores that runs are ranked by."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class Run:
         return self.rows[-1]["epoch"] if self.rows else 0.0
 
     @property
-    def best_top1_pct(self) -> float:
-        """Best validation top-1; NaN before the first validation."""
-        return max((top1 for _, top1 in self.curve("val/top1_pct") if math.isfinite(top1)), default=math.nan)
+    def score(self) -> Score:
+        """Score of the run's kind of images: mAP where they have several classes, else top-1, also before any validation."""
+        return "map_pct" if any("val/map_pct" in row for row in self.rows) else "top1_pct"
+
+    @property
+    def best_pct(self) -> float:
+        """Best validation `score`; NaN before the first validation."""
+        return max((value for _, value in self.curve(f"val/{self.score}") if math.isfinite(value)), default=math.nan)
 
     @property
     def minutes(self) -> list[float]:

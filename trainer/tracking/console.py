@@ -99,6 +99,8 @@ _EPOCH = (
     ("val/loss", "  val {:6.3f} loss"),
     ("val/top1_pct", " {:5.1f} % top-1"),
     ("val/top5_pct", " {:5.1f} % top-5"),
+    ("val/map_pct", " {:5.1f} % mAP"),
+    ("val/macro_f1_pct", " {:5.1f} % macro F1"),
     ("val/macro_recall_pct", " {:5.1f} % macro recall"),
     *_PROGRESS[1:],
 )

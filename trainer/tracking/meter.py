@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
@@ -40,15 +40,14 @@ class Scores(NamedTuple):
 
     def by(self, name: BestBy) -> float:
         """Return the score that chooses the best weights."""
-        score = {"top1": self.top1_pct, "macro_recall": self.macro_recall_pct, "loss": self.loss}[name]
+        scores: dict[BestBy, float | None] = {
+            "top1": self.top1_pct,
+            "macro_recall": self.macro_recall_pct,
+            "loss": self.loss,
+        }
+        score = scores[name]
         assert score is not None, "these are of no evaluation"
         return score
-
-    def beat(self, best: float | None, by: BestBy) -> bool:
-        """Return True where they are better than the best so far. A network whose loss is NaN guesses, and is right by chance."""
-        if best is None or not math.isfinite(self.loss):
-            return math.isfinite(self.loss)
-        return self.by(by) < best if by == "loss" else self.by(by) > best
 
     def words(self, classes: int) -> str:
         """The scores for people, top-5 only where there are `TOP5_FROM` classes."""
@@ -62,9 +61,28 @@ class Scores(NamedTuple):
         macro = {} if self.macro_recall_pct is None else {"macro_recall_pct": self.macro_recall_pct}
         return {"loss": self.loss, "top1_pct": self.top1_pct, **top5, **macro}
 
-    def named(self, split: str, classes: int) -> dict[str, float]:
-        """Name `figures` as metrics do."""
-        return {f"{split}/{name}": value for name, value in self.figures(classes).items()}
+
+class Judged(Protocol):
+    """Scores of an evaluation, of either kind."""
+
+    @property
+    def loss(self) -> float: ...
+
+    def by(self, name: BestBy) -> float:
+        """Return the score that chooses the best weights."""
+        ...
+
+
+def beats(scores: Judged, best: float | None, by: BestBy) -> bool:
+    """Return True where they are better than the best so far. A network whose loss is NaN guesses, and is right by chance."""
+    if best is None or not math.isfinite(scores.loss):
+        return math.isfinite(scores.loss)
+    return scores.by(by) < best if by == "loss" else scores.by(by) > best
+
+
+def named(split: str, figures: dict[str, float]) -> dict[str, float]:
+    """Name the figures of a split as metrics do."""
+    return {f"{split}/{name}": value for name, value in figures.items()}
 
 
 class BadStep(NamedTuple):
@@ -86,9 +104,16 @@ class Meter:
     """
 
     def __init__(
-        self, ctx: DistContext, epoch_sums: list[float], classes: int, train_s: float = 0.0, *, scaled: bool = False
+        self,
+        ctx: DistContext,
+        epoch_sums: list[float],
+        classes: int,
+        train_s: float = 0.0,
+        *,
+        scaled: bool = False,
+        multi_label: bool = False,
     ) -> None:
-        self.ctx, self.classes = ctx, classes
+        self.ctx, self.classes, self.multi_label = ctx, classes, multi_label
         watched = ("loss",) if scaled else ("loss", "grad_norm")
         self._watched = [StepSums._fields.index(name) for name in watched]
         self.nonfinite: BadStep | None = None
@@ -153,7 +178,7 @@ class Meter:
         if steps:
             times_ms = sorted(1e3 * self._clock.seconds(start, end) for start, end in pairwise(self._ends))
             scalars = {
-                **(Scores.of(sums).named("train", self.classes) if sums.images else {}),
+                **self._scores(sums),
                 "train/grad_norm": sums.grad_norm / steps,
                 "perf/images_per_s": sums.images / elapsed_s,
                 "perf/data_wait_pct": 100 * float(times[:, 0].sum()) / self.ctx.world / elapsed_s,
@@ -167,12 +192,19 @@ class Meter:
 
     def end_epoch(self) -> dict[str, float]:
         """Scores of the whole epoch, and its speed without the time in evaluation and saving."""
-        scalars = Scores.of(self.epoch_sums).named("train", self.classes) if StepSums(*self.epoch_sums).images else {}
+        scalars = self._scores(StepSums(*self.epoch_sums))
         if self._epoch_images:
             scalars |= {"perf/train_min": self.train_s / 60}
             scalars |= {"perf/epoch_s": self._epoch_s, "perf/images_per_s": self._epoch_images / self._epoch_s}
         self.epoch_sums, self._epoch_s, self._epoch_images = list(StepSums.zero()), 0.0, 0.0
         return scalars
+
+    def _scores(self, sums: StepSums) -> dict[str, float]:
+        """Name the training scores; of images of several classes only the loss, as mAP needs all of them at once."""
+        if not sums.images:
+            return {}
+        scores = Scores.of(sums)
+        return {"train/loss": scores.loss} if self.multi_label else named("train", scores.figures(self.classes))
 
     def pause(self) -> None:
         """Restart the clock: the time until now was not training."""

@@ -149,8 +149,11 @@ class WandbSink:
         store = Store(self._folder)
         best = store.chosen()
         if best and store.progress().finished:
-            top1 = {"best_top1_pct": store.progress().best_top1_pct}
-            artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=top1)
+            progress = store.progress()
+            score = {"best_top1_pct": progress.best_top1_pct}
+            if progress.best_map_pct is not None:
+                score = {"best_map_pct": progress.best_map_pct}
+            artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=score)
             artifact.add_file(str(best / WEIGHTS), policy="immutable")  # uploaded from its place, without a copy
             self._run.log_artifact(artifact, aliases=["best"])
 

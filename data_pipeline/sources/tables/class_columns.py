@@ -11,7 +11,7 @@ from data_pipeline.sources.tables.text_table import TextTable, few, shown
 
 COLUMNS = "columns"
 """Form of several classes of an image: a column of 0 and 1 for each class."""
-_SEPARATORS = ("|", ";", ",", " ")
+SEPARATORS = ("|", ";", ",", " ")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 
 
@@ -77,7 +77,7 @@ def _of_column(table: TextTable, column: str, file: Path, cfg: DataConfig) -> Cl
     cells = table.different(column)
     mark = _separator(cells)
     if cfg.labels == "multi":
-        mark = mark or next((mark for mark in _SEPARATORS if any(mark in cell for cell in cells)), None)
+        mark = mark or next((mark for mark in SEPARATORS if any(mark in cell for cell in cells)), None)
         require(
             mark is not None,
             f"data.labels: multi, but no cell of {shown(column)} in {file} has one of |, ;, a comma or a space between "
@@ -98,7 +98,7 @@ def _of_column(table: TextTable, column: str, file: Path, cfg: DataConfig) -> Cl
 
 def _separator(cells: list[str]) -> str | None:
     """Find the character that divides lists of classes: all that two lists or more hold is somewhere a cell of its own."""
-    for mark in _SEPARATORS:
+    for mark in SEPARATORS:
         lists = [cell for cell in cells if len(cell.split(mark)) > 1]
         parts = {part.strip() for cell in lists for part in cell.split(mark)}
         if len(lists) > 1 and parts <= {*cells}:
@@ -109,8 +109,8 @@ def _separator(cells: list[str]) -> str | None:
 def _doubt(cells: list[str]) -> str | None:
     """Find the character that may divide lists: of their parts there are fewer than of the cells."""
     certain = _separator(cells)
-    parts = {mark: {part.strip() for cell in cells for part in cell.split(mark)} for mark in _SEPARATORS}
-    return certain or next((mark for mark in _SEPARATORS if len(parts[mark]) < len(cells)), None)
+    parts = {mark: {part.strip() for cell in cells for part in cell.split(mark)} for mark in SEPARATORS}
+    return certain or next((mark for mark in SEPARATORS if len(parts[mark]) < len(cells)), None)
 
 
 def _marks(table: TextTable) -> dict[str, list[str]]:

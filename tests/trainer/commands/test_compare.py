@@ -214,3 +214,22 @@ def test_command_overwrites_nothing_unasked(study: list[Path], tmp_path: Path) -
     assert [result.returncode for result in told] == [0, 2], told[0].stderr
     assert told[0].stdout.splitlines()[-1].startswith(f"written to {tmp_path / 'out'}: runs.csv, settings.csv")
     assert told[1].stderr == f"error: --out: {tmp_path / 'out'} exists; give another folder, or --force\n"
+
+
+def test_images_of_several_classes_are_compared_by_map(
+    study: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in study[1:]:
+        rows = (run / "metrics.jsonl").read_text()
+        several = rows.replace("val/top1_pct", "val/map_pct").replace("train/top1_pct", "val/macro_f1_pct")
+        (run / "metrics.jsonl").write_text(several)
+    with pytest.raises(UserError, match="images of some have several classes, those of others one; compare each"):
+        run_command(monkeypatch, *study, "--out", tmp_path / "out")
+    run_command(monkeypatch, *study[1:], "--out", tmp_path / "out", "--targets", "80")
+    table = pd.read_csv(tmp_path / "out/runs.csv")
+    assert table.best_map_pct.tolist() == [82, 90, 90] and table.val_macro_f1_pct.tolist() == [83, 91, 91]
+    assert table.filter(like="top1").empty and len(pd.read_csv(tmp_path / "out/targets.csv").dropna()) == 3
+    said = capsys.readouterr().out
+    assert "best mAP, %" in said and "McNemar's test is for images of one class each" in said
+    text = (tmp_path / "out/report.html").read_text()
+    assert "validation mAP first" in text and "Validation mAP" in text and "top-1" not in text

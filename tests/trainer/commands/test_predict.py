@@ -146,7 +146,7 @@ def test_views_by_hand(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(0, 1e-4, (3 * crop * crop, 4))
 
     def model(pixels: torch.Tensor) -> torch.Tensor:
-        return (pixels.double().flatten(1) @ torch.from_numpy(weights)).float()
+        return (pixels.double().flatten(1) @ torch.from_numpy(weights)).float().softmax(dim=1)
 
     found = predict_all(model, 4, open_images(cfg), cfg, SOLO, View(crops=5, flip=True))
     for number in range(3):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from data_pipeline.batch import IGNORE_LABEL, Batch
 from data_pipeline.common.errors import UserError
 from data_pipeline.sources.catalog import Catalog
-from trainer.engine.loss import training_loss, with_class_weights
+from trainer.engine.loss import fitted_to_classes, training_loss
 from trainer.optim.config import Loss, OptimConfig
 
 ROWS, COUNTED, CLASSES = 12, 9, 5
@@ -67,15 +67,15 @@ def test_the_binary_loss_has_the_factor_of_the_images_class() -> None:
 
 def test_balanced_factors_make_every_class_weigh_the_same() -> None:
     counts = [10, 0, 30, 80]
-    factors = with_class_weights(OptimConfig(class_weights="balanced"), catalog(counts)).class_weights
+    factors = fitted_to_classes(OptimConfig(class_weights="balanced"), catalog(counts)).class_weights
     assert factors == pytest.approx([4, 0, 4 / 3, 0.5])  # 40 images a class that has any
     assert np.dot(np.array(factors, float), counts) == pytest.approx(120), "a mean of 1 over the images"
 
 
 def test_factors_are_for_each_class() -> None:
     given = OptimConfig(class_weights=[1.0, 2.0, 3.0])
-    assert with_class_weights(given, catalog([4, 5, 6])) is given
-    assert with_class_weights(OptimConfig(), catalog([4, 5])) == OptimConfig()
+    assert fitted_to_classes(given, catalog([4, 5, 6])) is given
+    assert fitted_to_classes(OptimConfig(), catalog([4, 5])) == OptimConfig()
     with pytest.raises(UserError) as caught:
-        with_class_weights(given, catalog([4, 5]))
+        fitted_to_classes(given, catalog([4, 5]))
     assert str(caught.value) == "optim.class_weights: 3 factors for 2 classes; give one for each of a, b, or balanced"

@@ -12,7 +12,7 @@ from trainer.distributed import DistContext
 from trainer.node import clock as clock_module
 from trainer.node.clock import GpuClock
 from trainer.tracking import meter as meter_module
-from trainer.tracking.meter import Meter, Scores
+from trainer.tracking.meter import Meter, Scores, beats, named
 
 CLASSES = 6
 
@@ -51,12 +51,12 @@ def sums(loss: float, top1: float, top5: float, images: float, grad_norm: float)
 def test_scores() -> None:
     scores = Scores.of([12.0, 3.0, 6.0, 8.0, 99.0])
     assert scores[:4] == (1.5, 37.5, 75.0, 8) and scores.macro_recall_pct is None
-    assert scores.named("val", 6) == {"val/loss": 1.5, "val/top1_pct": 37.5, "val/top5_pct": 75.0}
-    assert scores.named("val", 5) == {"val/loss": 1.5, "val/top1_pct": 37.5}, (
+    assert named("val", scores.figures(6)) == {"val/loss": 1.5, "val/top1_pct": 37.5, "val/top5_pct": 75.0}
+    assert named("val", scores.figures(5)) == {"val/loss": 1.5, "val/top1_pct": 37.5}, (
         "of five classes all are among the best five"
     )
     judged = scores._replace(macro_recall_pct=20.0)
-    assert judged.named("val", 5)["val/macro_recall_pct"] == 20
+    assert named("val", judged.figures(5))["val/macro_recall_pct"] == 20
     assert judged.words(6) == "loss 1.5000  top-1 37.50 %  top-5 75.00 %  macro recall 20.00 %"
 
 
@@ -66,13 +66,14 @@ def test_scores() -> None:
 )
 def test_the_best_by_each_score(by: BestBy, best: float, worse: float, better: float) -> None:
     scores = Scores(1.5, 37.5, 75.0, 8, 20.0)
-    assert scores.by(by) == best and scores.beat(None, by)
-    assert scores.beat(better, by) and not scores.beat(worse, by)
+    assert scores.by(by) == best and beats(scores, None, by)
+    assert beats(scores, better, by) and not beats(scores, worse, by)
 
 
 def test_scores_that_are_no_numbers_are_never_the_best() -> None:
     for loss in (math.nan, math.inf):
-        assert not Scores(loss, 37.5, 75.0, 8).beat(None, "top1") and not Scores(loss, 37.5, 75.0, 8).beat(1.0, "top1")
+        bad = Scores(loss, 37.5, 75.0, 8)
+        assert not beats(bad, None, "top1") and not beats(bad, 1.0, "top1")
 
 
 def test_an_interval(clock: Clock) -> None:
