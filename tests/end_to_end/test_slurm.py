@@ -413,6 +413,9 @@ def test_dry_run_writes_nothing(cluster: Cluster, base: Path) -> None:
         assert f"#SBATCH {line}\n" in done.stdout
     assert "WANDB_API_KEY" in done.stdout and "secret" not in done.stdout
     assert "#SBATCH --cpus-per-task=4\n" in done.stdout, "all of a node's, for two processes"
+    done = cluster.launch("submit", "--profile", "dev", "--spares", "1", "--dry_run", "--", *settings(base, run))
+    for words in ("#SBATCH --nodes=3\n", "#SBATCH --no-kill\n", " --no-kill --kill-on-bad-exit=0 "):
+        assert words in done.stdout, "a lost node ends neither the job nor its step"
     given = {"DALI_X": "1", "FI_X": "1", "CUDA_HOME": "/cuda", "CUDA_VISIBLE_DEVICES": "3"}
     done = cluster.launch("submit", "--gpus_per_node", "1", "--dry_run", "--", *settings(base, run), **given)
     assert "#SBATCH --cpus-per-task=2\n" in done.stdout, "half of a node's GPUs, and half of its cores"

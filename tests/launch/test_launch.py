@@ -96,6 +96,7 @@ def terminate(launcher: int) -> None:
         (["start"], "start: no such command; give one of local, submit, check-nodes, sweep, summary, status"),
         (["local", "-n", "two"], "-n: 'two' is no number of processes"),
         (["local", "-n", "0"], "-n: '0' is no number of processes"),
+        (["local", "-n", "2", "--restarts", "many"], "--restarts: 'many' is no number of restarts; give one such as 3"),
         (["submit", "--nodes", "2", "--", "--run.name", "a"], "no sbatch here: this machine has no SLURM"),
         (["submit", "--dry_run"], "no sbatch here: this machine has no SLURM"),
         (["submit", "--run.name", "a"], "put the trainer's options after --"),
@@ -244,6 +245,8 @@ def test_one_process_a_gpu() -> None:
         (["--env", '{"A;rm": "x"}'], "env: 'A;rm' is no name of a variable"),
         (["--export", '["A,ALL"]'], "export: 'A,ALL' is no name of a variable"),
         (["--max_crashes", "-1"], "max_crashes: -1 is negative"),
+        (["--spares", "-1"], "spares: -1 is negative"),
+        (["--restarts", "-1"], "restarts: -1 is negative"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], words: str) -> None:
