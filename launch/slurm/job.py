@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.common.entry_point import keep_printing, run_command
@@ -47,8 +48,8 @@ def lead(submission: Submission, own: NodeRanks) -> int:
     job = submission.job
     profile, run = Profile(**job.profile), Path(job.run)
     with listen(meeting_port(os.environ)) as listener:
-        supervisor = Supervisor(own, profile.nodes, profile.restarts, lambda one: record_restart(run, one), listener)
-        end = supervisor.run()
+        told = partial(record_restart, run)
+        end = Supervisor(own, profile.nodes, profile.restarts, told, listener, profile.spares).run()
     if end.cause:
         print(printable(end.cause), flush=True)
     if end.lost:

@@ -23,6 +23,8 @@ SETTLE_S = 0.5
 """Time after a failure in which others may be told, of which one may be its cause."""
 GATHER_S = 600.0
 """Longest time until the nodes have come together."""
+SPARES_S = 10.0
+"""Longest time that nodes wait for the spare ones at the beginning."""
 STALLED_S = 10.0
 """Further time for the other ranks to notice that nothing moves, and to write their stacks."""
 FAREWELL_S = 60.0
@@ -52,7 +54,7 @@ class End(NamedTuple):
 class Supervisor:
     """The deciding supervisor, on the first of several nodes, or on the only one.
 
-    `wanted` nodes run ranks, all others that connect to `listener` are spares. `told` hears of each restart.
+    `wanted` nodes run ranks, the `spares` are others that connect to `listener` too. `told` hears of each restart.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Supervisor:
         restarts: int = 0,
         told: Callable[[Restart], None] = lambda restart: None,
         listener: socket.socket | None = None,
+        spares: int = 0,
     ) -> None:
         self.own, self.wanted, self.limit, self.told, self.listener = own, wanted, restarts, told, listener
+        self.spares = spares
         self._strangers: list[Link] = []
         self._links: dict[int, Link] = {}
         self._reports: dict[int, Report] = {}
@@ -80,6 +84,7 @@ class Supervisor:
 
     def _run(self) -> End:
         self._until(lambda: len(self._reports) >= self.wanted, GATHER_S)
+        self._until(lambda: len(self._reports) >= self.wanted + self.spares, SPARES_S)  # so that the first ones train
         restarts, cause = 0, ""
         while nodes := self._choose():
             failure = self._train(restarts + 1, nodes, cause)
