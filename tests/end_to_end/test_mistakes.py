@@ -40,7 +40,7 @@ MISTAKES = {
     "trainer --optim.lr": "--optim.lr: expected one argument; see python -m trainer --help",
     "trainer --optim.lr -1": "optim.lr: -1.0 is not positive; give a learning rate above 0",
     "trainer --model.shortcut max": "model.shortcut: max does not fit; give one of 'conv', 'pool'",
-    "trainer --model.stem deep": "model.stem: deep does not fit; give one of 'conv', 'patch'",
+    "trainer --model.stem thick": "model.stem: thick does not fit; give one of 'conv', 'deep', 'patch'",
     "trainer --model.width 0": "model.width: 0.0 is out of range; give a factor above 0, up to 16",
     "trainer --model.bn_momentum 0": "model.bn_momentum: 0.0 is out of range; give a share above 0, up to 1",
     "trainer --optim.loss hinge": "optim.loss: hinge does not fit; give one of 'cross_entropy', 'binary'",
@@ -71,7 +71,7 @@ MISTAKES = {
     "trainer --data.mean '[1,2]'": "data.mean: [1.0, 2.0] has 2 numbers; give three, for R, G, B",
     "trainer --data.size_px '[32,5000]'": "data.size_px, eval_size_px: [32, 5000], None must be 8 to 4096 pixels",
     "trainer --data.augment.policy rand": "data.augment.policy: rand does not fit; "
-    "give one of 'none', 'randaugment', 'trivialaugment', 'autoaugment'",
+    "give one of 'none', 'randaugment', 'trivialaugment', 'autoaugment', 'threeaugment'",
     "trainer --data.augment.color_jitter '[1,2]'": "data.augment.color_jitter: [1, 2] does not fit; "
     "give a list of 4 values",
     "trainer --engine.name deepspeed --engine.sync_bn true": "engine.sync_bn: it is for DDP only; leave it out, "
@@ -181,7 +181,7 @@ MISTAKES = {
     "data_pipeline.show --epoch -1": "--epoch: -1 is negative; give a number from 0",
     "data_pipeline.show --data.augment.flip 2": "data.augment.flip: 2.0 is not a chance; give a number from 0 to 1",
     "data_pipeline.show --data.augment.policy rand": "--data.augment.policy: rand does not fit; "
-    "give one of 'none', 'randaugment', 'trivialaugment', 'autoaugment'",
+    "give one of 'none', 'randaugment', 'trivialaugment', 'autoaugment', 'threeaugment'",
     # data_pipeline.bench
     "data_pipeline.bench --sizes 7": "--sizes: 7 does not fit; give different sides of 8 to 4096 pixels, as 224,128,64",
     "data_pipeline.bench --data.path nowhere": NO_DATA,
