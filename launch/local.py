@@ -1,9 +1,12 @@
 """python -m launch local [-n RANKS] [--restarts N] [trainer options]: train on this machine, one process for each GPU."""
 
+import os
+import signal
 import sys
 
 from data_pipeline.common.errors import UserError
 from trainer.config import load
+from trainer.resilience.wandb_agent import Agent, trial_of
 
 USAGE = """usage: python -m launch local [-n RANKS] [--restarts N] [--config RECIPE] [--OPTION VALUE ...]
 
@@ -28,7 +31,11 @@ def main(arguments: list[str]) -> None:
     from trainer.distributed import gpu_count
 
     ranks = numbers.get("-n") or gpu_count(cfg.engine.device) or 1
-    sys.exit(run_workers(ranks, "trainer", options, cfg.folder, numbers.get("--restarts", 0)))
+    agent = Agent.above() if trial_of(os.environ) else None
+    code = run_workers(ranks, "trainer", options, cfg.folder, numbers.get("--restarts", 0))
+    # A trial that its sweep has stopped is no failure: after three of them its agent would leave.
+    stopped = agent and code == 128 + signal.SIGTERM and not agent.took_away(signal.SIGTERM)
+    sys.exit(0 if stopped else code)
 
 
 NUMBERS = {

@@ -28,10 +28,12 @@ from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig
+from trainer.checkpoint.run_folder import read_wandb_id
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
 from trainer.option_files import option_kinds, quoted
+from trainer.resilience.wandb_agent import trial_of
 from trainer.run_config import RunConfig
 from trainer.tracking.config import TrackingConfig
 
@@ -91,25 +93,40 @@ def _name_of(data: str) -> str:
 def load(arguments: list[str]) -> Config:
     """Load the configuration of a command line; without --config, the recipe `builtin`. Raises `UserError`.
 
-    Pretrained weights bring defaults of their own for `data`; any file or option overrides them. A run of a W&B sweep without
-    a name of its own gets WANDB_RUN_ID behind the recipe's.
+    Pretrained weights bring defaults of their own for `data`, WANDB_PROJECT and WANDB_ENTITY for `tracking`; any file or
+    option overrides them. A run of a W&B sweep has its agent's project and entity, and WANDB_RUN_ID behind its name.
     """
-    arguments = _with_recipe(arguments)
+    trial = trial_of(os.environ)
+    arguments = _with_recipe(_of_agent(arguments) if trial else arguments)
     asked = [argument for argument in arguments if not argument.startswith("--print_config")]
-    cfg = _parse(asked)
-    in_sweep = [f"--run.name={cfg.run.name}-{os.environ['WANDB_RUN_ID']}"] if _is_nameless_in_sweep(asked) else []
-    if in_sweep:
-        arguments, asked = arguments + in_sweep, asked + in_sweep
-        cfg = _parse(asked)
+    defaults = _of_environment(os.environ)
+    cfg = _parse(asked, defaults)
+    if trial:
+        of_trial = {
+            # All runs of a sweep have the same command but for the options swept over.
+            "run.name": None if cfg.run.dir or cfg.name.endswith(trial.id) else f"{cfg.name}-{trial.id}",
+            "tracking.project": trial.project,
+            "tracking.entity": trial.entity,
+        }
+        added = [f"--{option}={value}" for option, value in of_trial.items() if value]
+        arguments, asked = arguments + added, asked + added
+        cfg = _parse(asked, defaults)
     if cfg.model.weights is None and asked == arguments:
         return cfg
-    return _parse(arguments, _preprocessing(cfg.model.weights) if cfg.model.weights else {})
+    return _parse(arguments, defaults | (_preprocessing(cfg.model.weights) if cfg.model.weights else {}))
 
 
-def _is_nameless_in_sweep(arguments: list[str]) -> bool:
-    """Return True for one run of a W&B sweep: all of these have the same command except the options swept over."""
-    named = any(argument.split("=")[0] in ("--run", "--run.name", "--run.dir") for argument in arguments)
-    return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) and not named
+def _of_agent(arguments: list[str]) -> list[str]:
+    """Arguments as an agent of a W&B sweep means them: it writes Python's None for null."""
+    kinds = option_kinds(Config)
+    empty = {f"--{option}=None" for option, kind in kinds.items() if NoneType in get_args(kind)}
+    return [argument.removesuffix("None") + "null" if argument in empty else argument for argument in arguments]
+
+
+def _of_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Defaults that environment variables give."""
+    given = {"tracking.project": "WANDB_PROJECT", "tracking.entity": "WANDB_ENTITY"}
+    return {option: environment[name] for option, name in given.items() if environment.get(name)}
 
 
 def _preprocessing(weights: str) -> dict[str, Any]:
@@ -117,7 +134,7 @@ def _preprocessing(weights: str) -> dict[str, Any]:
         preprocessing,
     )  # imported here: torch takes seconds, and few runs start from weights
 
-    return preprocessing(weights)
+    return {f"data.{name}": value for name, value in preprocessing(weights).items()}
 
 
 def run_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
@@ -166,6 +183,11 @@ def may_change(option: str) -> bool:
 
 def first_difference(saved: str, cfg: Config) -> Difference | None:
     """Find the first option by which a saved configuration is another run than `cfg`."""
+    trial, known = trial_of(os.environ), read_wandb_id(cfg.folder)
+    if trial and known and known != trial.id:
+        return Difference(
+            f"its W&B run was {known}, now {trial.id}", "leave out --run.dir, which trials of a sweep share"
+        )
     old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
     for options in (old, new):
         options["run.best_by"] = (
@@ -189,14 +211,17 @@ def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
-    """Replace `--config NAME` by the recipe's file; NAME may be a shipped one, and without any it is `builtin`."""
+    """Replace `--config NAME` by the recipe's file; NAME may be a shipped one, and without any it is `builtin`.
+
+    A table such as {optim.lr: 0.1} takes a file's place, for agents of a W&B sweep, which give each run one value.
+    """
     arguments = [part for argument in arguments for part in _split_config(argument)]
     files = [at + 1 for at, argument in enumerate(arguments) if argument == "--config" and at + 1 < len(arguments)]
     before = arguments[: files[-1] - 1] if files else []
     if any(argument.startswith("--") and argument not in ("--config", "--print_config") for argument in before):
         raise UserError("--config: it comes after other options and would undo them; put it first")
     for at in files:
-        arguments[at] = str(_config_file(arguments[at]))
+        arguments[at] = _config_file(arguments[at])
     return arguments if "--config" in arguments else ["--config", str(RECIPES / "builtin.yaml"), *arguments]
 
 
@@ -209,14 +234,17 @@ def recipes() -> list[str]:
     return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
 
 
-def _config_file(name: str) -> Path:
-    """Find the file or shipped recipe of that name, and check that every option in it exists."""
+def _config_file(name: str) -> str:
+    """Find the file or shipped recipe of that name, or take a table as it is; check that every option in it exists."""
+    if name.startswith("{"):
+        _check_options(name, "--config")
+        return name
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
         shipped = ", ".join(recipes())
         raise UserError(f"--config: {name} is neither a file nor a recipe; the recipes are {shipped}")
     _refuse_unknown(path)
-    return path
+    return str(path)
 
 
 def _refuse_unknown(file: Path) -> None:
@@ -225,8 +253,12 @@ def _refuse_unknown(file: Path) -> None:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file} cannot be read: {error}") from None
+    _check_options(text, str(file))
+
+
+def _check_options(text: str, file: str) -> None:
     kinds = option_kinds(Config)
-    for key, value in _flat(_tree(text, str(file))).items():
+    for key, value in _flat(_tree(text, file)).items():
         if key not in _flat(asdict(Config())):
             raise UserError(f"{file}: {_no_such_option(key)}")
         if value is None and key in kinds and NoneType not in get_args(kinds[key]):
@@ -244,8 +276,8 @@ def _tree(text: str, file: str) -> dict[str, Any]:
     return tree
 
 
-def _parse(arguments: list[str], data: Mapping[str, Any] | None = None) -> Config:
-    """Parse a command line; `data` are defaults of that section."""
+def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Config:
+    """Parse a command line; `defaults` are those of single options."""
     parser = ArgumentParser(
         prog="python -m trainer",
         description="Train a ResNet. A recipe or file comes first, dotted options override it.",
@@ -254,7 +286,7 @@ def _parse(arguments: list[str], data: Mapping[str, Any] | None = None) -> Confi
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file, or the name of a shipped recipe.")
     parser.add_class_arguments(Config)
-    parser.set_defaults({f"data.{name}": value for name, value in (data or {}).items()})
+    parser.set_defaults(dict(defaults or {}))
     quiet = launched_rank() > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():

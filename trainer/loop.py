@@ -15,6 +15,7 @@ from trainer.distributed import DistContext
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.sanity_checks import NonFinite
 from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
+from trainer.resilience.wandb_agent import Agent, trial_of
 from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session
 from trainer.setup import nothing_left, open_session, start_run, step_back
@@ -39,6 +40,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
 
     Collective. Raises `UserError`, on every rank, for a mistake that a user can correct.
     """
+    agent = Agent.above() if trial_of(os.environ) else None
     with start_run(cfg, ctx) as start:
         if start.nothing_left:
             if ctx.primary:
@@ -46,8 +48,9 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
             return start.progress
         with open_session(start, started) as session:
             outcome = train(session, stop)
+            follows = mark_stop(session, stop, agent) if outcome is Outcome.STOPPED else ""
             session.finish()
-            say_end(session, outcome)
+            say_end(session, outcome, follows)
             return session.progress
 
 
@@ -123,14 +126,27 @@ def end_epoch(session: Session, stop: StopFlag) -> Outcome:
     return Outcome.MAX_STEPS if session.progress.step == session.cfg.run.max_steps else Outcome.EPOCH_DONE
 
 
-def say_end(session: Session, outcome: Outcome) -> None:
+def mark_stop(session: Session, stop: StopFlag, agent: Agent | None) -> str:
+    """Tell W&B why a run stops before its end. Returns what comes next; a signal may only want the machine for a while."""
+    tracker, by_itself = session.tracker, os.environ.get(AFTER_SIGNAL)
+    if by_itself and not tracker.stop_requested:
+        return by_itself
+    if agent and not tracker.stop_requested and agent.took_away(stop.signal):
+        tracker.stopped(comes_back=True)
+        return "W&B hands it to the next agent of its sweep"
+    if tracker.stop_requested or agent:
+        tracker.stopped(comes_back=False)
+    command = shlex.join(["python", "-m", "trainer", "--config", str(session.cfg.folder / "config.yaml")])
+    return (
+        f"its sweep is done with it; to go on from there: {command}" if agent else "the same command goes on from there"
+    )
+
+
+def say_end(session: Session, outcome: Outcome, follows: str) -> None:
     """Print how the training ended, and what comes next."""
     run, progress, tracker = session.cfg.run, session.progress, session.tracker
     best = f"best {progress.best}"
     if outcome is Outcome.STOPPED:
-        # The Stop button on W&B stops a run for good; a signal may only want the machine for a while.
-        comes_back = None if tracker.stop_requested else os.environ.get(AFTER_SIGNAL)
-        follows = comes_back or "the same command goes on from there"
         tracker.alert("asked to stop", f"saved step {progress.step}; {follows}")
     elif outcome is Outcome.MAX_STEPS:
         tracker.note(

@@ -31,6 +31,7 @@ from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_fol
 from trainer.checkpoint.run_folder import check_run, claim_run, record_run
 from trainer.checkpoint.store import Store
 from trainer.config import Config, first_difference, load, load_run, to_yaml
+from trainer.resilience.wandb_agent import trial_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,13 @@ def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     request = parse_request("python -m launch submit", arguments[:split])
     cfg = load(arguments[split + 1 :])
-    submit(replace(cfg, run=replace(cfg.run, dir=str(cfg.folder.absolute()))), request, os.getcwd())
+    cfg = replace(cfg, run=replace(cfg.run, dir=str(cfg.folder.absolute())))
+    submit(cfg, request, os.getcwd())
+    submission = newest(cfg.folder)
+    if trial_of(os.environ) and submission and not request.dry_run:
+        from launch.slurm.trial import stay_with
+
+        sys.exit(stay_with(cfg.folder, submission))
 
 
 def resubmit(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """python -m launch sweep FILE [--profile NAME] [--parallel N] [--nodes N ...]: a run for each setting, as one job array.
 python -m launch sweep FILE --local [--ranks N]: the same runs on this machine, one after another.
+python -m launch sweep FILE --wandb [--ranks N]: the same runs as a file for `wandb sweep`, whose agents train them.
 
 FILE is explained in `launch.sweep.settings`. The sweep has the file's name; its runs lie in runs/SWEEP/RUN:
 
@@ -24,6 +25,7 @@ from launch.slurm.commands import queue, run_slurm
 from launch.slurm.profile import Request, parse, request_of, request_parser
 from launch.slurm.submit import active_job, check_free, submit_runs
 from launch.sweep.settings import Member, Setting, Sweep, read_sweep
+from launch.sweep.wandb_file import write_wandb_file
 from trainer.checkpoint.run_folder import check_run
 from trainer.checkpoint.store import Store
 from trainer.config import Config, first_difference, may_change
@@ -69,13 +71,22 @@ def main(arguments: list[str]) -> None:
     parser = request_parser(f"{PROG} FILE")
     parser.add_argument("--parallel", type=PositiveInt, help="Runs that SLURM trains at once; all if not given.")
     parser.add_argument("--local", action="store_true", help="Train here, one after another.")
-    parser.add_argument("--ranks", type=PositiveInt, help="With --local, processes of a run; one a GPU if not given.")
+    parser.add_argument("--wandb", action="store_true", help="Write a file for `wandb sweep`, and nothing else.")
+    parser.add_argument(
+        "--ranks", type=PositiveInt, help="With --local or --wandb, processes of a run; one a GPU if not given."
+    )
     values = parse(parser, arguments if arguments[0].startswith("-") else arguments[1:])
     request = request_of(values)
     # All runs are checked before the first one begins.
     sweep = read_sweep(Path(arguments[0]))
     folder = Path.cwd() / "runs" / sweep.file.stem
     members = sweep.members(folder)
+    if values["wandb"]:
+        file = shlex.quote(str(write_wandb_file(sweep, members, values["ranks"])))
+        print(
+            f"{len(members)} runs; next: wandb sweep {file}, and where they shall train the `wandb agent` that it names"
+        )
+        return
     record = joined(read_record(folder), sweep, members, folder)
     for member in members:
         check_run(member.cfg.folder, partial(first_difference, cfg=member.cfg))

@@ -51,6 +51,8 @@ class Sweep:
     options: Setting
     settings: list[Setting]
     """Setting of each run, in the file's order; the last option of a grid changes first."""
+    grid: dict[str, list[Any]]
+    """Values of each option of a grid; empty for a list."""
 
     @property
     def fixed(self) -> Setting:
@@ -125,7 +127,7 @@ def read_sweep(file: Path) -> Sweep:
     settings = _grid(tree["grid"], file) if "grid" in tree else _list(tree["list"], file)
     for number, setting in enumerate(settings):
         require(setting not in settings[:number], f"{file}: {label(setting)} is there twice; leave one out")
-    return Sweep(file, config, options, settings)
+    return Sweep(file, config, options, settings, tree.get("grid", {}))
 
 
 def _grid(table: Any, file: Path) -> list[Setting]:

@@ -64,6 +64,21 @@ def settings(base: Path, run: Path) -> list[str]:
     return dotted({**settings_of(base, run, EPOCHS), **SLOWLY, "engine.precision": "fp32"})
 
 
+def test_trial_of_a_sweep_is_waited_for(cluster: Cluster, base: Path) -> None:
+    """And cancelled where it is stopped, saving first."""
+    of_trial = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "trial0"}
+    longer = dotted({**settings_of(base, base, 400), "run.name": "mine"})
+    settings = [word for word in longer if word not in ("--run.dir", str(base))]
+    command = [sys.executable, "-m", "launch", "submit", "--", *settings]
+    with subprocess.Popen(command, cwd=cluster.cwd, env=cluster.environment | of_trial) as process:
+        run = cluster.cwd / "runs/mine-trial0"
+        cluster.eventually(lambda: bool(rows(run)), lambda: "no row")
+        assert process.poll() is None
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM, "which an agent does not take for a failure"
+    assert cluster.state(run) == "CANCELLED" and Store(run).progress().step > 0
+
+
 def assert_same_end(run: Path, whole: Path) -> None:
     """The same bytes, and each step's row once."""
     ours, theirs = checkpoint(run), checkpoint(whole)

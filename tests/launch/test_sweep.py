@@ -4,11 +4,14 @@ import io
 import json
 import statistics
 import subprocess
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
@@ -376,3 +379,47 @@ def test_the_plot_grows_with_the_settings(found: tuple[Path, Record]) -> None:
     assert many.height > 5 * few.height
     colours = {colour for _, colour in few.convert("RGB").getcolors(1 << 24) or ()}
     assert (11, 110, 153) in colours, "the runs' dots"
+
+
+# For agents of W&B
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "grid: {optim.lr: [0.1, 1e-5], run.max_steps: [null, 3], data.size_px: [[32, 64], 48], engine.compile: [on, off]}",
+        "list: [{optim.lr: 0.1}, {model.freeze_until: 1, run.epochs: 2, data.path: it's 1, engine.compile: on}, {}]",
+    ],
+)
+def test_agents_of_wandb_train_the_same_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: str
+) -> None:
+    """As wandb's own code makes a command of the file."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, f"options: {{data.path: a b, optim.momentum: 0.5, run.epochs: 3}}\n{runs}")
+    main([str(file), "--wandb", "--ranks", "2"])
+    assert capsys.readouterr().out.startswith(f"{len(read_sweep(file).settings)} runs; next: wandb sweep ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.wandb.yaml", "mine.yaml"]
+    main([str(file), "--wandb", "--ranks", "2"])  # the same again is no change
+
+    sweep = yaml.safe_load((tmp_path / "mine.wandb.yaml").read_text())
+    assert sweep["command"][:7] == ["${env}", "python", "-m", "launch", "local", "-n", "2"]
+    (given,) = (at for at, word in enumerate(sweep["command"]) if word == "${args}")
+    parameters = sweep["parameters"]
+    for number, values in enumerate(product(*(parameter["values"] for parameter in parameters.values()))):
+        of_agent = {name: {"value": value} for name, value in zip(parameters, values, strict=True)}
+        arguments = create_sweep_command_args({"args": of_agent})["args"]
+        cfg = load([*sweep["command"][7:given], *arguments, *sweep["command"][given + 1 :]])
+        member = read_sweep(file).members(tmp_path / "runs/mine")[number]
+        assert cfg.run.name == "mine" and cfg.run.dir is None
+        assert replace(cfg, run=replace(cfg.run, name=member.cfg.run.name, dir=member.cfg.run.dir)) == member.cfg
+
+
+def test_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    file = written(tmp_path, GRID)
+    theirs = written(tmp_path, "method: bayes\n", "mine.wandb.yaml")
+    with pytest.raises(UserError, match="there already, with another content; move it away"):
+        main([str(file), "--wandb"])
+    assert theirs.read_text() == "method: bayes\n"

@@ -13,11 +13,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.support.runs import SOLO
 from trainer.checkpoint.store import Progress
@@ -44,9 +46,37 @@ class SentRun:
     """Times that the client asked for the run: once an attempt."""
     exit_code: int | None = None
     display_name: str = ""
-    project: str = ""
+    project: str = "sluice"
+    entity: str = ENTITY
     system: dict[str, float] = field(default_factory=dict)
     """Last measurement of the machine by the client."""
+    sweep: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
+    preempting: bool = False
+    """True once the client has said that its machine is taken away."""
+
+
+@dataclass
+class Sweep:
+    """One grid as the server knows it: its file, and the trials that agents are given one after another."""
+
+    config: str
+    """The file's text."""
+    trials: list[tuple[str, dict[str, Any]]] = field(init=False)
+    """Id of each run that is still to be given out, and its values."""
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Id of each run given out -> its values."""
+    stop: set[str] = field(default_factory=set)
+    """Runs that Hyperband stops."""
+    commands: list[tuple[str, str]] = field(default_factory=list)
+    """Type and run of each command that an agent was sent."""
+
+    def __post_init__(self) -> None:
+        parameters = yaml.safe_load(self.config)["parameters"]
+        combinations = product(*(parameter["values"] for parameter in parameters.values()))
+        self.trials = [(f"trial{n}", dict(zip(parameters, one, strict=True))) for n, one in enumerate(combinations)]
 
 
 class Backend(http.server.ThreadingHTTPServer):
@@ -64,6 +94,7 @@ class Backend(http.server.ThreadingHTTPServer):
         """Inputs of CreateArtifact, with `committed` where all its files have come."""
         self.views: dict[str, dict[str, Any]] = {}
         """Id -> workspace or report."""
+        self.sweeps: dict[str, Sweep] = {}
         self.stopped = False
         """True where somebody has pressed Stop."""
         self.status = 200
@@ -93,8 +124,11 @@ class Backend(http.server.ThreadingHTTPServer):
             run.summary = json.loads(line)
         for line in files.get("wandb-events.jsonl", {"content": []})["content"]:
             run.system |= json.loads(line)
+        run.preempting |= bool(sent.get("preempting"))
         if sent.get("complete"):
             run.exit_code = sent.get("exitcode")
+            if run.preempting and run.exit_code and run.sweep:
+                self.sweeps[run.sweep].trials.insert(0, (name, self.sweeps[run.sweep].given[name]))
 
     def graphql(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
         """The answer's data."""
@@ -133,6 +167,9 @@ class Backend(http.server.ThreadingHTTPServer):
         run.starts += bool(given.get("host"))
         run.display_name = given.get("displayName") or run.display_name
         run.project = given.get("project") or run.project
+        run.entity = given.get("entity") or run.entity
+        run.sweep, run.group = given.get("sweep") or run.sweep, given.get("groupName") or run.group
+        run.tags, run.notes = given.get("tags") or run.tags, given.get("notes") or run.notes
         for key, entry in json.loads(given.get("config") or "{}").items():
             if key != "_wandb":
                 run.config[key] = entry["value"]
@@ -145,9 +182,37 @@ class Backend(http.server.ThreadingHTTPServer):
             "name": name,
             "displayName": run.display_name,
             "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
-            "project": {"id": "p", "name": "sluice", "entity": {"id": "e", "name": ENTITY}},
+            "project": {"id": "p", "name": run.project, "entity": {"id": "e", "name": run.entity}},
             "historyLineCount": len(run.history),
         }
+
+    def _UpsertSweep(self, given: dict[str, Any]) -> dict[str, Any]:
+        name = f"5weep{len(self.sweeps)}"
+        self.sweeps[name] = Sweep(given["config"])
+        project = {"id": "p", "name": given["projectName"], "entity": {"id": "e", "name": given["entityName"]}}
+        return {"upsertSweep": {"sweep": {"name": name, "project": project}, "configValidationWarnings": []}}
+
+    def _SweepWithRuns(self, given: dict[str, Any]) -> dict[str, Any]:
+        sweep = {"id": given["sweep"], "config": self.sweeps[given["sweep"]].config, "runs": {"edges": []}}
+        return {"project": {"sweep": sweep}}
+
+    def _CreateAgent(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": given["sweep"]}}}
+
+    def _Heartbeat(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Give an agent that is idle the next trial; stop what is to stop; send it home when nothing is left."""
+        sweep, running = self.sweeps[given["id"]], json.loads(given["runState"])
+        commands: list[dict[str, Any]] = [{"type": "stop", "run_id": name} for name in running if name in sweep.stop]
+        if not running and sweep.trials:
+            name, values = sweep.trials.pop(0)
+            kind = "resume" if name in sweep.given else "run"
+            sweep.given[name] = values
+            arguments = {option: {"value": value} for option, value in values.items()}
+            commands = [{"type": kind, "run_id": name, "program": "", "args": arguments}]
+        elif not running:
+            commands = [{"type": "exit"}]
+        sweep.commands += [(command["type"], command.get("run_id", "")) for command in commands]
+        return {"agentHeartbeat": {"agent": {"id": given["id"]}, "commands": json.dumps(commands)}}
 
     def _GetProjects(self, given: dict[str, Any]) -> dict[str, Any]:
         names = dict.fromkeys(run.project for run in self.runs.values())

@@ -263,7 +263,47 @@ def test_runs_of_a_wandb_sweep_have_names_of_their_own(monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
     monkeypatch.setenv("WANDB_RUN_ID", "run1")
     assert load(["--optim.lr=0.3"]).folder.name == "builtin-run1"
-    assert load(["--run.name=mine"]).folder.name == "mine"
+    assert load(["--run.name=mine"]).folder.name == "mine-run1", "all runs of a sweep have the same command"
+    assert load(["--run.name=mine-run1"]).folder.name == "mine-run1"
     assert str(load(["--run.dir", "here"]).folder) == "here"
     monkeypatch.delenv("WANDB_SWEEP_ID")
     assert load(["--optim.lr=0.3"]).folder.name == "builtin"
+
+
+def test_run_of_a_wandb_sweep_is_where_its_agent_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    assert (load([]).tracking.project, load([]).tracking.entity) == ("theirs", "team")
+    assert load(["--tracking.project=own"]).tracking.project == "own"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
+    monkeypatch.setenv("WANDB_RUN_ID", "run1")
+    cfg = load(["--tracking.project=own"])  # W&B itself passes over it in a sweep
+    assert (cfg.tracking.project, cfg.tracking.entity) == ("theirs", "team")
+
+
+def test_agents_of_a_wandb_sweep_write_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
+    monkeypatch.setenv("WANDB_RUN_ID", "run1")
+    values = {"run.max_steps": None, "data.images": None, "engine.sync_bn": True, "optim.lr": 1e-05}
+    given = [f"--{option}={value}" for option, value in values.items()]
+    cfg = load([*given, f"--data.size_px={[32, 64]}", f"--optim={ {'ema_decay': 0.8} }"])
+    assert (cfg.run.max_steps, cfg.data.images, cfg.engine.sync_bn, cfg.optim.lr) == tuple(values.values())
+    assert (cfg.data.size_px, cfg.optim.ema_decay) == ([32, 64], 0.8)
+
+
+def test_folder_of_one_trial_is_not_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(["--run.dir", str(tmp_path)])
+    (tmp_path / "wandb_id.txt").write_text("run1\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "5weep")
+    for trial, refused in (("run1", False), ("run2", True)):
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        difference = first_difference(to_yaml(cfg), cfg)
+        assert (difference is not None) == refused
+    assert difference and difference.what == "its W&B run was run1, now run2" and "--run.dir" in difference.remedy
+
+
+def test_config_takes_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(["--config", "imagenette", '--config={"optim.lr": 2.0, "engine.compile": off}', "--optim.momentum=0.5"])
+    assert (cfg.data.path, cfg.optim.lr, cfg.engine.compile, cfg.optim.momentum) == ("imagenette", 2.0, "off", 0.5)
+    with pytest.raises(UserError, match="lrr: no such option"):
+        load(["--config", "{optim.lrr: 1}"])

@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from data_pipeline.common.atomic_io import sync
+from data_pipeline.common.atomic_io import replace_file, sync
 from data_pipeline.common.errors import UserError
 from trainer.checkpoint.store import PARTIAL
 
 LOCK = ".lock"
 JOB = "slurm_job.txt"
+WANDB_ID = "wandb_id.txt"
 
 
 @contextmanager
@@ -102,6 +103,18 @@ def read_job(run: Path) -> str:
         return (run / JOB).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def read_wandb_id(run: Path) -> str:
+    """Read the id under which W&B knows `run`; "" where it does not."""
+    path = run / WANDB_ID
+    return path.read_text().strip() if path.exists() else ""
+
+
+def record_wandb_id(run: Path, used: str) -> None:
+    """Record the id under which W&B knows `run`."""
+    if read_wandb_id(run) != used:
+        replace_file(run / WANDB_ID, f"{used}\n".encode())
 
 
 def record_run(run: Path, config: str) -> None:

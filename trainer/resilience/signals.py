@@ -1,8 +1,10 @@
 """Stop on a signal: it raises a flag, which the training loop checks between two optimizer steps."""
 
+import ctypes
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,11 +20,20 @@ RESTARTED = "SLUICE_RESTARTED"
 """Variable with the cause for which a supervisor has started the processes of a run again."""
 
 
+_PR_SET_PDEATHSIG = 1
+
+
+def stop_with_launcher() -> None:
+    """Get SIGHUP when the process that started this one dies: torchrun, once killed, cannot tell its ranks. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
+
+
 class StopFlag:
     """Context manager: the first of SIGNALS sets `raised`, and is sent again when the context ends.
 
-    SIGHUP, which a terminal sends when it is closed, stays ignored under nohup. A second signal, unless it echoes the
-    first, goes at once to the handler that this one replaced.
+    SIGHUP, which a terminal sends when it is closed and a launcher when it dies, stays ignored under nohup, and after another
+    signal. A second signal, unless it echoes the first, goes at once to the handler that this one replaced.
     """
 
     def __init__(self) -> None:
@@ -32,7 +43,14 @@ class StopFlag:
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that raised the flag."""
+        return self._signal
+
     def __enter__(self) -> Self:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stop_with_launcher()
         self._before = {
             number: signal.signal(number, self._on_signal)
             for number in SIGNALS
@@ -50,6 +68,8 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._pid  # a forked child must not take the signal for its parent
+        if number == signal.SIGHUP and self.raised and not forked:
+            return  # the terminal or the launcher has gone after all: it says nothing new
         now_s = time.monotonic()
         of_launcher = self._signal == signal.SIGHUP and number == signal.SIGTERM  # torchrun answers one with the other
         if (number == self._signal or of_launcher) and now_s - self._signal_s < ECHO_S and not forked:

@@ -24,5 +24,9 @@ class Sink(Protocol):
         """Show the network that is trained, where the destination can."""
         return
 
+    def stopped(self, comes_back: bool) -> None:
+        """Mark the run as stopped before its end, or as one of which the machine is taken away and that comes back."""
+        return
+
     def close(self, failed: bool) -> None:
         """Flush and let go; `failed` when an exception ends the training."""

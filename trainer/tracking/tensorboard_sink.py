@@ -18,9 +18,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.tracking.model_summary import Distribution, Layer
 from trainer.tracking.row_file import RowFile
+from trainer.tracking.sink import Sink
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """TensorBoard events, one record a row.
 
     Written here rather than by `SummaryWriter`, whose thread prints a traceback of its own when the disk fails, and
@@ -45,9 +46,6 @@ class TensorBoard:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         values.append(Summary.Value(tag="epoch", simple_value=epoch))
         self._record(step=step, summary=Summary(value=values))
-
-    def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
-        return
 
     def weights(self, found: Mapping[str, Distribution], step: int, epoch: float) -> None:
         values = [Summary.Value(tag=f"weight_norm/{name}", simple_value=own.norm) for name, own in found.items()]

@@ -150,6 +150,10 @@ class Tracker:
         self.note(f"{title}: {text}")
         self._send(lambda sink: sink.alert(title, text, facts or {}))
 
+    def stopped(self, comes_back: bool) -> None:
+        """Mark the run as stopped before its end, or as one of which the machine is taken away and that comes back."""
+        self._send(lambda sink: sink.stopped(comes_back))
+
     def note(self, text: str) -> None:
         """Write one console line, information or a warning, without breaking the progress bar."""
         encoding = sys.stdout.encoding or "utf-8"  # a file name in the text may hold what it cannot say

@@ -17,14 +17,12 @@ import numpy as np
 import wandb
 from wandb.sdk.lib.module import unset_globals
 
-from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError
 from trainer.checkpoint.files import WEIGHTS
+from trainer.checkpoint.run_folder import read_wandb_id, record_wandb_id
 from trainer.checkpoint.store import Store
 from trainer.tracking.model_summary import Distribution, Layer
 from trainer.tracking.wandb_process import started_apart
-
-ID = "wandb_id.txt"
 
 INIT_TIMEOUT_S = 30.0
 """Longest wait for the server before the run is kept offline; wandb's own default is 90 s."""
@@ -61,11 +59,12 @@ class WandbSink:
         note: Callable[[str], None],
         on_stop: Callable[[], None],
     ) -> None:
-        # One run on the server for a run folder: its id is kept, so that a resumed run continues the same curves.
+        # One run on the server for a run folder: a resumed run continues the same curves.
         settings = wandb.Settings(
             project=project,
             entity=entity,
-            run_id=_run_id(folder),
+            # Kept for later attempts; one of a sweep has its agent's.
+            run_id=read_wandb_id(folder) or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
             run_name=name,
             resume="allow",
             silent=True,
@@ -79,13 +78,16 @@ class WandbSink:
         try:
             with started_apart():
                 self._run, why_offline = _start(mode, settings, folder, run_config)
-            _keep_id(folder, self._run.id)
+            record_wandb_id(folder, self._run.id)
         except BaseException:
             _teardown()
             raise
         # Steps redone after a resume must not be dropped, so no row says `step=`: the axis is a metric like others.
         self._run.define_metric("*", step_metric="train/step")
         self._note, self._offline, self._folder = note, bool(why_offline), folder
+        self._preempted = False
+        if self._run.summary.get("stopped"):
+            self._run.summary["stopped"] = False  # it goes on
         # Every attempt keeps a folder of its own; `wandb sync` skips those that are uploaded already.
         kept, attempts = shlex.quote(str(Path(self._run.settings.sync_dir).resolve().parent)), f"run-*-{self._run.id}*"
         if self._offline:
@@ -128,12 +130,20 @@ class WandbSink:
     def alert(self, title: str, text: str, facts: Mapping[str, str | float]) -> None:
         self._run.alert(title, text, level="WARN")
 
+    def stopped(self, comes_back: bool) -> None:
+        # W&B hands a run that is marked as preempting, and ends with an error, to the next agent of its sweep.
+        self._preempted = comes_back
+        if comes_back:
+            self._run.mark_preempting()
+        else:
+            self._run.summary["stopped"] = True
+
     def close(self, failed: bool) -> None:
         try:
             if not failed:
                 self._log_best()
         finally:
-            self._finish(failed)
+            self._finish(failed or self._preempted)
 
     def _finish(self, failed: bool) -> None:
         try:
@@ -176,7 +186,14 @@ def _init(
     mode: Literal["online", "offline"], settings: wandb.Settings, folder: Path, config: dict[str, Any]
 ) -> wandb.Run:
     wandb.setup(wandb.Settings(silent=True))  # a run's own `silent` does not cover what wandb prints at its end
-    return wandb.init(mode=mode, dir=folder, config=config, settings=settings)
+    return wandb.init(mode=mode, dir=_place(folder), config=config, settings=settings)
+
+
+def _place(folder: Path) -> str:
+    """Folder of wandb's own: the run's, or where WANDB_DIR says, which an agent without one sets to its working folder."""
+    given = os.environ.get("WANDB_DIR")
+    by_agent = "WANDB_SWEEP_ID" in os.environ and given == os.getcwd()
+    return given if given and not by_agent else str(folder)
 
 
 def _why_offline(mode: str) -> str:
@@ -195,20 +212,6 @@ def _why_offline(mode: str) -> str:
     if problem and mode == "online":
         raise UserError(f"tracking.wandb: online, but {problem}; {_REMEDY}")
     return problem
-
-
-def _run_id(folder: Path) -> str:
-    """Read the id of the folder's run, or make a new one for a first attempt."""
-    path = folder / ID
-    known = path.read_text().strip() if path.exists() else ""
-    return known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-
-
-def _keep_id(folder: Path, used: str) -> None:
-    """Write down the id that W&B took: an agent of a sweep chooses it itself."""
-    path = folder / ID
-    if not path.exists() or path.read_text().strip() != used:
-        replace_file(path, f"{used}\n".encode())
 
 
 def _teardown() -> None:

@@ -37,6 +37,35 @@ def test_first_signal_waits_for_the_end(number: signal.Signals, taken: list[int]
     assert taken == [number], "sent on when the training is in order"
 
 
+def test_rank_stops_with_its_launcher() -> None:
+    """An agent of W&B kills a launcher when its sweep is cancelled; ranks that knew nothing of it would train on."""
+    rank = """if True:
+        import time
+        from trainer.resilience.signals import StopFlag
+        with StopFlag() as stop:
+            print("ready", flush=True)
+            while not stop.raised:
+                time.sleep(0.01)
+            print("saved on", stop.signal, flush=True)
+    """
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-Sc', sys.argv[1]])"
+    variables = {**environment(), "TORCHELASTIC_RUN_ID": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-Sc", launcher, rank], stdout=subprocess.PIPE, text=True, env=variables
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    assert process.stdout.read() == f"saved on {int(signal.SIGHUP)}\n"
+
+
+def test_end_of_the_launcher_is_no_second_signal(taken: list[int]) -> None:
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == signal.SIGUSR2 and taken == []
+
+
 def test_second_signal_goes_at_once(taken: list[int]) -> None:
     with StopFlag() as stop:
         signal.raise_signal(signal.SIGUSR2)

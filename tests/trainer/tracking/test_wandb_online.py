@@ -153,6 +153,48 @@ def test_alerts_reach_the_server(tmp_path: Path, backend: Backend, capsys: pytes
     ]
 
 
+def tracked(folder: Path) -> Tracker:
+    cfg = TrackingConfig(wandb="online", tensorboard=False)
+    return Tracker(cfg, folder, name="r", run_config={}, total_steps=9, epochs=1, resume_step=0, primary=True)
+
+
+def test_stop_and_return_of_a_run_are_marked(tmp_path: Path, backend: Backend) -> None:
+    """W&B hands on a run of a sweep that is preempting and ends with an error."""
+    with tracked(tmp_path) as tracker:
+        tracker.stopped(comes_back=True)
+    assert (backend.run.preempting, backend.run.exit_code, backend.run.summary.get("stopped")) == (True, 1, None)
+    with tracked(tmp_path) as tracker:
+        tracker.stopped(comes_back=False)
+    assert (backend.run.exit_code, backend.run.summary["stopped"]) == (0, True)
+    with tracked(tmp_path):
+        pass
+    assert (backend.run.starts, backend.run.exit_code, backend.run.summary["stopped"]) == (3, 0, False)
+
+
+@pytest.mark.parametrize("by_agent", [False, True])
+def test_variables_of_wandb_are_heeded(
+    tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch, by_agent: bool
+) -> None:
+    """And nothing is left elsewhere. An agent sets WANDB_DIR to its own folder, if nobody has set it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    variables = {
+        "TAGS": "a,b c",
+        "NOTES": "why",
+        "RUN_GROUP": "group",
+        "DIR": str(Path.cwd() if by_agent else tmp_path),
+    }
+    variables |= {"SWEEP_ID": "5weep", "RUN_ID": "chosen"} if by_agent else {}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with tracked(run):
+        pass
+    sent = backend.run
+    assert (sent.tags, sent.notes, sent.group) == (["a", "b c"], "why", "group")
+    assert (run / "wandb").exists() == by_agent and (tmp_path / "wandb").exists() != by_agent
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_alarms_are_raised_once_each_and_never_for_an_epoch_of_larger_images() -> None:
     def raised(speeds: list[int]) -> list[int]:
         return [step for step, speed in enumerate(speeds) for _ in alarms.row({"perf/images_per_s": speed}, step)]
