@@ -4,13 +4,12 @@ import difflib
 import io
 import os
 import re
-import shlex
 from collections.abc import Container, Mapping
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import (
@@ -28,7 +27,6 @@ from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig
-from trainer.checkpoint.run_folder import read_wandb_id
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
@@ -160,56 +158,6 @@ def to_yaml(cfg: Config) -> str:
     return _dump(asdict(cfg))
 
 
-class Difference(NamedTuple):
-    """Difference between a configuration and that of the existing run."""
-
-    what: str
-    """The option and both of its values."""
-    remedy: str
-
-
-def may_change(option: str) -> bool:
-    """Return True where a resumed run may change an option, such as run.keep, as its field says."""
-    section: Any = Config
-    for name in option.split("."):
-        found = next((one for one in fields(section) if one.name == name), None)
-        if found is None or found.metadata.get("resume") == "free":
-            return found is not None
-        if not is_dataclass(found.default_factory):
-            return False
-        section = found.default_factory
-    return False
-
-
-def first_difference(saved: str, cfg: Config) -> Difference | None:
-    """Find the first option by which a saved configuration is another run than `cfg`."""
-    trial, known = trial_of(os.environ), read_wandb_id(cfg.folder)
-    if trial and known and known != trial.id:
-        return Difference(
-            f"its W&B run was {known}, now {trial.id}", "leave out --run.dir, which trials of a sweep share"
-        )
-    old, new = _flat(_tree(saved, str(cfg.folder / "config.yaml"))), _flat(asdict(cfg))
-    for options in (old, new):
-        options["run.best_by"] = (
-            options.get("run.best_by") or "top1"
-        )  # which it always was, before it could be not given
-    for key, value in new.items():
-        extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
-        if key in old and old[key] != value and not may_change(key) and not extended:
-            return Difference(f"{key} was {old[key]}, now {value}", _way_on(key, old[key], value, cfg))
-    return None
-
-
-def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
-    """Suggest what a user may want who changes an option of a run, and how to get it."""
-    if key == "run.epochs" and new > old:
-        return f"to train it on give --run.extend_to {new}, to train anew another --run.name"
-    if key.startswith(("data.", "optim.")):
-        weights = f"--model.weights {shlex.quote(str(cfg.folder))}"
-        return f"repeat them to resume; to go on from its weights as a run of its own: {weights} --run.name NEW"
-    return "repeat them to resume, or give another --run.dir"
-
-
 def _with_recipe(arguments: list[str]) -> list[str]:
     """Replace `--config NAME` by the recipe's file; NAME may be a shipped one, and without any it is `builtin`.
 
@@ -258,15 +206,15 @@ def _refuse_unknown(file: Path) -> None:
 
 def _check_options(text: str, file: str) -> None:
     kinds = option_kinds(Config)
-    for key, value in _flat(_tree(text, file)).items():
-        if key not in _flat(asdict(Config())):
+    for key, value in flat(tree_of(text, file)).items():
+        if key not in flat(asdict(Config())):
             raise UserError(f"{file}: {_no_such_option(key)}")
         if value is None and key in kinds and NoneType not in get_args(kinds[key]):
             raise UserError(f"{file}: {key}: nothing is given; give a value, or leave the option out")
 
 
-def _tree(text: str, file: str) -> dict[str, Any]:
-    """Parse YAML `text`, a table of options."""
+def tree_of(text: str, file: str) -> dict[str, Any]:
+    """Parse YAML `text`, a table of options. Raises `UserError`."""
     try:
         tree = load_yaml(as_meant(text))
     except yaml.YAMLError as error:
@@ -298,7 +246,7 @@ def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> C
 
 def _no_such_option(name: str) -> str:
     dashes = "--" if name.startswith("-") else ""
-    options, wanted = list(_flat(asdict(Config()))), name.lstrip("-").replace("-", "_")
+    options, wanted = list(flat(asdict(Config()))), name.lstrip("-").replace("-", "_")
     last = {option: option.rpartition(".")[2] for option in options}
     meant = [option for option in options if last[option] == wanted] or difflib.get_close_matches(
         wanted, options, 1, 0.7
@@ -313,7 +261,7 @@ def _no_such_option(name: str) -> str:
 
 def option_names() -> list[str]:
     """Every dotted option of a run, in the order of the sections."""
-    return list(_flat(asdict(Config())))
+    return list(flat(asdict(Config())))
 
 
 def _one_line(text: str) -> str:
@@ -343,11 +291,12 @@ set_loader("yaml", lambda text: _load(as_meant(text)), (yaml.YAMLError,))  # for
 set_dumper("yaml", _dump)  # for --print_config
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted option -> value of a table of tables; a tuple as the list that YAML makes of it."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -26,7 +26,7 @@ from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
 from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, Store, read_progress
-from trainer.config import Config, first_difference, to_yaml
+from trainer.config import Config, to_yaml
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.arithmetic import choose_arithmetic, deterministic_kernels
 from trainer.engine.base import Engine
@@ -47,6 +47,7 @@ from trainer.resilience.interruption import interruption
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
 from trainer.resilience.signals import RESTARTED
 from trainer.resilience.watchdog import FRESH, Watchdog
+from trainer.resume_rules import first_difference
 from trainer.scoring import best_by
 from trainer.session import Session
 from trainer.teacher import Teacher, check_teacher, open_teacher

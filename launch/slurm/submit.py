@@ -30,8 +30,9 @@ from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
 from trainer.checkpoint.run_folder import check_run, claim_run, record_run
 from trainer.checkpoint.store import Store
-from trainer.config import Config, first_difference, load, load_run, to_yaml
+from trainer.config import Config, load, load_run, to_yaml
 from trainer.resilience.wandb_agent import trial_of
+from trainer.resume_rules import first_difference
 
 ROOT = Path(__file__).parents[2]
 

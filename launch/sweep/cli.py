@@ -28,8 +28,9 @@ from launch.sweep.settings import Member, Setting, Sweep, read_sweep
 from launch.sweep.wandb_file import write_wandb_file
 from trainer.checkpoint.run_folder import check_run
 from trainer.checkpoint.store import Store
-from trainer.config import Config, first_difference, may_change
+from trainer.config import Config
 from trainer.resilience.signals import SIGNALS
+from trainer.resume_rules import first_difference, may_change
 
 PROG = "python -m launch sweep"
 RECORD = "sweep.json"

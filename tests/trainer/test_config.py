@@ -12,7 +12,8 @@ import yaml
 from data_pipeline.common.errors import UserError
 from tests.support import warm
 from tests.support.runs import environment
-from trainer.config import RECIPES, Config, first_difference, load, load_run, may_change, recipes, to_yaml
+from trainer.config import RECIPES, Config, load, load_run, recipes, to_yaml
+from trainer.resume_rules import first_difference, may_change
 
 
 def reload(cfg: Config, folder: Path) -> Config:
