@@ -32,7 +32,7 @@ from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
 from trainer.option_files import option_kinds, quoted
 from trainer.resilience.wandb_agent import trial_of
-from trainer.run_config import RunConfig
+from trainer.run_config import RunConfig, validation_interval
 from trainer.tracking.config import TrackingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -58,6 +58,11 @@ class Config:
         require(
             self.data.balance == "none" or self.optim.class_weights != "balanced",
             f"optim.class_weights: balanced does again what data.balance {self.data.balance} does; leave one of them out",
+        )
+        require(
+            not self.optim.swa or validation_interval(self.run.validate_every)[1] == "epochs",
+            f"run.validate_every: {self.run.validate_every} is within epochs, and optim.swa averages the weights at their ends; "
+            "give a number of epochs",
         )
         for option in ("freeze_until", "head_only", "freeze_bn"):
             value = getattr(self.model, option)

@@ -12,13 +12,13 @@ from trainer.checkpoint.files import WEIGHTS
 from trainer.checkpoint.store import Progress
 from trainer.config import Config
 from trainer.distributed import DistContext
-from trainer.optim.optimizer import lr_at
+from trainer.optim.extension import extended_lr_at
 from trainer.resilience.sanity_checks import NonFinite
 from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
 from trainer.resilience.wandb_agent import Agent, trial_of
 from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session
-from trainer.setup import nothing_left, open_session, start_run, step_back
+from trainer.setup import nothing_left, open_session, out_of_patience, start_run, step_back
 
 
 class Outcome(Enum):
@@ -27,6 +27,9 @@ class Outcome(Enum):
     CONTINUE = auto()
     """The epoch goes on."""
     EPOCH_DONE = auto()
+    """The epoch was the last, if the run is finished."""
+    OUT_OF_PATIENCE = auto()
+    """`run.patience` has ended the run within an epoch, and it has begun to save."""
     STOPPED = auto()
     """Some rank was asked to stop; all have begun to save."""
     MAX_STEPS = auto()
@@ -55,7 +58,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
 
 
 def train(session: Session, stop: StopFlag) -> Outcome:
-    """Train epoch after epoch. Returns how it ended: EPOCH_DONE with the last one."""
+    """Train epoch after epoch. Returns how it ended: EPOCH_DONE with the last one, or with that which `run.patience` ended."""
     outcome = Outcome.CONTINUE
     while not session.progress.finished and outcome not in (Outcome.STOPPED, Outcome.MAX_STEPS):
         try:
@@ -67,6 +70,8 @@ def train(session: Session, stop: StopFlag) -> Outcome:
 
 def train_epoch(session: Session, stop: StopFlag) -> Outcome:
     """Train from the run's position to the end of the epoch, or until the run must stop before."""
+    if session.validation_missed and validate_within_epoch(session):
+        return Outcome.OUT_OF_PATIENCE
     session.begin_epoch()
     for micro_batches in _grouped(session.meter.waiting(session.loader), session.cfg.optim.accumulate):
         lr = take_step(session, micro_batches)
@@ -79,7 +84,7 @@ def train_epoch(session: Session, stop: StopFlag) -> Outcome:
 
 def take_step(session: Session, micro_batches: list[Batch]) -> float:
     """Make one optimizer step, unless it is one to pass over. Returns its learning rate."""
-    lr = lr_at(session.progress.step, session.cfg.optim, session.total_steps)
+    lr = extended_lr_at(session.progress.step, session.cfg.optim, session.total_steps, session.extension)
     step = session.progress.step + 1
     heartbeat("update")
     if step not in session.progress.skipped:
@@ -94,17 +99,14 @@ def take_step(session: Session, micro_batches: list[Batch]) -> float:
 def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
     """Report and save, where either is due; here the ranks agree on a stop."""
     run, step = session.cfg.run, session.progress.step
-    save_due, last_step = step % run.save_every == 0, step == run.max_steps
+    save_due, last_step, validation_due = step % run.save_every == 0, step == run.max_steps, run.validation_due(step)
     snapshot_due = run.snapshot_every is not None and step % run.snapshot_every == 0
-    if not (step % run.log_every == 0 or save_due or snapshot_due or last_step):
+    if not (step % run.log_every == 0 or save_due or snapshot_due or last_step or validation_due):
         return Outcome.CONTINUE
     stopping = session.log(lr, stop.raised)
-    if last_step:
-        session.average()
-        scores, best = session.validate()
-        session.tracker.log(scores, step, session.epoch)
-        session.save(best)
-        return Outcome.MAX_STEPS
+    if last_step or (validation_due and not stopping):
+        over = validate_within_epoch(session)
+        return Outcome.MAX_STEPS if last_step else Outcome.OUT_OF_PATIENCE if over else Outcome.CONTINUE
     if save_due or stopping:
         session.save()
     elif snapshot_due:
@@ -112,8 +114,17 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
     return Outcome.STOPPED if stopping else Outcome.CONTINUE
 
 
+def validate_within_epoch(session: Session) -> bool:
+    """Evaluate, report, save. Returns True where `run.patience` has ended the run."""
+    session.average()
+    scores, best = session.validate()
+    session.tracker.log(scores, session.progress.step, session.epoch)
+    session.save(best)
+    return session.progress.finished
+
+
 def end_epoch(session: Session, stop: StopFlag) -> Outcome:
-    """Evaluate, report, move on to the next epoch, save.
+    """Evaluate where that is due, report, move on to the next epoch, save.
 
     A run that must stop leaves the evaluation to the one that goes on, because it may be short of time.
     """
@@ -157,7 +168,11 @@ def say_end(session: Session, outcome: Outcome, follows: str) -> None:
         which = "best" if progress.to_beat is not None else "last"
         command = shlex.join(["python", "-m", "trainer.report", str(session.cfg.folder)])
         weights = session.store.folder / which / WEIGHTS
-        tracker.note(f"trained {run.epochs} epochs: {best}, weights in {weights}; next: {command}")
+        early = progress.cursor.epoch < run.epochs
+        ended = f"ended early after {session.epoch:.4g} epochs ({out_of_patience(progress)})"
+        tracker.note(
+            f"{ended if early else f'trained {run.epochs} epochs'}: {best}, weights in {weights}; next: {command}"
+        )
 
 
 def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

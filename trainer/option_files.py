@@ -73,5 +73,6 @@ def _word(node: yaml.ScalarNode, kind: Any) -> str | None:
     written = node.value.lower()
     same = [word for word in words if word == written]
     meant = [word for spellings, names in _SWITCHES if written in spellings for word in names if word in words]
-    otherwise = None if any(get_origin(one) is list for one in kinds) else node.value  # an item of a list is none
+    # An item of a list is none of the words, and neither is a number.
+    otherwise = None if float in kinds or any(get_origin(one) is list for one in kinds) else node.value
     return next(iter([*same, *meant]), otherwise)

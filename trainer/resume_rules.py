@@ -1,8 +1,11 @@
 """Options that a resumed run may change, and what a user may want who changes another."""
 
+import json
 import os
 import shlex
 from dataclasses import asdict, fields, is_dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.checkpoint.run_folder import read_wandb_id
@@ -41,18 +44,54 @@ def first_difference(saved: str, cfg: Config) -> Difference | None:
     old, new = flat(tree_of(saved, str(cfg.folder / "config.yaml"))), flat(asdict(cfg))
     for options in (old, new):
         options["run.best_by"] = options.get("run.best_by") or "top1"  # which it always was, before it could be not given
-    for key, value in new.items():
-        extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
-        if key in old and old[key] != value and not may_change(key) and not extended:
-            return Difference(f"{key} was {old[key]}, now {value}", _way_on(key, old[key], value, cfg))
-    return None
+    changed = {key: value for key, value in new.items() if _differs(key, old, value, cfg)}
+    first = next(iter(changed), None)
+    return Difference(f"{first} was {old[first]}, now {new[first]}", _ways_on(changed, old, cfg)) if first else None
 
 
-def _way_on(key: str, old: Any, new: Any, cfg: Config) -> str:
-    """Suggest what a user may want who changes an option of a run, and how to get it."""
-    if key == "run.epochs" and new > old:
-        return f"to train it on give --run.extend_to {new}, to train anew another --run.name"
-    if key.startswith(("data.", "optim.")):
-        weights = f"--model.weights {shlex.quote(str(cfg.folder))}"
-        return f"repeat them to resume; to go on from its weights as a run of its own: {weights} --run.name NEW"
-    return "repeat them to resume, or give another --run.dir"
+def _differs(key: str, old: dict[str, Any], value: Any, cfg: Config) -> bool:
+    extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
+    return key in old and old[key] != value and not may_change(key) and not extended
+
+
+FITTING = ("model.freeze_until", "model.head_only", "model.freeze_bn")
+"""Options of the network that leave its weights as they are."""
+MOST = 6
+"""Changed options that a command repeats; more are another recipe."""
+
+
+def _ways_on(changed: dict[str, Any], old: dict[str, Any], cfg: Config) -> str:
+    """Name the commands for what a user may want who changes these options of a run."""
+    here = {} if _recorded_folder(old) == cfg.folder else {"run.dir": str(cfg.folder)}  # it was moved
+    ways = [f"to resume it: {_command(cfg, here)}"]
+    epochs, before = changed.get("run.epochs", 0), old["run.epochs"]
+    if epochs:
+        length = {"run.extend_to": None, "run.extend_from": None, "run.extend_lr": "schedule"}
+        changed = {**{key: value for key, value in length.items() if old.get("run.extend_to")}, **changed}
+    if list(changed)[-1:] == ["run.epochs"] and epochs > before:
+        ways.append(f"to train it on: {_command(cfg, {'run.extend_to': epochs, **here})}")
+    if len(changed) > MOST:
+        return "; ".join([*ways, "to train anew give another --run.name"])
+    trained = (cfg.folder / "checkpoints" / "last").exists()
+    if trained and all(key in FITTING or key.startswith(("data.", "optim.")) for key in changed):
+        from_weights = _copy(cfg, old, {**changed, "model.weights": str(cfg.folder)})
+        ways.append(f"to go on from its weights as a run of its own: {from_weights}")
+    return "; ".join([*ways, f"to train anew: {_copy(cfg, old, changed)}"])
+
+
+def _copy(cfg: Config, old: dict[str, Any], changed: dict[str, Any]) -> str:
+    """Word the command of a new run with the options of the old one, but for those changed."""
+    names = (cfg.folder.with_name(f"{cfg.folder.name}-{number}") for number in count(2))
+    free = next(name for name in names if not name.exists())
+    by_name = not old["run.dir"] and _recorded_folder(old) == cfg.folder
+    return _command(cfg, {**changed, **({"run.name": free.name} if by_name else {"run.dir": str(free)})})
+
+
+def _recorded_folder(old: dict[str, Any]) -> Path:
+    return Path(old["run.dir"] or f"runs/{old['run.name']}")
+
+
+def _command(cfg: Config, options: dict[str, Any]) -> str:
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    words = [part for key, value in written.items() for part in (f"--{key}", value)]
+    return shlex.join(["python", "-m", "trainer", "--config", str(cfg.folder / "config.yaml"), *words])

@@ -21,8 +21,17 @@ class RunConfig:
     epochs: int = 8
     """Passes over the training images. The learning rate's schedule spans all of them."""
     extend_to: int | None = free(None)
-    """Train an existing run on, to so many epochs in all. From its present step on everything is as in a run of that length:
-    the learning rate rises to the value that the schedule of all these epochs has there, and falls to its end anew."""
+    """Train an existing run on, to so many epochs in all; `extend_lr` says with which learning rate."""
+    extend_lr: float | Literal["schedule", "cosine"] = free("schedule")
+    """Learning rate of a run that `extend_to` trains on. schedule: from its present step on that of a run of so many epochs,
+    to which it rises, to fall to its end anew. cosine: a warm-up and a cosine over the added epochs. A number: that, in all
+    of them."""
+    extend_from: int | None = free(None)
+    """Epochs before those that `extend_to` adds; `epochs`, if not given."""
+    patience: int | None = free(None)
+    """End the run when so many validations in a row were no better than the best before by `best_by`."""
+    validate_every: str = free("1")
+    """Epochs between two validations, such as 4, or optimizer steps, such as 500 steps. The last epoch is always validated."""
     max_steps: int | None = free(None)
     """End after this many optimizer steps, evaluate and save: for a dry run, or to go on later."""
     seed: int = 0
@@ -68,7 +77,28 @@ class RunConfig:
             self.extend_to is None or self.extend_to >= self.epochs,
             f"run.extend_to: {self.extend_to} is less than run.epochs {self.epochs}; give the number of epochs in all",
         )
-        object.__setattr__(self, "epochs", self.extend_to or self.epochs)
+        require(
+            self.extend_to is not None or (self.extend_lr == "schedule" and self.extend_from is None),
+            "run.extend_lr: it is for a run that is trained on; give run.extend_to too, the number of epochs in all",
+        )
+        rate = self.extend_lr
+        require(
+            isinstance(rate, str) or 0 < rate < math.inf,
+            f"run.extend_lr: {rate} is not positive; give a learning rate above 0, schedule or cosine",
+        )
+        if self.extend_to is not None:
+            object.__setattr__(self, "extend_from", self.extend_from or self.epochs)
+            object.__setattr__(self, "epochs", self.extend_to)
+        require(
+            self.extend_from is None or 0 < self.extend_from <= self.epochs,
+            f"run.extend_from: {self.extend_from} is none of {self.epochs} epochs; give the number before the added ones",
+        )
+        require(
+            self.patience is None or self.patience > 0,
+            f"run.patience: {self.patience} is not positive; give a number of validations, or leave it out",
+        )
+        object.__setattr__(self, "validate_every", str(self.validate_every))
+        validation_interval(self.validate_every)
         require(
             self.max_steps is None or self.max_steps > 0,
             f"run.max_steps: {self.max_steps} is not positive; leave it out to train all epochs",
@@ -100,6 +130,13 @@ class RunConfig:
         )
         require(0 <= self.seed < 2**63, f"run.seed: {self.seed} is out of range; give a number from 0 to 2^63")
 
+    def validation_due(self, step: int, epochs: int | None = None) -> bool:
+        """Return True where validation is due after `step` optimizer steps, and at the end of an epoch after so many `epochs`."""
+        every, unit = validation_interval(self.validate_every)
+        if unit == "steps":
+            return step % every == 0 or epochs == self.epochs
+        return epochs is not None and (epochs % every == 0 or epochs == self.epochs)
+
     @property
     def profiled(self) -> range:
         """Optimizer steps, counted from 1, that `profile` names."""
@@ -112,3 +149,13 @@ def chosen_steps(text: str) -> range:
     first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
     require(0 < first <= last, f"run.profile: {text!r} names no steps; give the first and the last, such as 10-12")
     return range(first, last + 1)
+
+
+def validation_interval(text: str) -> tuple[int, str]:
+    """Parse a number of epochs, such as "4", or of steps, such as "500 steps". Raises `UserError`."""
+    parts = re.fullmatch(r"(\d+)(?: (epoch|step)s?)?", text)
+    every, unit = (int(parts[1]), f"{parts[2] or 'epoch'}s") if parts else (0, "")
+    require(
+        every > 0, f"run.validate_every: {text!r} is no interval; give epochs such as 4, or steps such as '500 steps'"
+    )
+    return every, unit

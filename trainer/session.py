@@ -20,6 +20,7 @@ from trainer.distributed import DistContext
 from trainer.engine.base import Engine
 from trainer.model.resnet import freeze
 from trainer.multi_label import LabelScores
+from trainer.optim.extension import extension_of
 from trainer.optim.swa import averaged_before
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
 from trainer.resilience.slow_ranks import SlowRanks
@@ -66,6 +67,8 @@ class Session:
         self.classes = self.loader.catalog.classes
         self.images = len(self.loader.catalog)
         self.slow_ranks = SlowRanks(self.cfg.run.slow_pct, self.ctx.places)
+        run = self.cfg.run
+        self.extension = extension_of(run.extend_lr, run.extend_from, self.loader.steps_per_epoch)
         self.resume(self.progress)
 
     def resume(self, progress: Progress) -> None:
@@ -84,6 +87,13 @@ class Session:
     @property
     def epoch_read(self) -> bool:
         return self.progress.cursor.seen >= self.images
+
+    @property
+    def validation_missed(self) -> bool:
+        """True where a stop has left a validation within the epoch to the process that goes on."""
+        progress = self.progress
+        within = 0 < progress.cursor.seen < self.images
+        return within and progress.validated_step < progress.step and self.cfg.run.validation_due(progress.step)
 
     @property
     def epoch(self) -> float:
@@ -229,10 +239,18 @@ class Session:
             limit_bad(self.val_loader, unread)
         if not math.isfinite(scores.loss):
             self.tracker.alert("bad validation", f"val loss is {scores.loss}; these weights are not taken for the best")
-        by = best_by(self.cfg.run, self.val_loader.catalog)
-        best = beats(scores, self.progress.to_beat, by)
+        run, progress = self.cfg.run, self.progress
+        by = best_by(run, self.val_loader.catalog)
+        best = beats(scores, progress.to_beat, by)
         if best:
-            self.progress = replace(self.progress, best_by=by, best_score=scores.by(by))
+            progress = replace(progress, best_by=by, best_score=scores.by(by))
+        # One that `run.max_steps` alone has brought about counts for no patience: an uninterrupted run has none there.
+        due = run.validation_due(progress.step, progress.cursor.epoch + 1 if self.epoch_read else None)
+        since_best = 0 if best else progress.since_best + due
+        progress = replace(
+            progress, since_best=since_best, validated_step=progress.step if due else progress.validated_step
+        )
+        self.progress = replace(progress, finished=progress.over(run.epochs, run.patience))
         self.meter.pause()
         if isinstance(scores, LabelScores):
             self._thresholds = {"thresholds": json.dumps(scores.thresholds.tolist())}
@@ -252,19 +270,19 @@ class Session:
         return logits
 
     def close_epoch(self, rest: dict[str, float]) -> None:
-        """Evaluate, report with the `rest` of the metrics, move on to the next epoch and save. Collective."""
+        """Evaluate where due, report with the `rest` of the metrics, move on to the next epoch and save. Collective."""
+        epoch, run = self.progress.cursor.epoch + 1, self.cfg.run
         # The first validation of a process takes memory for images of its own, and reads files that nobody has read: it may
         # fail. A run that has been resumed here validates at once.
-        saved = self.saver.saved.step == self.progress.step or self.progress.step == self.cfg.run.max_steps
-        if not self.validated and not saved:
+        last_step = self.progress.step == run.max_steps
+        due = last_step or run.validation_due(self.progress.step, epoch)
+        if due and not self.validated and not last_step and self.saver.saved.step != self.progress.step:
             self.save()
         self.average()
-        scalars, best = self.validate()
-        epoch = self.progress.cursor.epoch + 1
+        scalars, best = self.validate() if due else ({}, False)
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps
         self.tracker.epoch({**perf, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
         self.tracker.weights(self.engine.module.named_parameters(), self.progress.step, epoch)
-        self.progress = replace(
-            self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums, finished=epoch == self.cfg.run.epochs
-        )
+        progress = replace(self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums)
+        self.progress = replace(progress, finished=progress.over(run.epochs, run.patience))
         self.save(best)

@@ -42,7 +42,7 @@ from trainer.model.pretrained import load_weights_to_start
 from trainer.model.resnet import freeze
 from trainer.model.whitening import whiten_stem
 from trainer.optim.config import OptimConfig
-from trainer.optim.optimizer import lr_at
+from trainer.optim.extension import extended_lr_at, extension_of
 from trainer.resilience.interruption import interruption
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite, limit_bad
 from trainer.resilience.signals import RESTARTED
@@ -113,7 +113,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         ctx.run_on_rank0(check)
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
-        progress = replace(progress, finished=progress.cursor.epoch >= cfg.run.epochs)  # the run may have been extended
+        # The run may have been extended, or given more patience.
+        progress = replace(progress, finished=progress.over(cfg.run.epochs, cfg.run.patience))
         start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [])
         if start.nothing_left:
             yield start
@@ -263,10 +264,10 @@ def _first_lines(start: Start, told: list[str], total_steps: int) -> Iterator[st
         yield f"resuming {cfg.folder} at step {step} of {total_steps}{of_memory}"
         yield from start.lines
         if cfg.run.extend_to is not None:
-            yield (
-                f"it goes on as a run of {cfg.run.epochs} epochs would from here: the learning rate is "
-                f"{lr_at(step, cfg.optim, total_steps):.3g} now, and ends as the schedule of all of them does"
-            )
+            extension = extension_of(cfg.run.extend_lr, cfg.run.extend_from, start.train.steps_per_epoch)
+            now = f"it is {extended_lr_at(step, cfg.optim, total_steps, extension):.3g} now"
+            follows = extension.words(cfg.optim.lr) if extension else "the learning rate is that of their schedule"
+            yield f"it goes on to {cfg.run.epochs} epochs: {follows}; {now}"
 
 
 def step_back(session: Session, found: NonFinite) -> None:
@@ -310,12 +311,20 @@ def last_row(progress: Progress, images: int) -> int:
 def nothing_left(start: Start) -> str:
     """Say in a line why a run has nothing to train, and what the user may do."""
     cfg, best = start.cfg, f"best {start.progress.best}"
+    if start.progress.cursor.epoch < cfg.run.epochs and start.progress.finished:
+        return f"{cfg.folder} has ended early ({out_of_patience(start.progress)}): {best}; to go on give a larger --run.patience"
     if start.progress.finished:
         return (
             f"{cfg.folder} is finished: {best}; to train it on give --run.extend_to with more than {cfg.run.epochs} "
             "epochs, to train anew another --run.name"
         )
     return f"{cfg.folder} has reached run.max_steps {cfg.run.max_steps}: {best}; to go on give more, or leave it out"
+
+
+def out_of_patience(progress: Progress) -> str:
+    """Say why a run ends before its last epoch."""
+    number = progress.since_best
+    return f"none of the last {number} validations was better" if number > 1 else "the last validation was no better"
 
 
 def _check_extension(cfg: Config, train: Loader, progress: Progress) -> None:

@@ -158,7 +158,7 @@ def check_free(cfg: Config, jobs: Mapping[str, Queued]) -> None:
         if tag in str(run):
             raise UserError(f"run.dir: {run} has {tag} in it, which submitit would replace; give another --run.dir")
     check_run(run, partial(first_difference, cfg=cfg))
-    if Store(run).progress().cursor.epoch >= cfg.run.epochs:
+    if Store(run).progress().over(cfg.run.epochs, cfg.run.patience):
         raise UserError(
             f"run.dir: {run} is finished; to train it on give --run.extend_to EPOCHS, to train anew another --run.name"
         )

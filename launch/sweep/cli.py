@@ -114,7 +114,7 @@ def joined(before: Record | None, sweep: Sweep, members: list[Member], folder: P
 
 def is_done(cfg: Config) -> bool:
     progress = Store(cfg.folder).progress()
-    return progress.cursor.epoch >= cfg.run.epochs or progress.step >= (cfg.run.max_steps or math.inf)
+    return progress.over(cfg.run.epochs, cfg.run.patience) or progress.step >= (cfg.run.max_steps or math.inf)
 
 
 def submit(folder: Path, members: list[Member], record: Record, request: Request, parallel: int | None) -> None:

@@ -105,8 +105,8 @@ MISTAKES = {
     "trainer --data.path IMAGES --run.dir file.txt/run": "run.dir: cannot write to file.txt/run (Not a directory); "
     "give another --run.dir",
     "trainer --data.path IMAGES --run.dir unfinished --optim.lr 0.5": "run.dir: unfinished was started with other options "
-    "(optim.lr was 0.1, now 0.5); repeat them to resume; to go on from its weights as a run of its own: --model.weights "
-    "unfinished --run.name NEW",
+    "(optim.lr was 0.1, now 0.5); to resume it: python -m trainer --config unfinished/config.yaml --run.dir unfinished; "
+    "to train anew: python -m trainer --config unfinished/config.yaml --optim.lr 0.5 --run.dir unfinished-2",
     # evaluate
     "trainer.evaluate": "RUN: no run folder given; call python -m trainer.evaluate RUN [--data.path FOLDER], "
     "as with runs/builtin",

@@ -1,8 +1,9 @@
 """Configuration: what wins over what, what is refused and in which words, and that it is read back as it was written."""
 
 import os
+import shlex
 import subprocess
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,70 @@ def test_first_difference_names_what_decides_the_weights() -> None:
     assert difference(saved, "--data.augment.flip", "0")[0] == "data.augment.flip was 0.5, now 0.0"
 
 
-def test_a_difference_names_the_command_for_what_was_meant() -> None:
-    saved = to_yaml(load([]))
-    assert difference(saved, "--run.epochs", "9") == (
-        "run.epochs was 4, now 9",
-        "to train it on give --run.extend_to 9, to train anew another --run.name",
+FROM_WEIGHTS = "go on from its weights as a run of its own"
+
+
+@pytest.mark.parametrize(
+    ("changed", "ways"),
+    [
+        (["run.epochs=9"], ["train it on"]),
+        (["run.epochs=2"], []),
+        (["run.seed=3"], []),
+        (["run.best_by=loss"], []),
+        (["data.size_px=[32, 64]"], [FROM_WEIGHTS]),
+        (["data.augment.flip=0.0", "optim.lr=0.5"], [FROM_WEIGHTS]),
+        (["optim.betas=[0.5, 0.5]"], [FROM_WEIGHTS]),
+        (["model.freeze_until=1"], [FROM_WEIGHTS]),
+        (["model.name=resnet34", "optim.lr=0.5"], []),
+        (["model.weights=other's.pth"], []),
+    ],
+)
+@pytest.mark.parametrize("place", [["run.name=a b"], ["run.dir=it's 1"], ["run.extend_to=6", "run.extend_lr=0.01"]])
+def test_a_difference_names_commands_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str], ways: list[str], place: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.config._preprocessing", lambda weights: {})  # the files are not there
+    before = load(["--run.keep=5", "--data.batch=48", "--model.weights=w.pth", *(f"--{option}" for option in place)])
+    run = before.folder
+    (run / "checkpoints/last").mkdir(parents=True)
+    run.with_name(f"{run.name}-2").mkdir()
+    (run / "config.yaml").write_text(to_yaml(before))
+    length = (
+        ["--run.extend_to=null", "--run.extend_from=null", "--run.extend_lr=schedule"] if "epochs" in changed[0] else []
     )
-    for option, value in (("optim.lr", "0.5"), ("data.size_px", "96")):
-        remedy = difference(saved, f"--{option}", value)[1]
-        assert remedy.endswith("as a run of its own: --model.weights runs/builtin --run.name NEW")
-    assert difference(saved, "--model.name", "resnet34")[1] == "repeat them to resume, or give another --run.dir"
+    now = load_run(run, [*length, *(f"--{option}" for option in changed)])
+    found = first_difference(to_yaml(before), now)
+    assert found and found.what.startswith(changed[0].partition("=")[0] + " was ")
+
+    assert [way.partition(": ")[0] for way in found.remedy.split("; ")] == [
+        f"to {way}" for way in ("resume it", *ways, "train anew")
+    ]
+    for way in found.remedy.split("; "):
+        what, _, command = way.partition(": ")
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "trainer"]
+        cfg = load(words[3:])
+        assert cfg.run.keep == 5, "the options of the run that is there"
+        if what in ("to resume it", "to train it on"):
+            assert cfg.folder == run and first_difference(to_yaml(before), cfg) is None
+            assert cfg.run.epochs == (now.run.epochs if "on" in what else before.run.epochs)
+            continue
+        assert cfg.folder == run.with_name(f"{run.name}-3"), "where nothing is yet"
+        weights = str(run) if FROM_WEIGHTS in what else now.model.weights
+        own = replace(cfg.run, name=now.run.name, dir=now.run.dir)
+        assert replace(cfg, run=own, model=replace(cfg.model, weights=weights)) == replace(
+            now, model=replace(now.model, weights=weights)
+        )
+        assert cfg.model.weights == weights
+
+
+def test_another_recipe_is_another_run() -> None:
+    remedy = difference(to_yaml(load([])), "--config", "imagenette", "--run.name", "builtin")[1]
+    assert (
+        remedy
+        == "to resume it: python -m trainer --config runs/builtin/config.yaml; to train anew give another --run.name"
+    )
 
 
 def test_more_epochs_are_the_same_run_if_it_is_extended() -> None:
@@ -178,6 +233,7 @@ def test_what_may_change_stands_at_the_fields() -> None:
         *("run.name", "run.dir", "run.extend_to", "run.max_steps", "run.log_every", "run.save_every", "run.keep"),
         *("run.keep_every", "run.profile", "run.on_nonfinite", "run.stall_s", "run.slow_pct"),
         *("run.snapshot_every", "run.snapshot_dir"),
+        *("run.extend_lr", "run.extend_from", "run.patience", "run.validate_every"),
         *("data.path", "data.images", "data.threads", "data.on_error", "data.max_bad_share", "data.cache_gb"),
         "data.prefetch",
     }

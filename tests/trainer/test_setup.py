@@ -163,7 +163,9 @@ def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest
         "is finished: best val top-1" in (said := capsys.readouterr().out) and "give --run.extend_to with more" in said
     )
     before = tree(run)
-    with pytest.raises(UserError, match=r"run\.epochs was 1, now 2\); to train it on give --run\.extend_to 2, to"):
+    with pytest.raises(
+        UserError, match=r"run\.epochs was 1, now 2\); to resume it: .*; to train it on: .*--run\.extend_to 2; "
+    ):
         train(base, run, run__epochs="2")
     assert tree(run) == before
 
@@ -172,7 +174,7 @@ def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest
     cfg = load(dotted(settings_of(base, run, epochs=2)))
     lr = lr_at(5, cfg.optim, 10)
     said = capsys.readouterr().out
-    assert f"it goes on as a run of 2 epochs would from here: the learning rate is {lr:.3g} now, and ends as" in said
+    assert f"it goes on to 2 epochs: the learning rate is that of their schedule; it is {lr:.3g} now" in said
     assert [row["train/lr"] for row in rows(whole) if row["step"] in (6, 9)] == [lr, lr_at(8, cfg.optim, 10)]
     assert {row["step"] for row in rows(whole)} == set(range(1, 11))
 

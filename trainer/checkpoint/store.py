@@ -155,11 +155,19 @@ class Progress:
     """Score that chooses the best weights (see `run.best_by`)."""
     best_score: float | None = None
     """That score of theirs; None before there are any, and in runs from before it was recorded, which chose by top-1."""
+    since_best: int = 0
+    """Validations since that of the best weights."""
+    validated_step: int = 0
+    """Step of the last validation that was due."""
     finished: bool = False
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose images are passed over without changing the weights (see `run.on_nonfinite`)."""
     arithmetic: Arithmetic | None = None
     """Arithmetic of the last steps; None in runs from before it was recorded."""
+
+    def over(self, epochs: int, patience: int | None) -> bool:
+        """Return True where a run of so many epochs has trained them all, or has run out of `run.patience` before."""
+        return self.cursor.epoch >= epochs or (patience is not None and self.since_best >= patience)
 
     @property
     def to_beat(self) -> float | None:
