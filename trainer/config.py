@@ -237,7 +237,11 @@ def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> C
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file, or the name of a shipped recipe.")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="A YAML file, the name of a shipped recipe, or a table such as {optim.lr: 0.1}.",
+    )
     parser.add_class_arguments(Config)
     parser.set_defaults(dict(defaults or {}))
     quiet = launched_rank() > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
