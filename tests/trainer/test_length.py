@@ -162,3 +162,8 @@ def test_words_and_numbers_in_a_file(tmp_path: Path) -> None:
         file.write_text(f"run: {{extend_to: 9, extend_lr: {rate}, validate_every: {interval}}}\n")
         run = load(["--config", str(file)]).run
         assert (run.extend_lr, run.validate_every) == (rate if rate == "cosine" else 0.01, interval)
+
+
+def test_weights_averaged_at_the_ends_of_epochs_are_validated_there() -> None:
+    with pytest.raises(UserError, match=r"run\.validate_every: 5 steps is within epochs, and optim\.swa averages"):
+        load(["--run.validate_every=5 steps", "--optim.swa=0.5", "--optim.ema_decay=0"])
