@@ -85,16 +85,15 @@ def test_trials_are_stopped_taken_away_and_resumed(
 
     # The next agent is handed the second trial again.
     assert agent(log).wait() == 0
-    assert sweep.commands == [
-        *(("run", "trial0"), ("stop", "trial0"), ("run", "trial1"), ("resume", "trial1"), ("exit", ""))
-    ]
+    commands = [("run", "trial0"), ("stop", "trial0"), ("run", "trial1"), ("resume", "trial1"), ("exit", "")]
+    assert list(dict.fromkeys(sweep.commands)) == commands, "a stop is repeated until the run has ended"
     assert (taken.exit_code, taken.starts, taken.history[len(taken.history) - 1]["train/step"]) == (0, 2, 40)
     for run, sent in ((first, stopped), (second, taken)):
         assert (run / "wandb_id.txt").read_text() == run.name.removeprefix("mine-") + "\n"
         assert (sent.project, sent.entity, sent.sweep, sent.display_name) == ("theirs", "team", "5weep0", run.name)
         assert len(sent.history) == len(rows(run))
     assert sorted(backend.runs) == ["trial0", "trial1"]
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["runs", "sweep.yaml", "wandb"]
+    assert sorted(path.name for path in Path.cwd().iterdir() if path.name[0] != ".") == ["runs", "sweep.yaml", "wandb"]
     assert {path.name for path in Path("wandb").iterdir()} <= {"sweep-5weep0", "debug-cli.root.log"}, "the agent's own"
 
 
@@ -113,7 +112,7 @@ def test_stopped_trial_of_several_ranks_is_no_failure(
     wait_until(lambda: rows(run))
     sweep.stop.add("trial0")
     assert process.wait() == 0
-    assert sweep.commands == [("run", "trial0"), ("stop", "trial0"), ("exit", "")]
+    assert list(dict.fromkeys(sweep.commands)) == [("run", "trial0"), ("stop", "trial0"), ("exit", "")]
     assert "consecutive failed runs" not in log.read_text()
     sent = backend.runs["trial0"]
     assert (sent.exit_code, sent.summary["stopped"], sent.config["world_size"]) == (0, True, 2)
