@@ -43,7 +43,9 @@ def first_difference(saved: str, cfg: Config) -> Difference | None:
         )
     old, new = flat(tree_of(saved, str(cfg.folder / "config.yaml"))), flat(asdict(cfg))
     for options in (old, new):
-        options["run.best_by"] = options.get("run.best_by") or "top1"  # which it always was, before it could be not given
+        options["run.best_by"] = (
+            options.get("run.best_by") or "top1"
+        )  # which it always was, before it could be not given
     changed = {key: value for key, value in new.items() if _differs(key, old, value, cfg)}
     first = next(iter(changed), None)
     return Difference(f"{first} was {old[first]}, now {new[first]}", _ways_on(changed, old, cfg)) if first else None

@@ -12,8 +12,8 @@ import yaml
 from data_pipeline.common.errors import UserError
 from launch.sweep.settings import Member, Setting, Sweep, argument
 
-METRICS = {"top1": ("val/best_top1_pct", "maximize"), "loss": ("val/loss", "minimize")}
-"""Name and goal of the scores that choose the best weights, where they are not val/SCORE_pct, to be maximized."""
+METRICS = {"top1": "val/best_top1_pct", "map": "val/best_map_pct", "loss": "val/loss"}
+"""Metric of the scores that choose the best weights, where it is not val/SCORE_pct."""
 
 
 def write_wandb_file(sweep: Sweep, members: list[Member], ranks: int | None) -> Path:
@@ -44,14 +44,15 @@ def wandb_sweep(sweep: Sweep, members: list[Member], ranks: int | None) -> dict[
         # W&B has no list of tables: a run's options are one value.
         parameters = {"config": {"values": [_table(setting) for setting in sweep.settings]}}
         command = [*launch, "--config", sweep.config, "--config", _table(sweep.options), "${args}", name]
-    metric, goal = METRICS.get(cfg.run.best_by, (f"val/{cfg.run.best_by}_pct", "maximize"))
+    by = cfg.run.best_by or "top1"
+    metric = {"name": METRICS.get(by, f"val/{by}_pct"), "goal": "minimize" if by == "loss" else "maximize"}
     place = {"project": cfg.tracking.project, "entity": cfg.tracking.entity}
     return {
         "name": sweep.file.stem,
         **{key: value for key, value in place.items() if value},
         "program": "launch",
         "method": "grid",
-        "metric": {"name": metric, "goal": goal},
+        "metric": metric,
         "parameters": parameters,
         "command": command,
     }

@@ -16,10 +16,11 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from tests.support.runs import LIGHTS, SOLO, render_lights
-from trainer.config import Config, first_difference, to_yaml
+from trainer.config import Config, to_yaml
 from trainer.engine.loss import count_batch, fitted_to_classes, training_loss
 from trainer.multi_label import ClassCurve, Found, class_curve, counts, predict_split, score
 from trainer.optim.config import OptimConfig
+from trainer.resume_rules import first_difference
 from trainer.run_config import RunConfig
 from trainer.scoring import best_by, evaluate
 
