@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     if trial_of(os.environ) and submission and not request.dry_run:
         from launch.slurm.trial import stay_with
 
-        sys.exit(stay_with(cfg.folder, submission))
+        sys.exit(stay_with(submission))
 
 
 def resubmit(arguments: list[str]) -> None:

@@ -1,11 +1,8 @@
 """Stay with the job of a W&B sweep's trial until it has ended: its agent gives out the next trial when the command ends."""
 
 import time
-from pathlib import Path
-
-from launch.runs import cancel
 from launch.slurm.after import patiently
-from launch.slurm.commands import queue
+from launch.slurm.commands import queue, run_slurm
 from launch.slurm.submission import Submission
 from trainer.resilience.signals import StopFlag
 from trainer.resilience.wandb_agent import Agent
@@ -13,8 +10,8 @@ from trainer.resilience.wandb_agent import Agent
 POLL_S = 5.0
 
 
-def stay_with(run: Path, submission: Submission) -> int:
-    """Wait for the end of a run's job. Returns 0 where the training has ended, 1 where it failed.
+def stay_with(submission: Submission) -> int:
+    """Wait for the end of a job. Returns 0 where the training has ended, 1 where it failed.
 
     A trial that its agent stops is cancelled, and saves first. Where the machine of the agent is taken away, the job goes on.
     """
@@ -27,7 +24,8 @@ def stay_with(run: Path, submission: Submission) -> int:
                 return 0
             if stop.raised and not cancelled:
                 cancelled = True
-                cancel([str(run)])
+                run_slurm("scancel", job)
+                submission.write_restarts(crashes=submission.crashes, restarts=known.restarts, end="cancelled")
             _pause(stop, cancelled)
     return 0 if cancelled or submission.end in ("finished", "stopped") else 1
 
