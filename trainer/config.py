@@ -25,12 +25,12 @@ from jsonargparse import (
 from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
+from data_pipeline.common.option_files import option_kinds, quoted
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.model.config import ModelConfig
 from trainer.optim.config import OptimConfig
-from trainer.option_files import option_kinds, quoted
 from trainer.resilience.wandb_agent import trial_of
 from trainer.run_config import RunConfig, validation_interval
 from trainer.tracking.config import TrackingConfig

@@ -1,6 +1,7 @@
 """Stay with the job of a W&B sweep's trial until it has ended: its agent gives out the next trial when the command ends."""
 
 import time
+
 from launch.slurm.after import patiently
 from launch.slurm.commands import queue, run_slurm
 from launch.slurm.submission import Submission
