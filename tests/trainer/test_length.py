@@ -1,4 +1,4 @@
-"""How long a run trains, and how often it is validated: trained on, ended early, resumed in both."""
+"""Length of a run, and its validations: trained on, ended early, resumed in both."""
 
 import math
 import shutil

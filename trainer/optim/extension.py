@@ -9,7 +9,7 @@ from trainer.optim.optimizer import lr_at
 
 
 class Extension(NamedTuple):
-    """What follows the schedule of a run's first steps."""
+    """Learning rate that follows the schedule of a run's first steps."""
 
     begins: int
     """Steps of that schedule."""

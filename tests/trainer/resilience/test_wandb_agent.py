@@ -1,4 +1,4 @@
-"""Why a run of a W&B sweep is asked to stop, with real processes in the place of the agent; the real one is in `end_to_end`."""
+"""Reasons for which a run of a W&B sweep is asked to stop, with real processes in the place of the agent (the real one: `end_to_end`)."""
 
 import os
 import signal
