@@ -1,4 +1,4 @@
-"""Reasons for which a run of a W&B sweep is asked to stop, with real processes in the place of the agent (the real one: `end_to_end`)."""
+"""Reasons for which a run of a W&B sweep is asked to stop; another process is the agent, and the real one in `end_to_end`."""
 
 import os
 import signal
