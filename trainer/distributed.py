@@ -43,6 +43,12 @@ class DistContext(RankInfo):
         """True on the one process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def first_of_node(self) -> bool:
+        """True on one process of each node."""
+        nodes = [place.node for place in self.places]
+        return not nodes or nodes.index(nodes[self.rank]) == self.rank
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` up over all ranks, in place. Collective."""
         if self.world > 1:

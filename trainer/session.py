@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from trainer.checkpoint.store import Progress, Store
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine
+from trainer.model.flops import flops_per_image
 from trainer.model.resnet import freeze
 from trainer.multi_label import LabelScores
 from trainer.optim.extension import extension_of
@@ -48,6 +49,8 @@ class Session:
     metadata: dict[str, str]
     """Metadata saved with the weights."""
     total_steps: int
+    flops_per_s: float
+    """FLOP/s of a large matrix product, on all ranks together."""
     scaled: bool
     """True where losses are scaled, so that a gradient may be infinite now and then."""
     snapshots: Snapshots | None = None
@@ -66,6 +69,7 @@ class Session:
     def __post_init__(self) -> None:
         self.classes = self.loader.catalog.classes
         self.images = len(self.loader.catalog)
+        self._flops: dict[int, float] = {}  # of an image, by its size
         self.slow_ranks = SlowRanks(self.cfg.run.slow_pct, self.ctx.places)
         run = self.cfg.run
         self.extension = extension_of(run.extend_lr, run.extend_from, self.loader.steps_per_epoch)
@@ -109,6 +113,7 @@ class Session:
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics. Returns True where any rank was asked to stop. Collective."""
         scalars, stopping = self.reduce(stop)
+        scalars |= self._position_figures()
         alerts = [*self.slow_ranks.look(self.meter.rank_times)]
         if self.ctx.world > 1:
             scalars |= {"perf/slow_ranks": len(self.slow_ranks.named)}
@@ -132,9 +137,23 @@ class Session:
         self.progress = replace(self.progress, sums=self.meter.epoch_sums, train_s=self.meter.train_s)
         limit_bad(self.loader, int(bad_images))
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
-        scalars |= {**self.next_row, **self.saver.take_scalars()}
+        scalars |= {**self.next_row, **self.saver.take_scalars(), **self._mfu(scalars)}
         self.next_row = {}
         return scalars, stops > 0
+
+    def _position_figures(self) -> dict[str, float]:
+        cursor, scale = self.progress.cursor, self.engine.loss_scale
+        samples = {"train/samples": float(cursor.epoch * self.images + cursor.seen)}
+        return samples | ({} if scale is None else {"train/loss_scale": scale})
+
+    def _mfu(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B), by a measured peak."""
+        if not (self.ctx.primary and "perf/images_per_s" in scalars):
+            return {}
+        size_px = self.cfg.data.size_at(self.progress.cursor.epoch, self.cfg.run.epochs)
+        if size_px not in self._flops:
+            self._flops[size_px] = flops_per_image(self.cfg.model, len(self.classes), size_px)
+        return {"perf/mfu_pct": 100 * scalars["perf/images_per_s"] * self._flops[size_px] / self.flops_per_s}
 
     def name_bad(self, loader: Loader) -> None:
         for path, why in loader.take_bad():

@@ -36,6 +36,7 @@ from trainer.engine.compile_cache import keep_compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.loss import fitted_to_classes
+from trainer.model.flops import matmul_flops_per_s
 from trainer.model.network import build_network, check_network
 from trainer.model.normalize import Normalise
 from trainer.model.pretrained import load_weights_to_start
@@ -181,6 +182,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         ctx.raise_together(partial(check_teacher, metadata, start.newest))
         engine.load(start.newest)
     pieces = [*_fit_memory(start, engine)] if start.engine.fit_memory else []
+    flops_per_s = float(ctx.sum(torch.tensor(matmul_flops_per_s(ctx.device, engine.autocast.dtype), device=ctx.device)))
     engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
     # The destinations of its metrics, which forget what is done anew, and its first lines.
@@ -222,6 +224,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         progress,
         metadata,
         total_steps,
+        flops_per_s,
         scaled=start.engine.precision == "fp16",
         snapshots=start.snapshots,
         next_row={f"perf/{name}": float(value) for name, value in cost._asdict().items()} if cost else {},

@@ -62,6 +62,8 @@ SECTIONS = (
         (
             Panel("Images per second", "images/s", ("perf/images_per_s",)),
             Panel("Time of a step, median and 95th percentile", "ms", ("perf/step_ms_p50", "perf/step_ms_p95")),
+            Panel("Share of a matrix product's FLOP/s (MFU)", "%", ("perf/mfu_pct",)),
+            Panel("Images trained on", "images", ("train/samples",)),
             Panel("Time of an epoch", "s", ("perf/epoch_s",), "epoch"),
             Panel("Checkpoint: the wait for its copy, and its writing", "s", ("perf/ckpt_save_s", "perf/ckpt_write_s")),
         ),
@@ -75,11 +77,22 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Ranks",
+        "Does one rank hold up the others?",
+        (
+            Panel("Own work of the slowest rank beyond the median's", "%", ("perf/slowest_pct",)),
+            Panel("Ranks named as slow", "ranks", ("perf/slow_ranks",)),
+            Panel("Ranks waiting for slower ones", "% of the training time", ("perf/rank_wait_pct",)),
+            Panel("Computing, and exchanging gradients behind it", "ms of a step", ("perf/compute_ms", "perf/comm_ms")),
+        ),
+    ),
+    Section(
         "Learning rate",
         "Is the schedule as intended, and are the gradients sound?",
         (
             Panel("Learning rate", "per optimizer step", ("train/lr",)),
             Panel("Norm of the gradient", "", ("train/grad_norm",)),
+            Panel("Loss scale (fp16)", "", ("train/loss_scale",)),
         ),
     ),
     Section(
@@ -91,6 +104,9 @@ SECTIONS = (
             Panel("CPU", "%", ("system/cpu",), "RelativeTime(Wall)"),
             Panel("Memory", "%", ("system/memory_percent",), "RelativeTime(Wall)"),
             Panel("Memory of the process", "MB", ("system/proc.memory.rssMB",), "RelativeTime(Wall)"),
+            Panel("Memory of the fullest rank", "GiB", ("perf/gpu_mem_gib", "perf/host_mem_gib")),
+            Panel("Power of all ranks", "W", ("perf/gpu_watts", "perf/cpu_watts")),
+            Panel("Energy of an image", "J", ("perf/joules_per_image",)),
         ),
     ),
     Section(

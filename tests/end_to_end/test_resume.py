@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from data_pipeline.loader import Cursor
-from tests.support.runs import SOLO, STEPS, TRAIN, checkpoint, dotted, reference, rows, settings_of, train
+from tests.support.runs import (
+    SOLO,
+    STEPS,
+    TRAIN,
+    checkpoint,
+    dotted,
+    metrics_table,
+    reference,
+    rows,
+    settings_of,
+    train,
+)
 from trainer.checkpoint.store import Store
 from trainer.config import load
 from trainer.loop import fit
@@ -166,3 +177,12 @@ def test_stop_at_the_end_of_an_epoch(base: Path, tmp_path: Path) -> None:
     assert checkpoint(run) == checkpoint(reference(base, 1))
     wanted = {key: value for key, value in scores(reference(base, 1)).items() if key[0] in (5, 10, 15)}
     assert scores(run) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_two_ranks_log_what_the_table_of_metrics_says(base: Path) -> None:
+    logged = {name for row in rows(reference(base, 2)) for name in row} - {"step", "epoch", "time"}
+    usual = {name for name, when in metrics_table().items() if when in ("always", "6 classes or more", "several ranks")}
+    assert usual <= logged <= metrics_table().keys()
+    last = rows(reference(base, 2))[-2]
+    assert last["train/samples"] == last["epoch"] * TRAIN and 0 < last["perf/host_mem_gib"] < 100
+    assert 0 < last["perf/compute_ms"] < 2 * last["perf/step_ms_p95"] and last["perf/mfu_pct"] > 0

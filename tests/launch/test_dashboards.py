@@ -12,7 +12,7 @@ import wandb
 
 from data_pipeline.common.errors import UserError
 from launch.pages.dashboards import SECTIONS, TITLE, VIEW, main, publish, specification
-from tests.support.runs import dotted, rows, settings_of
+from tests.support.runs import dotted, metrics_table, rows, settings_of
 from tests.support.wandb_backend import Backend, isolate, serving, train_here
 from trainer.config import load
 
@@ -65,11 +65,15 @@ def test_every_metric_shown_is_one_that_a_run_logs(
     train_here(load(dotted(options)))
     logged = {name for row in rows(tmp_path / "run") for name in row}
     sent = {name for row in backend.run.history.values() for name in row}
-    of_several = {"val/map_pct", "val/best_map_pct"}  # which a run logs whose images have several classes
     assert logged - {"step", "time"} == sent - {"train/step"}
     measured = {name.replace(".", "/", 1) for name in backend.run.system} | OF_A_GPU
+    documented = metrics_table()
+    assert logged - {"step", "epoch", "time"} <= documented.keys(), "trainer/tracking/README.md defines each"
+    assert {name for name, when in documented.items() if when in ("always", "6 classes or more")} <= logged
 
     pages = specification("my-team", "sluice")
+    charted = {name for section in SECTIONS for panel in section.panels for name in panel.metrics}
+    assert {name for name in charted if not name.startswith("system/")} <= documented.keys()
     metrics = shown(pages["workspace"])
     assert metrics == shown(pages["report"]) | {"epoch"}
     assert (
@@ -80,7 +84,7 @@ def test_every_metric_shown_is_one_that_a_run_logs(
         matched = (
             {found for found in measured if re.search(name, found)}
             if "\\" in name
-            else {name} & (sent | measured | of_several)
+            else {name} & (sent | measured | documented.keys())
         )
         assert matched, f"no run logs {name}"
     for key in values(pages["workspace"], "grouping"):

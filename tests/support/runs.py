@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -269,6 +270,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def alerts(run: Path) -> list[dict[str, Any]]:
     """The alerts in metrics.jsonl."""
     return [row for row in _metrics_lines(run) if "alert" in row]
+
+
+def metrics_table() -> dict[str, str]:
+    """Every metric that trainer/tracking/README.md defines, and when a run has it."""
+    text = (ROOT / "trainer/tracking/README.md").read_text()
+    return dict(re.findall(r"^\| `(\w+/\w+)` \| .+ \| ([^|]+) \|$", text, re.MULTILINE))
 
 
 def _metrics_lines(run: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ from trainer.engine.base import Engine
 from trainer.engine.gradient_compression import POWERSGD_START
 from trainer.engine.precision import resolve_precision
 from trainer.model.config import is_timm
+from trainer.model.flops import flops_per_image
 from trainer.plan.allreduce_model import all_reduce_seconds
 from trainer.setup import build_engine, training_loader
 from trainer.tracking.profiler import Trace
@@ -259,7 +260,7 @@ def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str,
         "batch": cfg.data.batch_at(last, cfg.run.epochs),
         "precision": resolve_precision(cfg.engine.precision, device),
         "best_precision": resolve_precision("auto", device),
-        "flops_per_image": roofline.flops_per_image(cfg.model, classes, size_px),
+        "flops_per_image": flops_per_image(cfg.model, classes, size_px),
         "gradient_bytes": 4 * sum(p.numel() for p in ours.lone_engine.module.parameters()),
     }
 

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.distributed import DistContext
 from trainer.engine.config import Precision
-from trainer.model.config import ModelConfig
-from trainer.model.network import build_network
 
 _SIDE, _SIDE_GPU = 2048, 16384  # of the square matrices: large enough that a larger one gains nothing
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,16 +40,6 @@ def decode(folder: Path, size_px: int, ctx: DistContext) -> Callable[[], float]:
 
     delivery = CONTESTANTS[LIMIT].deliver(Task(folder, size_px, ctx.cores))
     return lambda: next(delivery)
-
-
-def flops_per_image(cfg: ModelConfig, classes: int, size_px: int) -> float:
-    """Count the FLOPs of forward and backward pass for one image: two for each multiplication with its addition."""
-    with torch.device("meta"):
-        model = build_network(cfg, classes)
-        images = torch.empty(2, 3, size_px, size_px)  # two, as batch norm needs more than one value
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops() / 2
 
 
 # ---- what holds a run back ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from trainer.checkpoint.store import StateWriter
+from trainer.engine.precision import Autocast
 from trainer.node.clock import WaitTimer
 
 
@@ -29,8 +30,15 @@ class Engine(Protocol):
     module: nn.Module
     """Network in training, unwrapped: its keys never contain "module." or "_orig_mod."."""
 
+    autocast: Autocast
+    """Precision of its passes, resolved."""
     waits: WaitTimer
     """Times in which this rank's gradients were there, and it waited for those of the others."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Factor of the losses at present; None where they are not scaled."""
+        ...
 
     @property
     def predict(self) -> Callable[[Tensor], Tensor]:

@@ -74,6 +74,10 @@ class DdpEngine(DataParallel):
         self.pieces: dict[tuple[int, int], int] = {}
         """Pieces of a micro-batch of (rows, size_px), each with a forward and a backward pass of its own; 1 if not there."""
 
+    @property
+    def loss_scale(self) -> float | None:
+        return float(self.scaler.get_scale()) if self.scaler.is_enabled() else None
+
     def fit_memory(self, rows: int, size_px: int, beside_bytes: int = 0) -> int:
         """Cut micro-batches of so many images into the fewest pieces that memory holds, found by trial; returns their number.
 

@@ -73,6 +73,10 @@ class DeepSpeedEngine(DataParallel):
         self.scale = _FIRST_SCALE if self.autocast.precision == "fp16" else 1.0
         self.clean_updates = 0  # since the scale was changed
 
+    @property
+    def loss_scale(self) -> float | None:
+        return self.scale if self.autocast.precision == "fp16" else None
+
     def capture_state(self, metadata: dict[str, str]) -> StateWriter:
         files: dict[str, Callable[[], Content]] = {}
         with self.whole_weights():

@@ -12,8 +12,12 @@ class Autocast:
         self.precision, self.device = resolve_precision(wanted, device), device
 
     def __call__(self) -> torch.autocast:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype=dtype or torch.float32, enabled=dtype is not None)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the products in those passes."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     @property
     def product_dtype(self) -> torch.dtype:

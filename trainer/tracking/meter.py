@@ -12,6 +12,7 @@ from trainer.checkpoint.store import BestBy
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums
 from trainer.node.clock import Span, clock_of
+from trainer.node.usage import Usage, UsageMeter, usage_figures
 from trainer.resilience.slow_ranks import RankTimes, rank_figures
 from trainer.resilience.watchdog import Phase
 
@@ -125,6 +126,7 @@ class Meter:
         self.epoch_sums = list(epoch_sums) or list(StepSums.zero())
         """Sums of the epoch so far over all ranks, up to the last `reduce`; see `engine.base.StepSums`."""
         self._clock = clock_of(ctx.device)
+        self._usage = UsageMeter(ctx.device, ctx.first_of_node)
         self._start = time.perf_counter()
         self._epoch_s, self._epoch_images = 0.0, 0.0  # of this process: a resumed epoch is timed from there
         self._restart()
@@ -157,11 +159,15 @@ class Meter:
         steps = len(self._ends) - 1
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
-        own = table.new_zeros(self.ctx.world, len(RankTimes._fields))  # with a row for each rank the sum gathers, too
-        own[self.ctx.rank] = table.new_tensor(self._times())
-        values = torch.cat([table.sum(dim=0), table.new_tensor(counts), lost.any()[None], own.flatten()])
+        own = (*self._times(), *self._usage.read())
+        ranks = table.new_zeros(self.ctx.world, len(own))  # with a row for each rank the sum gathers, too
+        ranks[self.ctx.rank] = table.new_tensor(own)
+        values = torch.cat([table.sum(dim=0), table.new_tensor(counts), lost.any()[None], ranks.flatten()])
         summed = self.ctx.sum(values)  # on a GPU this waits for the steps of the interval
-        totals, times = summed[: -own.numel()].tolist(), summed[-own.numel() :].view_as(own)
+        totals = summed[: -ranks.numel()].tolist()
+        times, usage = (
+            summed[-ranks.numel() :].view_as(ranks).cpu().split([len(RankTimes._fields), len(Usage._fields)], 1)
+        )
         self.rank_times = [RankTimes(*row) for row in (times / steps).tolist()] if steps else []
         self.nonfinite = self._first_nonfinite(lost) if totals.pop() else None
         sums = StepSums(*totals[: len(StepSums._fields)])
@@ -186,6 +192,7 @@ class Meter:
                 "perf/step_ms_p95": times_ms[min(steps - 1, steps * 95 // 100)],
                 "perf/train_min": self.train_s / 60,
                 **(rank_figures(self.rank_times) if self.ctx.world > 1 else {}),
+                **usage_figures([Usage(*row) for row in usage.tolist()], elapsed_s, sums.images),
             }
         self._restart()
         return scalars, counted
@@ -207,7 +214,8 @@ class Meter:
         return {"train/loss": scores.loss} if self.multi_label else named("train", scores.figures(self.classes))
 
     def pause(self) -> None:
-        """Restart the clock: the time until now was not training."""
+        """Restart the clock: the time until now was not training, nor its energy."""
+        self._usage.restart()
         self._start = time.perf_counter()
         self._data_waits: list[Span] = []
         self._rank_waits: list[Span] = []

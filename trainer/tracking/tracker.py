@@ -4,10 +4,8 @@
 protocol, and none may stop a training: the first exception of a sink is said in one line, then the sink is dropped.
 A disk that is full is none: the rows wait in memory until they can be written (`row_file.py`).
 Alarms (`alerts.py`) go to the console and to W&B, which tells people who are not looking.
-Names carry units: `train/{loss,top1_pct,lr,grad_norm}`, `val/{loss,top1_pct,top5_pct,macro_recall_pct,best_top1_pct}`,
-`val/{map_pct,macro_f1_pct,best_map_pct}` in place of these where images have several classes,
-`perf/{images_per_s,step_ms_p50,step_ms_p95,data_wait_pct,epoch_s,ckpt_save_s}`. TensorBoard and W&B are also given the network's
-graph and, every few epochs, `weights/PARAMETER` (histograms) and `weight_norm/PARAMETER` (scalars).
+Names carry units; `README.md` defines each. TensorBoard and W&B are also given the network's graph and, every few epochs,
+`weights/PARAMETER` (histograms) and `weight_norm/PARAMETER` (scalars).
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from tests.support.runs import SOLO
 from trainer.bench import roofline
 from trainer.bench.roofline import Rates, Setting, verdict
 from trainer.config import Config
+from trainer.model.flops import flops_per_image
 from trainer.model.resnet import ModelConfig, ModelName
 
 SETTING = Setting(
@@ -46,7 +47,7 @@ def test_flops_are_those_of_every_convolution_and_the_classifier(name: ModelName
             module.register_forward_hook(note)
     with torch.inference_mode():
         model(torch.zeros(1, 3, size_px, size_px))
-    assert roofline.flops_per_image(ModelConfig(name), 7, size_px) == 6 * sum(macs) - 2 * macs[0]
+    assert flops_per_image(ModelConfig(name), 7, size_px) == 6 * sum(macs) - 2 * macs[0]
 
 
 def test_a_multiplication_counts_two_flops_for_each_pair() -> None:

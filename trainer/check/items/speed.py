@@ -5,7 +5,7 @@ from functools import partial
 
 from data_pipeline.batch import Batch
 from data_pipeline.common.errors import UserError
-from trainer.bench.roofline import flops_per_image, matmul
+from trainer.bench.roofline import matmul
 from trainer.check.items import common
 from trainer.check.items.common import CLASSES, make_engine, noise, rate
 from trainer.check.results import Found
@@ -15,6 +15,7 @@ from trainer.engine.compilation import lacking
 from trainer.engine.config import EngineConfig
 from trainer.engine.precision import resolve_precision
 from trainer.model.config import ModelConfig, ModelName
+from trainer.model.flops import flops_per_image
 
 MODELS: tuple[ModelName, ...] = ("resnet18", "resnet50")
 WAYS = {
