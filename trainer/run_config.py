@@ -63,7 +63,7 @@ class RunConfig:
     """Seconds without any progress after which the run names the rank that it waits for, writes stacks/ in the run folder and
     ends with exit code 75; three times as many for an epoch's first optimizer step, which may compile. 0 waits for ever."""
     slow_pct: float = free(20.0)
-    """Percent that a rank's own work on a step, without waiting for others, may take longer than the median of all ranks; a
+    """Percent that a rank's own work on an image, without waiting for others, may take longer than the median of all ranks; a
     rank beyond it in five logging intervals in a row is named with its node and GPU. 0 for never."""
 
     def __post_init__(self) -> None:

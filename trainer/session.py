@@ -24,7 +24,7 @@ from trainer.multi_label import LabelScores
 from trainer.optim.extension import extension_of
 from trainer.optim.swa import averaged_before
 from trainer.resilience.sanity_checks import NonFinite, find_nonfinite, limit_bad
-from trainer.resilience.slow_ranks import SlowRanks
+from trainer.resilience.slow_ranks import SlowRank, SlowRanks
 from trainer.resilience.watchdog import heartbeat
 from trainer.scoring import best_by, evaluate
 from trainer.tracking.meter import Meter, beats, named
@@ -71,6 +71,7 @@ class Session:
         self.images = len(self.loader.catalog)
         self._flops: dict[int, float] = {}  # of an image, by its size
         self.slow_ranks = SlowRanks(self.cfg.run.slow_pct, self.ctx.places)
+        self._alerts: list[tuple[str, str, SlowRank]] = []  # of slow ranks, for after the next row
         run = self.cfg.run
         self.extension = extension_of(run.extend_lr, run.extend_from, self.loader.steps_per_epoch)
         self.resume(self.progress)
@@ -113,14 +114,15 @@ class Session:
     def log(self, lr: float, stop: bool) -> bool:
         """Write a row of metrics. Returns True where any rank was asked to stop. Collective."""
         scalars, stopping = self.reduce(stop)
-        scalars |= self._position_figures()
-        alerts = [*self.slow_ranks.look(self.meter.rank_times)]
-        if self.ctx.world > 1:
-            scalars |= {"perf/slow_ranks": len(self.slow_ranks.named)}
-        self.tracker.log({**scalars, "train/lr": lr}, self.progress.step, self.epoch)
-        for title, text, facts in alerts:
-            self.tracker.alert(title, text, facts._asdict())
+        scalars |= {**self._position_figures(), "train/lr": lr}
+        self.tracker.log(scalars, self.progress.step, self.epoch)
+        self._name_slow_ranks()
         return stopping
+
+    def _name_slow_ranks(self) -> None:
+        for title, text, facts in self._alerts:
+            self.tracker.alert(title, text, facts._asdict())
+        self._alerts = []
 
     def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:
         """Compute metrics since the last call, and if any rank was asked to stop. Collective. Raises `NonFinite`."""
@@ -139,6 +141,9 @@ class Session:
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
         scalars |= {**self.next_row, **self.saver.take_scalars(), **self._mfu(scalars)}
         self.next_row = {}
+        self._alerts += self.slow_ranks.look(self.meter.rank_times)
+        if self.ctx.world > 1:
+            scalars |= {"perf/slow_ranks": len(self.slow_ranks.named)}
         return scalars, stops > 0
 
     def _position_figures(self) -> dict[str, float]:
@@ -301,6 +306,7 @@ class Session:
         scalars, best = self.validate() if due else ({}, False)
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps
         self.tracker.epoch({**perf, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
+        self._name_slow_ranks()
         self.tracker.weights(self.engine.module.named_parameters(), self.progress.step, epoch)
         progress = replace(self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums)
         self.progress = replace(progress, finished=progress.over(run.epochs, run.patience))

@@ -6,10 +6,10 @@ data       it waits for its next batch: its loader is slow, or its disk
 wait       its gradients are there, and it waits for those of the others and for the sum over all of them
 compute    all the rest: forward and backward pass, update, and what the host does between two steps
 
-Data and compute are a rank's own work. A sum needs all ranks, so the wait of the slowest one is the time of the exchange
-itself, as far as the backward pass does not hide it; a slow connection is in every rank's wait, and not found here.
-Where ranks meet in the middle of a pass (batch norm over all ranks, DeepSpeed from stage 1 on), these waits are in the
-compute of all, and only slow loading shows.
+Data and compute are a rank's own work, and ranks are compared by its time for an image. A sum needs all ranks, so the wait of
+the slowest one is the time of the exchange itself, as far as the backward pass does not hide it; a slow connection is in every
+rank's wait, and not found here. Where ranks meet in the middle of a pass (batch norm over all ranks, DeepSpeed from stage 1
+on), these waits are in the compute of all, and only slow loading shows.
 """
 
 from collections import Counter
@@ -29,10 +29,17 @@ class RankTimes(NamedTuple):
     data_s: float
     compute_s: float
     wait_s: float
+    images: float = 1.0
+    """Images of the rank: in the last step of an epoch not all ranks have as many."""
 
     @property
     def own_s(self) -> float:
         return self.data_s + self.compute_s
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds of its own work for an image."""
+        return self.own_s / self.images if self.images else 0.0
 
 
 class SlowRank(NamedTuple):
@@ -45,13 +52,13 @@ class SlowRank(NamedTuple):
     phase: Literal["data", "compute"]
     """Part of its work in which it loses most."""
     slower_pct: float
-    """Time of its own work beyond the median's."""
+    """Time of its own work for an image beyond the median's."""
 
 
 def slower_pct(times: Sequence[RankTimes]) -> list[float]:
-    """Time of each rank's own work beyond the median's, in percent. Of an even number of ranks the lower median counts."""
-    usual_s = median_low(one.own_s for one in times)
-    return [100 * (one.own_s / usual_s - 1) if usual_s > 0 else 0.0 for one in times]
+    """Time of each rank's own work for an image beyond the median's, in percent; of an even number the lower median counts."""
+    usual_s = median_low(one.pace_s for one in times)
+    return [100 * (one.pace_s / usual_s - 1) if usual_s > 0 else 0.0 for one in times]
 
 
 def rank_figures(times: Sequence[RankTimes]) -> dict[str, float]:
@@ -104,7 +111,7 @@ class SlowRanks:
             return f"{1e3 * getattr(times[found.rank], part):.1f} ms, median {1e3 * usual_s:.1f}"
 
         return (
-            f"rank {found.rank} on {self._places[found.rank]}: its own work on a step takes {found.slower_pct:.0f} % longer than "
-            f"the median of all ranks, {INTERVALS} intervals in a row, mostly in {found.phase} (data {beside('data_s')}; "
-            f"compute {beside('compute_s')}); the others wait for it"
+            f"rank {found.rank} on {self._places[found.rank]}: its own work on an image takes {found.slower_pct:.0f} % longer "
+            f"than the median of all ranks, {INTERVALS} intervals in a row, mostly in {found.phase} (a step: data "
+            f"{beside('data_s')}; compute {beside('compute_s')}); the others wait for it"
         )

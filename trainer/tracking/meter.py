@@ -159,7 +159,8 @@ class Meter:
         steps = len(self._ends) - 1
         table = torch.stack(self._updates)
         lost = ~table[:, self._watched].isfinite()
-        own = (*self._times(), *self._usage.read())
+        images = float(table[:, StepSums._fields.index("images")].sum())
+        own = (*self._times(images), *self._usage.read())
         ranks = table.new_zeros(self.ctx.world, len(own))  # with a row for each rank the sum gathers, too
         ranks[self.ctx.rank] = table.new_tensor(own)
         values = torch.cat([table.sum(dim=0), table.new_tensor(counts), lost.any()[None], ranks.flatten()])
@@ -221,13 +222,13 @@ class Meter:
         self._rank_waits: list[Span] = []
         self._ends = [self._clock.mark()]  # of the steps, behind the mark where the first begins
 
-    def _times(self) -> RankTimes:
+    def _times(self, images: float) -> RankTimes:
         """Sums of this rank over the interval."""
         data_s, wait_s = (
             sum(self._clock.seconds(*span) for span in spans) for spans in (self._data_waits, self._rank_waits)
         )
         all_s = self._clock.seconds(self._ends[0], self._ends[-1]) if self._ends[1:] else 0.0
-        return RankTimes(data_s, max(all_s - data_s - wait_s, 0.0), wait_s)
+        return RankTimes(data_s, max(all_s - data_s - wait_s, 0.0), wait_s, images)
 
     def _first_nonfinite(self, lost: torch.Tensor) -> BadStep:
         """Find the step by `lost` on this rank: [1 + steps, 1 or 2] for the loss, and for the gradient's norm. Collective."""

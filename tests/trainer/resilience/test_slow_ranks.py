@@ -30,8 +30,8 @@ LOADS, COMPUTES = RankTimes(0.050, 0.100, 0.002), RankTimes(0.001, 0.149, 0.002)
 @pytest.mark.parametrize(
     ("slow", "said"),
     [
-        (LOADS, "mostly in data (data 50.0 ms, median 1.0; compute 100.0 ms, median 99.0)"),
-        (COMPUTES, "mostly in compute (data 1.0 ms, median 1.0; compute 149.0 ms, median 99.0)"),
+        (LOADS, "mostly in data (a step: data 50.0 ms, median 1.0; compute 100.0 ms, median 99.0)"),
+        (COMPUTES, "mostly in compute (a step: data 1.0 ms, median 1.0; compute 149.0 ms, median 99.0)"),
     ],
 )
 def test_a_rank_is_named_once_and_forgotten_once(slow: RankTimes, said: str) -> None:
@@ -40,7 +40,7 @@ def test_a_rank_is_named_once_and_forgotten_once(slow: RankTimes, said: str) -> 
     ((title, text, found),) = watch.look(seen)
     assert title == "slow rank"
     assert (
-        text.startswith("rank 2 on gpu07, GPU-2: its own work on a step takes 50 % longer than the median")
+        text.startswith("rank 2 on gpu07, GPU-2: its own work on an image takes 50 % longer than the median")
         and said in text
     )
     assert (found.rank, found.node, found.gpu, round(found.slower_pct)) == (2, "gpu07", "GPU-2", 50)
@@ -57,6 +57,8 @@ def test_what_is_not_slow() -> None:
     for interval in range(4 * INTERVALS):
         other = USUAL if interval % INTERVALS == INTERVALS - 1 else COMPUTES
         assert not [*watch.look([USUAL, other, USUAL])]
+    fewer = RankTimes(0.0008, 0.0792, 0.030, images=0.8)  # as in the last step of an epoch
+    assert not [told for _ in range(2 * INTERVALS) for told in watch.look([USUAL, fewer, fewer])]
     within, waits = RankTimes(0.001, 0.118, 0.0), RankTimes(0.001, 0.099, 9.0)
     for times in ([USUAL, within, waits], [COMPUTES] * 4, [RankTimes(0, 0, 0)] * 2, [COMPUTES], []):
         assert not [told for _ in range(2 * INTERVALS) for told in watch.look(times)]
@@ -169,5 +171,5 @@ def test_a_core_that_another_program_takes(base: Path, tmp_path: Path) -> None:
         job.wait()
     found = [one for one in alerts(run) if one["alert"] == "slow rank"]
     assert [(one["rank"], one["phase"] in ("data", "compute")) for one in found] == [(1, True)], job.output()
-    assert f"slow rank: rank 1 on {found[0]['node']}: its own work on a step takes " in job.output()
+    assert f"slow rank: rank 1 on {found[0]['node']}: its own work on an image takes " in job.output()
     assert rows(run)[-1]["perf/slow_ranks"] in (0, 1)

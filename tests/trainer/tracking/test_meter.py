@@ -226,7 +226,7 @@ def test_two_ranks(clock: Clock) -> None:
     assert scalars["perf/images_per_s"] == 16 / 4
     assert scalars["train/top1_pct"] == 25.0
     assert scalars["perf/data_wait_pct"] == 100 * (1 + 2) / 2 / 4
-    assert meter.rank_times == [(0.5, 1.5, 0.0), (1.0, 1.0, 0.0)]
+    assert meter.rank_times == [(0.5, 1.5, 0.0, 4.0), (1.0, 1.0, 0.0, 4.0)]
     assert meter.epoch_sums == [16.0, 4.0, 8.0, 16.0, 6.0]
 
 
