@@ -106,7 +106,7 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
     if not (submission or plain):
         return None
     known = jobs.get(submission.job.id or "" if submission else plain)
-    lines = list(_rows(run))
+    lines = list(metrics_lines(run))
     rows = [line for line in lines if "alert" not in line]
     last: dict[str, Any] = {}
     for row in rows:
@@ -186,8 +186,8 @@ def _seconds_left(run: Path, rows: list[dict[str, Any]], now_s: float) -> float 
     return max(0.0, (epochs - end) * (end_s - start_s) / (end - start) - (now_s - end_s))
 
 
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete rows of the run's metrics."""
+def metrics_lines(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of the run's metrics: rows and alerts."""
     try:
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
     except OSError:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import own_job, requeue, state_of
+from launch.slurm.slow_nodes import leave_out, nodes_to_leave, outlive_the_job
 from launch.slurm.submission import LOST, Submission, restart_count
 
 T = TypeVar("T")
@@ -51,8 +52,13 @@ def decide(submission: Submission, status: int) -> int:
         if crashes > limit:
             submission.write_restarts(crashes=crashes, restarts=restart, end=outcome or f"crashed {crashes} times")
             return status or 1
+    leaving = patiently(lambda: nodes_to_leave(submission, job))
     submission.write_restarts(crashes=crashes, restarts=restart + 1, end=None)
+    if leaving:
+        outlive_the_job()
     patiently(lambda: requeue(job))
+    if leaving:
+        leave_out(job, leaving)
     return status
 
 

@@ -71,6 +71,9 @@ class Profile:
     lost that a spare one replaces."""
     max_crashes: int = 3
     """Crashes after which a run is queued again. Preemptions, time limits and lost nodes do not count."""
+    exclude_slow: bool = False
+    """Leave out the nodes of ranks that were named as slow (run.slow_pct) when the run itself is queued again, where enough
+    others are there."""
 
     def __post_init__(self) -> None:
         # Numbers that SLURM would refuse, or take for something else, in words that name the option.
