@@ -281,6 +281,10 @@ def test_sam_by_hand(precision: Precision) -> None:
     assert (parameters(plain)["fc.weight"] - parameters(engine)["fc.weight"]).abs().max() > 0.01
 
 
+def test_the_scale_of_the_losses_is_told() -> None:
+    assert build(small_net(), precision="fp16").loss_scale == 2**16 and build(small_net()).loss_scale is None
+
+
 def join(rank: int, world: int, folder: Path) -> DistContext:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     keep_group()
