@@ -6,8 +6,7 @@ All is read from the run folders and from the controller's queue; no accounting 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,11 @@ import yaml
 from data_pipeline.common.cli import parse_plain, plain_parser
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
+from launch.slurm.slow_nodes import slow_ranks
 from launch.slurm.submission import Submission, find, newest
 from launch.supervisor.record import recorded_restarts
 from trainer.checkpoint.run_folder import read_job
+from trainer.tracking.json_lines import METRICS, read_lines
 
 POLL_S = 0.5
 ETA_ROWS, GAP_S = 50, 600.0
@@ -106,7 +107,7 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
     if not (submission or plain):
         return None
     known = jobs.get(submission.job.id or "" if submission else plain)
-    lines = list(metrics_lines(run))
+    lines = list(read_lines(run / METRICS))
     rows = [line for line in lines if "alert" not in line]
     last: dict[str, Any] = {}
     for row in rows:
@@ -128,20 +129,6 @@ def _row(name: str, run: Path, jobs: dict[str, Queued], now_s: float) -> Row | N
         ),
         last.get("val/best_map_pct"),
     )
-
-
-def slow_ranks(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the alerts of `lines` of metrics.jsonl about ranks that are slow at its end; see `SlowRanks`."""
-    named: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        match line:
-            case {"alert": "slow rank", "rank": int(rank), "node": str(), "phase": str(), "slower_pct": float()}:
-                named[rank] = line
-            case {"alert": "rank no longer slow", "rank": int(rank)}:
-                named.pop(rank, None)
-            case {"perf/slow_ranks": 0}:  # another start of the run, perhaps on other nodes
-                named.clear()
-    return list(named.values())
 
 
 def state_of(submission: Submission, known: Queued | None) -> str:
@@ -184,19 +171,6 @@ def _seconds_left(run: Path, rows: list[dict[str, Any]], now_s: float) -> float 
         return None
     (start_s, start), (end_s, end) = points[0], points[-1]
     return max(0.0, (epochs - end) * (end_s - start_s) / (end - start) - (now_s - end_s))
-
-
-def metrics_lines(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of the run's metrics: rows and alerts."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
-    except OSError:
-        return
-    for line in lines:
-        with suppress(ValueError):  # the row is being written, or torn
-            row = json.loads(line)
-            if line.endswith("\n") and isinstance(row, dict):
-                yield row
 
 
 def _figure(value: float | None, layout: str) -> str:

@@ -1,4 +1,4 @@
-"""Leave out the nodes of slow ranks when a job is queued again.
+"""Find the nodes of slow ranks, and leave them out when a job is queued again.
 
 SLURM takes a list of nodes to leave out for a pending job alone, so the job is queued first, and its script, which SLURM then
 ends, has the time that SIGTERM leaves it (KillWait, 30 s by default). Where that fails the job may start on these nodes again.
@@ -9,18 +9,33 @@ import re
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.errors import UserError, printable
-from launch.runs import metrics_lines, slow_ranks
 from launch.slurm.commands import run_slurm
 from launch.slurm.submission import Submission
+from trainer.tracking.json_lines import METRICS, read_lines
+
+
+def slow_ranks(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the alerts of `lines` of metrics.jsonl about ranks that are slow at its end; see `SlowRanks`."""
+    named: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        match line:
+            case {"alert": "slow rank", "rank": int(rank), "node": str(), "phase": str(), "slower_pct": float()}:
+                named[rank] = line
+            case {"alert": "rank no longer slow", "rank": int(rank)}:
+                named.pop(rank, None)
+            case {"perf/slow_ranks": 0}:  # another start of the run, perhaps on other nodes
+                named.clear()
+    return list(named.values())
 
 
 def nodes_to_leave(submission: Submission, job: str) -> list[str]:
     """Return the nodes to leave out, with those that are already: empty where none is slow, or not enough others are there."""
     if not submission.job.profile.get("exclude_slow"):
         return []
-    slow = {one["node"] for one in slow_ranks(metrics_lines(Path(submission.job.run)))}
+    slow = {one["node"] for one in slow_ranks(read_lines(Path(submission.job.run) / METRICS))}
     if not slow:
         return []
     left_out = run_slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").strip()

@@ -4,13 +4,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.atomic_io import replace_file
 from trainer.tracking.row_file import RowFile
 from trainer.tracking.sink import Sink
+
+METRICS = "metrics.jsonl"
+"""Name of the file in a run folder."""
 
 
 class JsonLines(Sink):
@@ -38,6 +42,19 @@ class JsonLines(Sink):
         row = {"step": self._step, "epoch": self._epoch, "time": time.time(), **content}
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a file of metrics, rows and alerts; nothing where it is not there."""
+    try:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return
+    for line in lines:
+        with suppress(ValueError):  # the line is being written, or torn
+            row = json.loads(line)
+            if line.endswith("\n") and isinstance(row, dict):
+                yield row
 
 
 def _open_rows(path: Path, resume_step: int) -> int:
