@@ -16,6 +16,7 @@ from tests.support.runs import (
     SOLO,
     STEPS,
     TRAIN,
+    USUAL,
     checkpoint,
     dotted,
     metrics_table,
@@ -181,7 +182,7 @@ def test_stop_at_the_end_of_an_epoch(base: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_log_what_the_table_of_metrics_says(base: Path) -> None:
     logged = {name for row in rows(reference(base, 2)) for name in row} - {"step", "epoch", "time"}
-    usual = {name for name, when in metrics_table().items() if when in ("always", "6 classes or more", "several ranks")}
+    usual = {name for name, when in metrics_table().items() if when in (*USUAL, "several ranks")}
     assert usual <= logged <= metrics_table().keys()
     last = rows(reference(base, 2))[-2]
     assert last["train/samples"] == last["epoch"] * TRAIN and 0 < last["perf/host_mem_gib"] < 100

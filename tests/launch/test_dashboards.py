@@ -12,7 +12,7 @@ import wandb
 
 from data_pipeline.common.errors import UserError
 from launch.pages.dashboards import SECTIONS, TITLE, VIEW, main, publish, specification
-from tests.support.runs import dotted, metrics_table, rows, settings_of
+from tests.support.runs import USUAL, dotted, metrics_table, rows, settings_of
 from tests.support.wandb_backend import Backend, isolate, serving, train_here
 from trainer.config import load
 
@@ -69,7 +69,7 @@ def test_every_metric_shown_is_one_that_a_run_logs(
     measured = {name.replace(".", "/", 1) for name in backend.run.system} | OF_A_GPU
     documented = metrics_table()
     assert logged - {"step", "epoch", "time"} <= documented.keys(), "trainer/tracking/README.md defines each"
-    assert {name for name, when in documented.items() if when in ("always", "6 classes or more")} <= logged
+    assert {name for name, when in documented.items() if when in USUAL} <= logged
 
     pages = specification("my-team", "sluice")
     charted = {name for section in SECTIONS for panel in section.panels for name in panel.metrics}

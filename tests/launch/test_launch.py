@@ -438,7 +438,7 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     assert rows["sweep/lr=0.1"].state == "pending: as many of its sweep run as may (JobArrayTaskLimit)"
     assert rows["waiting"].state == "pending: others come first (Priority)" and rows["waiting"].epoch is None
     slow = "rank 3 on gpu1 (data, 41 %)"
-    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 290.0, 120.0, 50.0, slow)
+    assert rows["running"] == ("running", "running", "gpu[1-2]", 2, 1.5, 290.0, 120.0, 50.0, slow, None)
     assert rows["ended"].slow == ""
     assert rows["by sbatch"].state == "pending: a limit on what may run at once (QOSMaxJobsPerUserLimit)"
     assert rows["by sbatch and done"].state == "stopped"

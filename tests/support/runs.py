@@ -272,6 +272,10 @@ def alerts(run: Path) -> list[dict[str, Any]]:
     return [row for row in _metrics_lines(run) if "alert" in row]
 
 
+USUAL = ("always", "one class an image", "6 classes or more")
+"""Conditions of that table that the runs of the tests meet."""
+
+
 def metrics_table() -> dict[str, str]:
     """Every metric that trainer/tracking/README.md defines, and when a run has it."""
     text = (ROOT / "trainer/tracking/README.md").read_text()
