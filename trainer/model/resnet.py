@@ -268,14 +268,14 @@ def build_resnet(cfg: ModelConfig, classes: int) -> ResNet:
     for module in network.modules():
         if isinstance(module, Block) and cfg.zero_init_gamma:
             nn.init.zeros_(module.last_norm.weight)
-    if cfg.head_bias is not None:
-        nn.init.constant_(network.fc.bias, cfg.head_bias)
     return network
 
 
 def set_options(network: nn.Module, cfg: ModelConfig) -> None:
-    """Set what the layers of any residual network have: momentum of batch norms, and drop paths."""
+    """Set what any residual network has: momentum of batch norms, drop paths, the head's bias."""
     add_drop_paths(network, cfg.drop_path)
+    if cfg.head_bias is not None:
+        nn.init.constant_(network.get_parameter(f"{HEAD}.bias"), cfg.head_bias)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = cfg.bn_momentum

@@ -64,9 +64,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("zero", [False, True])
 def test_one_seed_starts_it_as_timm_does(zero: bool) -> None:
     torch.manual_seed(3)
-    ours = build_network(ModelConfig(SMALL, zero, bn_momentum=0.3, drop_path=0.2), CLASSES)
+    ours = build_network(ModelConfig(SMALL, zero, head_bias=-2.0, bn_momentum=0.3, drop_path=0.2), CLASSES)
     torch.manual_seed(3)
     theirs = timm.create_model("test_resnet", num_classes=CLASSES, zero_init_last=zero)
+    nn.init.constant_(theirs.fc.bias, -2.0)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
     assert {norm.momentum for norm in ours.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.3}
