@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from html import escape
+from html import escape, unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -32,7 +32,8 @@ class RangeServer(ThreadingHTTPServer):
         self.bytes_per_s = 0.0
         """Bandwidth that all connections share; 0 is without bound."""
         self.fault: Callable[[str, str], str | None] = lambda method, path: None
-        """Fault of a request, by its method and path: a status as "500", "cut" (half of the body) or "stall" (none of it)."""
+        """Fault of a request, by its method and path: a status as "500", "cut" (half of the body), "stall" (none of it), or
+        "flip" (what is to be stored has a wrong bit)."""
         self.stall_s = 5.0
         """Time for which a stalled answer keeps its connection open."""
         self.seen: list[tuple[str, str, str]] = []
@@ -91,7 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append((self.command, path, ""))
-        if not self._fail(path, b"", {}):
+        fault = self.server.fault(self.command, path)
+        if fault == "flip":
+            data, fault = bytes([data[0] ^ 1]) + data[1:], None
+        if not self._fail(fault, b"", {}):
             file = self._file(path)
             file.parent.mkdir(parents=True, exist_ok=True)
             beside = file.with_name(f".{file.name}.partial")
@@ -118,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         with open(file, "rb") as stream:
             stream.seek(start)
             data = stream.read(end - start)
-        if not self._fail(path, data, headers):
+        if not self._fail(self.server.fault(self.command, path), data, headers):
             self._answer(data, headers, status=206 if found else 200)
 
     def _list(self, path: str, asked: dict[str, list[str]]) -> bytes:
@@ -133,9 +137,20 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
-    def _fail(self, path: str, data: bytes, headers: dict[str, str]) -> bool:
-        """Fail as `fault` wants it. Returns True where that has ended the request."""
-        fault = self.server.fault(self.command, path)
+    def do_POST(self) -> None:
+        """Remove the objects that the request lists, which is the only use of POST here."""
+        bucket = unquote(urlsplit(self.path).path)
+        listed = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        keys = re.findall("<Key>(.*?)</Key>", listed)
+        for key in keys:
+            path = f"{bucket.rstrip('/')}/{unescape(key)}"
+            self.server.seen.append(("DELETE", path, ""))
+            self._file(path).unlink(missing_ok=True)
+        removed = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        self._answer(f"<DeleteResult>{removed}</DeleteResult>".encode(), {"Content-Type": "application/xml"})
+
+    def _fail(self, fault: str | None, data: bytes, headers: dict[str, str]) -> bool:
+        """Fail as `fault` says. Returns True where that has ended the request."""
         if fault is None:
             return False
         if fault.isdecimal():

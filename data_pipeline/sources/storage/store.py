@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +28,7 @@ PATIENCE_S = 120.0
 """Longest time that a request is repeated before the run ends."""
 _FIRST_S, _LONGEST_S = 0.2, 15.0  # first and longest pause between two attempts
 _QUIET_S, _SPEAK_S = 2.0, 10.0  # time for which nothing is said of a request that fails, and between two lines
+_given_s: ContextVar[float | None] = ContextVar("_given_s", default=None)  # patience of this thread, if it has its own
 _speaking, _spoken_s = threading.Lock(), dict[str, float]()
 _generation = 0  # of connections
 _CLIENT = {"connect_timeout": "5s", "read_timeout": "15s", "timeout": "90s"}
@@ -98,11 +101,14 @@ def read(address: Address, start: int = 0, end: int | None = None, etag: str = "
         ) from None
 
 
-def write(address: Address, data: bytes | Path) -> None:
-    """Write an object, whole or not at all. Raises `UserError`."""
+def write(address: Address, data: bytes | Path, requests: int = 12) -> None:
+    """Write an object, whole or not at all, with so many requests at a time. Raises `UserError`."""
     import obstore
 
-    _patiently(address, lambda: obstore.put(_opened(address), address.key, data, chunk_size=_PART))
+    _patiently(
+        address,
+        lambda: obstore.put(_opened(address), address.key, data, chunk_size=_PART, max_concurrency=requests),
+    )
 
 
 def remove(addresses: list[Address]) -> None:
@@ -113,6 +119,16 @@ def remove(addresses: list[Address]) -> None:
         _patiently(address, lambda address=address: obstore.delete(_opened(address), address.key))  # type: ignore[misc]
 
 
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Let this thread's requests fail after `seconds`, rather than after PATIENCE_S; with 0 after the first attempt."""
+    before = _given_s.set(seconds)
+    try:
+        yield
+    finally:
+        _given_s.reset(before)
+
+
 # ---- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +136,8 @@ def _patiently(address: Address, attempt: Callable[[], T]) -> T:
     """Repeat an attempt until it succeeds, with pauses that grow. Raises `UserError`, or FileNotFoundError."""
     from obstore import exceptions
 
-    start_s, pause_s = time.monotonic(), _FIRST_S
+    start_s, pause_s, given_s = time.monotonic(), _FIRST_S, _given_s.get()
+    patience_s = PATIENCE_S if given_s is None else given_s
     while True:
         try:
             return attempt()
@@ -132,7 +149,7 @@ def _patiently(address: Address, attempt: Callable[[], T]) -> T:
             why, waited_s = _why(error), time.monotonic() - start_s
             if _lacks_credentials(error):
                 raise UserError(f"{address}: no credentials are found; {_HINTS[address.scheme]}") from None
-            if waited_s + pause_s > PATIENCE_S or isinstance(error, _lasting()):
+            if waited_s + pause_s > patience_s or isinstance(error, _lasting()):
                 raise UserError(
                     f"{address}: cannot be reached, after trying for {waited_s:.0f} s ({why}); mend that, and start "
                     "again: a run goes on from its last checkpoint, a pack from its last shard"
@@ -216,4 +233,4 @@ def require_obstore(scheme: str) -> None:
     try:
         import obstore  # noqa: F401
     except ImportError:
-        raise UserError(f"data.path: {scheme}:// needs obstore; pip install 'sluice-train[remote]'") from None
+        raise UserError(f"{scheme}:// needs obstore; pip install 'sluice-train[remote]'") from None
