@@ -9,6 +9,7 @@ from enum import Enum, auto
 from data_pipeline.common.errors import printable
 from data_pipeline.loader import Batch
 from trainer.checkpoint.files import WEIGHTS
+from trainer.checkpoint.mirror import copy_rest, grace_s
 from trainer.checkpoint.store import Progress
 from trainer.config import Config
 from trainer.distributed import DistContext
@@ -48,11 +49,15 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
         if start.nothing_left:
             if ctx.primary:
                 print(printable(nothing_left(start)))
+            if start.mirrored:
+                copy_rest(start.mirrored, start.store)
             return start.progress
         with open_session(start, started) as session:
             outcome = train(session, stop)
             follows = mark_stop(session, stop, agent) if outcome is Outcome.STOPPED else ""
             session.finish()
+            if session.mirror and outcome is Outcome.STOPPED:
+                session.mirror.patience_s = max(grace_s() - stop.raised_for_s, 0)
             say_end(session, outcome, follows)
             return session.progress
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from data_pipeline.common.address import place
 from data_pipeline.common.errors import require
 from data_pipeline.config import free
 from trainer.checkpoint.store import BestBy
@@ -53,6 +54,9 @@ class RunConfig:
     several classes map, which it is then if not given; macro_f1; or loss."""
     keep_every: int | None = free(None)
     """Keep also the checkpoint at the end of every so many epochs."""
+    mirror: str | None = free(None)
+    """Second place for checkpoints and metrics, to which they are copied while the run trains: a folder on another disk, or
+    an address such as s3://bucket/runs. Each run has a folder of its name there, and is restored from it if its own is gone."""
     profile: str | None = free(None)
     """Optimizer steps to trace, such as 10-12, counted from 1: each rank writes a file for Perfetto or TensorBoard to
     profile/ in the run folder."""
@@ -118,6 +122,9 @@ class RunConfig:
             self.keep_every is None or self.keep_every > 0,
             f"run.keep_every: {self.keep_every} is not positive; give a number of epochs, or leave it out",
         )
+        if self.mirror is not None:
+            require(self.mirror != "", "run.mirror: it is empty; give a folder or an address, or leave it out")
+            place(self.mirror, "run.mirror")
         if self.profile is not None:
             chosen_steps(self.profile)
         require(

@@ -13,6 +13,7 @@ from data_pipeline.common.errors import UserError, printable
 from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
+from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, Store
 from trainer.config import Config
@@ -55,6 +56,8 @@ class Session:
     """True where losses are scaled, so that a gradient may be infinite now and then."""
     snapshots: Snapshots | None = None
     """Snapshots in the memory of the run's nodes; None if it keeps none."""
+    mirror: Mirror | None = None
+    """Second place for its checkpoints; on rank 0 alone, and only if it has one."""
     meter: Meter = field(init=False)
     next_row: dict[str, float] = field(default_factory=dict)
     """Figures for the next row of metrics: the duration of the last checkpoint, or the cost of an interruption."""

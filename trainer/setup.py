@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from data_pipeline.sources.torchvision_sets import NAMED
 from data_pipeline.summary import refuse_single_class, summary
 from trainer.checkpoint.async_writer import Saver, check_room
 from trainer.checkpoint.files import read_metadata
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.mirror_restore import Mirrored, open_mirror
 from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
 from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Progress, Store, read_progress
@@ -76,6 +78,8 @@ class Start:
     lines: list[str]
     """Lines for the user on the arithmetic of a resumed run."""
     snapshots: Snapshots | None = None
+    mirrored: Mirrored | None = None
+    """The run's mirror; on rank 0 alone, and only if it has one."""
 
     @property
     def nothing_left(self) -> bool:
@@ -97,7 +101,8 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     If nothing is left to train, nothing is recorded. Collective. Raises `UserError`, on every rank.
     """
     # First the cheap checks: reading the images may take minutes.
-    check = partial(check_run, cfg.folder, partial(first_difference, cfg=cfg))
+    differences = partial(first_difference, cfg=cfg)
+    check = partial(check_run, cfg.folder, differences)
     if not (os.path.lexists(cfg.data.path) or cfg.data.path in ("builtin", *NAMED) or is_address(cfg.data.path)):
         ctx.raise_together(lambda: open_catalog(cfg.data, "train"))  # it raises the error, before any about options
     ctx.run_on_rank0(check)
@@ -111,12 +116,16 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
     with ExitStack() as held:
         # From here on nobody else writes to the folder, so it is checked anew.
         ctx.run_on_rank0(lambda: held.enter_context(claim_run(cfg.folder)))
+        mirrored = None
+        if cfg.run.mirror is not None:
+            opened = partial(open_mirror, cfg.run.mirror, cfg.name, store, differences)
+            mirrored = ctx.raise_together(lambda: opened() if ctx.primary else None)
         ctx.run_on_rank0(check)
         found = ctx.raise_together(lambda: _resume_point(store, train.catalog) if ctx.primary else None)
         newest, progress = ctx.broadcast_from_rank0(lambda: found or (None, Progress()))
         # The run may have been extended, or given more patience.
         progress = replace(progress, finished=progress.over(cfg.run.epochs, cfg.run.patience))
-        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [])
+        start = Start(cfg, cfg.engine, cfg.optim, ctx, train, val, store, newest, progress, [], mirrored=mirrored)
         if start.nothing_left:
             yield start
             return
@@ -148,8 +157,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         if ctx.device.type == "cpu":
             torch.set_num_threads(arithmetic.threads[ctx.rank])
 
-        ctx.run_on_rank0(lambda: record_run(cfg.folder, to_yaml(cfg)))
-        ctx.run_on_rank0(lambda: record_job(cfg.folder))
+        ctx.run_on_rank0(lambda: _record(cfg, mirrored))
         ctx.run_on_rank0(store.prepare)
         if snapshots:
             snapshots.open()
@@ -209,6 +217,9 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
 
     saver = Saver(start.store, ctx, progress, tracker.note)
+    mirror = Mirror(start.mirrored, start.store, tracker.note, tracker.alert) if start.mirrored else None
+    if mirror:
+        saver.on_saved = mirror.saved
     trace = Trace(cfg.run.profiled, cfg.folder / "profile", ctx, done=progress.step)
     watchdog = Watchdog(cfg.run.stall_s, cfg.folder / "stacks", ctx, partial(tracker.alert, "stalled"))
     session = Session(
@@ -228,9 +239,10 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
         scaled=start.engine.precision == "fp16",
         snapshots=start.snapshots,
         next_row={f"perf/{name}": float(value) for name, value in cost._asdict().items()} if cost else {},
+        mirror=mirror,
     )
     opened()
-    with tracker, trace, saver, watchdog:
+    with tracker, mirror or nullcontext(), trace, saver, watchdog:
         yield session
 
 
@@ -401,6 +413,16 @@ def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> No
         model = fresh_model(cfg, classes)
     size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, ctx.world)
     check_room(store, size, cfg.run.epochs)
+
+
+def _record(cfg: Config, mirrored: Mirrored | None) -> None:
+    """Record a run in its folder, and which mirror is its own. Raises `UserError`."""
+    if mirrored:
+        mirrored.claim()
+    record_run(cfg.folder, to_yaml(cfg))
+    if mirrored:
+        mirrored.record()
+    record_job(cfg.folder)
 
 
 def _resume_point(store: Store, train: Catalog) -> tuple[Path | None, Progress]:

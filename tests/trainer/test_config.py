@@ -229,7 +229,7 @@ def test_what_may_change_stands_at_the_fields() -> None:
     assert {option for option in free if option.split(".")[0] not in ("engine", "tracking")} == {
         *("run.name", "run.dir", "run.extend_to", "run.max_steps", "run.log_every", "run.save_every", "run.keep"),
         *("run.keep_every", "run.profile", "run.on_nonfinite", "run.stall_s", "run.slow_pct"),
-        *("run.snapshot_every", "run.snapshot_dir"),
+        *("run.snapshot_every", "run.snapshot_dir", "run.mirror"),
         *("run.extend_lr", "run.extend_from", "run.patience", "run.validate_every"),
         *("data.path", "data.images", "data.threads", "data.on_error", "data.max_bad_share", "data.cache_gb"),
         "data.prefetch",

@@ -40,6 +40,8 @@ class Saver:
         """Progress of the last checkpoint that is complete, after `wait`."""
         self.failed = 0
         """Number of saves that were given up."""
+        self.on_saved: Callable[[], None] = lambda: None
+        """Called on rank 0, in the writing thread, when a checkpoint is complete."""
         self._group = ctx.new_group()
         self._saves: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: Thread | None = None
@@ -120,6 +122,8 @@ class Saver:
                 self.tell(f"not saved: {error}")
             return _Outcome(error, self._scalars(start_s))
         self.saved = progress
+        if self.ctx.primary:
+            self.on_saved()
         if best and self.ctx.primary:
             self.tell(f"saved best: step {step}, {progress.best}")
         return _Outcome(None, self._scalars(start_s))

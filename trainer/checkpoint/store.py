@@ -26,7 +26,8 @@ PROGRESS, MANIFEST = "progress.json", "manifest.json"
 LINKS = ("last", "best")
 PARTIAL = ".partial"
 """Prefix of a name that is being written, in its folder; after a crash such a file is worthless."""
-_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+"""Form of the names of checkpoints."""
 _MOST_BYTES = 16 << 20  # of a manifest or a progress.json: a run of 1,000 ranks has less than a hundredth of it
 
 
@@ -290,10 +291,14 @@ class Store:
     def taken(self) -> int:
         """Count the bytes of the existing checkpoints."""
         total = 0
-        for folder in self._folders():
+        for folder in self.folders():
             with suppress(OSError):
                 total += sum(file.lstat().st_size for file in folder.iterdir())
         return total
+
+    def linked(self) -> dict[str, str]:
+        """Names of the checkpoints that `last` and `best` point to, as far as they do."""
+        return {link: name for link in LINKS if (name := self._target(link))}
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -308,17 +313,18 @@ class Store:
     def _checkpoints(self) -> list[Path]:
         """List the folders of checkpoints, the newest first. None is newer than the one that `last` names."""
         last = self._target("last")
-        folders = [folder for folder in self._folders() if last is None or _age(folder.name) <= _age(last)]
+        folders = [folder for folder in self.folders() if last is None or age(folder.name) <= age(last)]
         copies = [self.folder / link for link in LINKS if self._is_copy(link) and self._target(link) is None]
-        return sorted(folders, key=lambda folder: _age(folder.name), reverse=True) + copies
+        return sorted(folders, key=lambda folder: age(folder.name), reverse=True) + copies
 
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
+        """List the folders that have the name of a checkpoint. Raises `UserError` where they cannot be read."""
         return [path for path in self._named() if path.is_dir()]
 
     def _named(self) -> list[Path]:
         """List everything that has the name of a checkpoint. Raises `UserError` where the folder cannot be read."""
         try:
-            return [self.folder / name for name in sorted(os.listdir(self.folder)) if _NAME.fullmatch(name)]
+            return [self.folder / name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -334,12 +340,12 @@ class Store:
                 name = Path(os.readlink(path)).name
             elif self._is_copy(link):
                 manifest = (path / MANIFEST).read_bytes()
-                name = next(folder.name for folder in self._folders() if _holds(folder / MANIFEST, manifest))
+                name = next(folder.name for folder in self.folders() if _holds(folder / MANIFEST, manifest))
             else:
                 name = path.read_text()[:100].strip()
         except (OSError, ValueError, StopIteration):
             return None
-        return name if _NAME.fullmatch(name) else None
+        return name if NAME.fullmatch(name) else None
 
     def _is_copy(self, link: str) -> bool:
         """Return True for a folder in place of a link, as `cp -rL`, scp and object stores leave it."""
@@ -369,7 +375,7 @@ class Store:
     def _prune(self) -> None:
         good = [folder for folder in self._checkpoints() if folder not in self.passed_over]
         kept = {*good[: self.keep], *filter(self._is_milestone, good), self.folder / (self._target("best") or "last")}
-        for folder in self._folders():
+        for folder in self.folders():
             if folder not in kept and not folder.is_symlink():
                 doomed = self.folder / f"{PARTIAL}-{folder.name}"
                 with suppress(OSError):  # a half removed folder must not look like a checkpoint
@@ -398,7 +404,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _age(name: str) -> tuple[int, int]:
+def age(name: str) -> tuple[int, int]:
     """Sort key for the names of checkpoints in the order of writing: step-00000120, then step-00000120.1."""
-    match = _NAME.fullmatch(name)
+    match = NAME.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)

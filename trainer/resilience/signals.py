@@ -48,6 +48,11 @@ class StopFlag:
         """The signal that raised the flag."""
         return self._signal
 
+    @property
+    def raised_for_s(self) -> float:
+        """Seconds since the signal; 0 where none has come to this process."""
+        return time.monotonic() - self._signal_s if self.raised else 0.0
+
     def __enter__(self) -> Self:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             stop_with_launcher()
