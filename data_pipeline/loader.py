@@ -32,8 +32,9 @@ from data_pipeline.sharding import (
     shard_batch,
     steps_per_epoch,
 )
-from data_pipeline.sources.catalog import Catalog, check_shards, open_catalog
+from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.storage.lookahead import Lookahead
+from data_pipeline.summary import check_shards
 
 
 class Loader:

@@ -1,9 +1,10 @@
-"""Describe the data of a command in a few lines at its start."""
+"""Describe the data of a command in a few lines at its start, and check what only its classes and shards show."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.common.errors import printable, require
+from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.sampling import quotas
 from data_pipeline.sources.catalog import Catalog
@@ -21,6 +22,22 @@ def refuse_single_class(train: Catalog) -> None:
         f"data.path: {train.root} has images of one class only, {', '.join(there)}, and nothing to tell it from; give the "
         "folder above it, or add another class",
     )
+
+
+def check_shards(catalog: Catalog, window: int) -> None:
+    """Raise `UserError` where there are no shards to shuffle; warn where `window` of them lack classes that others have."""
+    require(
+        len(catalog.shards) > 0,
+        f"data.shuffle_shards: {catalog.root} has no shards; leave it out, or pack the images first",
+    )
+    classes = len(np.unique(catalog.labels))
+    pairs = np.unique(np.stack([catalog.spans[:, 0], catalog.labels]), axis=1)
+    most = window * pairs.shape[1] // len(np.unique(pairs[0]))
+    if most < classes:
+        warn_on_rank0(
+            f"data.shuffle_shards: {window} shards of {printable(str(catalog.root))} hold some {most} of {classes} classes, so "
+            "that batches are one-sided; raise it, or pack the images with --shuffle"
+        )
 
 
 def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:

@@ -182,22 +182,6 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     return _without(catalog, quarantined(cfg, catalog.root))
 
 
-def check_shards(catalog: Catalog, window: int) -> None:
-    """Raise `UserError` where there are no shards to shuffle; warn where `window` of them lack classes that others have."""
-    require(
-        len(catalog.shards) > 0,
-        f"data.shuffle_shards: {catalog.root} has no shards; leave it out, or pack the images first",
-    )
-    classes = len(np.unique(catalog.labels))
-    pairs = np.unique(np.stack([catalog.spans[:, 0], catalog.labels]), axis=1)
-    most = window * pairs.shape[1] // len(np.unique(pairs[0]))
-    if most < classes:
-        warn_on_rank0(
-            f"data.shuffle_shards: {window} shards of {printable(str(catalog.root))} hold some {most} of {classes} classes, so "
-            "that batches are one-sided; raise it, or pack the images with --shuffle"
-        )
-
-
 def open_images(cfg: DataConfig) -> Catalog:
     """List the images below the folder `data.path` by their paths, or those that a table there names, in its order.
 

@@ -23,8 +23,9 @@ from data_pipeline.common.atomic_io import read_bytes
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack, store
-from data_pipeline.sources.catalog import Catalog, check_shards, open_catalog
+from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.pack_format import Index, Pack, key, shard_name
+from data_pipeline.summary import check_shards
 from tests.conftest import ROOT, alpha, encode, picture
 from tests.support import warm
 from tests.support.runs import descendants, environment, state_of, tree
