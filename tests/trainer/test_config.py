@@ -153,14 +153,11 @@ FROM_WEIGHTS = "go on from its weights as a run of its own"
 @pytest.mark.parametrize(
     ("changed", "ways", "place"),
     [
-        (["run.epochs=9"], ["train it on"], ["run.name=a b"]),
         (["run.epochs=9"], ["train it on"], ["run.extend_to=6", "run.extend_lr=0.01"]),
         (["run.epochs=2"], [], ["run.extend_to=6", "run.extend_lr=0.01"]),
         (["run.seed=3"], [], ["run.dir=it's 1"]),
-        (["data.augment.flip=0.0", "optim.lr=0.5"], [FROM_WEIGHTS], ["run.name=a b"]),
-        (["optim.betas=[0.5, 0.5]"], [FROM_WEIGHTS], ["run.dir=it's 1"]),
-        (["model.freeze_until=1"], [FROM_WEIGHTS], ["run.extend_to=6"]),
-        (["model.weights=other's.pth", "optim.lr=0.5"], [], ["run.name=a b"]),
+        (["data.augment.flip=0.0", "optim.betas=[0.5, 0.5]"], [FROM_WEIGHTS], ["run.dir=it's 1"]),
+        (["model.freeze_until=1"], [FROM_WEIGHTS], ["run.name=a b", "model.weights=w.pth"]),
     ],
 )
 def test_a_difference_names_commands_that_work(
@@ -168,7 +165,7 @@ def test_a_difference_names_commands_that_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("trainer.config._preprocessing", lambda weights: {})  # the files are not there
-    before = load(["--run.keep=5", "--data.batch=48", "--model.weights=w.pth", *(f"--{option}" for option in place)])
+    before = load(["--run.keep=5", "--data.batch=48", *(f"--{option}" for option in place)])
     run = before.folder
     (run / "checkpoints/last").mkdir(parents=True)
     run.with_name(f"{run.name}-2").mkdir()
