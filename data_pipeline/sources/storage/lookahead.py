@@ -10,21 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.sources.storage.block_cache import BLOCK
-from data_pipeline.sources.storage.objects import THREADS, Objects
+from data_pipeline.sources.storage.objects import Objects
 
+_AT_A_TIME = 8
+"""Requests under way: those of one time share the line, so that more of them would let the first ones come later."""
 _SHARE = 0.25  # of the cache: most that lies there ahead of its use
 _GLANCES = 1024  # blocks looked up at a time: the batches wait meanwhile
 
 
 class Lookahead:
-    """Keeps `THREADS` requests under way for blocks that samples still to come need first."""
+    """Keeps requests under way for the blocks that samples still to come need first."""
 
     def __init__(self, objects: Objects, spans: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Begin with the first block of samples with these spans [N, 3], used at these ascending positions [N]."""
         assert objects.cache
         self._objects = objects
         self._blocks, self._first_uses = _by_first_use(spans, positions)
-        self._most = max(int(_SHARE * objects.cache.most_bytes / BLOCK), THREADS)
+        self._most = max(int(_SHARE * objects.cache.most_bytes / BLOCK), _AT_A_TIME)
         self._lock = RLock()  # a request may end before it is known here
         self._next = self._limit = self._under_way = 0
         self.reach(0)
@@ -38,7 +40,7 @@ class Lookahead:
 
     def _advance(self) -> None:
         for _ in range(_GLANCES):
-            if self._under_way == THREADS or self._next == self._limit or self._objects.failed:
+            if self._under_way == _AT_A_TIME or self._next == self._limit or self._objects.failed:
                 return
             number, block = self._blocks[self._next].tolist()
             self._next += 1
