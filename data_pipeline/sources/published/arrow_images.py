@@ -21,7 +21,7 @@ def arrow_rows(file: Path, columns: Column) -> Rows:
     """Read the rows of a file from its map in memory. Raises OSError, ValueError, or pyarrow's ArrowException."""
     from pyarrow import compute  # type: ignore[import-untyped]
 
-    rows = Rows([], [], [], form="")
+    rows = Rows([], [], [], form="", groups=[])
     with _mapped(file) as source:
         whole = source.read_buffer(source.size())
         source.seek(0)
@@ -32,6 +32,7 @@ def arrow_rows(file: Path, columns: Column) -> Rows:
             paths = compute.struct_field(column, "path").to_pylist() if columns.is_struct else [None] * len(column)
             rows.names.extend(os.path.basename(path or "") for path in paths)
             rows.labels.extend(batch.column(columns.label).to_pylist())
+            rows.groups.extend(batch.column(columns.group).to_pylist() if columns.group else [])
     return rows
 
 

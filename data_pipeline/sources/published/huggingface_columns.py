@@ -87,8 +87,14 @@ def _columns(schema: Any, file: Path, cfg: DataConfig) -> Table:
         f"data.label_column: {label} of {file} is of the type {kind}, where one class for an image is read; name another column, "
         "or write a table of the classes",
     )
+    group = "" if cfg.group is None else cfg.group
+    require(
+        not group or group in schema.names,
+        f"data.group: {file} has the columns {few(schema.names, 20)}, and images in a table lie in no folders; name the one "
+        "with the groups",
+    )
     names = features[str(label)].get("names") if label in numbered else None
-    return Table(Column(str(image), images[str(image)], str(label)), _distinct(names) if names else None)
+    return Table(Column(str(image), images[str(image)], str(label), group), _distinct(names) if names else None)
 
 
 def _only(names: list[str]) -> str | None:

@@ -49,13 +49,13 @@ def huggingface_tables(root: Path, cfg: DataConfig, split: str, classes: list[st
     table = table_of(folder, names, cfg)
     files = _divided(root, names)
     used = files.val if split == "val" and files.val else files.train
-    listing = _listing(folder, used, table, classes)
+    listing, groups = _listing(folder, used, table, classes)
     if classes is None and split == "val" and files.val and table.names is None:
-        listing = _listing(folder, used, table, _listing(folder, files.train, table, None).classes)
+        listing, groups = _listing(folder, used, table, _listing(folder, files.train, table, None)[0].classes)
     watched = [folder, *(folder / name for name in names)]
     taken = replace(listing.taken, val_from=files.val_from, notes=[*files.notes, *listing.taken.notes])
     listing = replace(listing, watched=watched, taken=taken)
-    return divided(listing, cfg, split)
+    return divided(listing, cfg, split, groups)
 
 
 def holds_images(file: Path) -> bool:
@@ -134,7 +134,10 @@ def _missing(names: list[str]) -> list[str]:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | None) -> Listing:
+def _listing(
+    folder: Path, files: list[str], table: Table, classes: list[str] | None
+) -> tuple[Listing, list[str] | None]:
+    """List the rows that have an image and a class; and the group of each, if there is a column of them."""
     read = [guarded(folder / name, lambda file: _rows(file, table.columns)) for name in files]
     labels = [_class_of(label, table.names) for rows in read for label in rows.labels]
     places = [(number, *image) for number, rows in enumerate(read) for image in rows.images]
@@ -144,6 +147,13 @@ def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | 
         for row, name in enumerate(rows.names)
     ]
     kept = [row for row, label in enumerate(labels) if label is not None and places[row][2] >= 0]
+    groups = [group for rows in read for group in rows.groups]
+    if table.columns.group:
+        bare = next((names[row] for row in kept if groups[row] in (None, "")), None)
+        require(
+            bare is None,
+            f"data.group: {folder}/{bare} has no {table.columns.group}; fill it in, or name another column",
+        )
     require(
         len(kept) > 0,
         f"data.path: no row of {folder / files[0]} has both an image's bytes and a class; images by their paths alone are read "
@@ -167,7 +177,7 @@ def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | 
             "once: python -m data_pipeline.pack"
         )
     kind = "Arrow" if files[0].endswith(".arrow") else "Parquet"
-    return Listing(
+    listing = Listing(
         folder,
         [names[row] for row in kept],
         [numbers[str(labels[row])] for row in kept],
@@ -181,6 +191,7 @@ def _listing(folder: Path, files: list[str], table: Table, classes: list[str] | 
         ),
         forms=[rows.form for rows in read],
     )
+    return listing, [str(groups[row]) for row in kept] if groups else None
 
 
 def _rows(file: Path, columns: Column) -> Rows:

@@ -37,15 +37,19 @@ class Rows(NamedTuple):
     """File name that each image had; "" where that is unknown."""
     labels: list[Any]
     form: str
+    groups: list[Any]
+    """Group of each row; empty where none are asked for."""
 
 
 class Column(NamedTuple):
-    """Columns of the images and of their labels."""
+    """Columns of the images, of their labels, and of their groups."""
 
     image: str
     is_struct: bool
     """True for a structure of bytes and path, as Hugging Face's libraries have it."""
     label: str
+    group: str = ""
+    """Empty where images are not grouped."""
 
     @property
     def data(self) -> str:
@@ -60,12 +64,13 @@ def parquet_schema(file: Path) -> Any:
 
 def parquet_rows(file: Path, columns: Column) -> Rows:
     """Read the rows of a file, one row group at a time. Raises OSError, `UserError`, or pyarrow's ArrowException."""
-    wanted = [columns.data, *([f"{columns.image}.path"] if columns.is_struct else []), columns.label]
+    wanted = [columns.data, *([f"{columns.image}.path"] if columns.is_struct else [])]
+    wanted += [name for name in (columns.label, columns.group) if name]
     source = _opened(str(file), os.stat(file).st_mtime_ns)
-    groups = [source.metadata.row_group(group).total_byte_size for group in range(source.num_row_groups)]
+    sizes = [source.metadata.row_group(group).total_byte_size for group in range(source.num_row_groups)]
     require(
-        max(groups, default=0) <= _LARGEST_GROUP,
-        f"data.path: {file} has a row group of {max(groups, default=0) / 1e9:.1f} GB, which would be read at once; write it in "
+        max(sizes, default=0) <= _LARGEST_GROUP,
+        f"data.path: {file} has a row group of {max(sizes, default=0) / 1e9:.1f} GB, which would be read at once; write it in "
         "smaller ones, as by pyarrow.parquet.write_table(…, row_group_size=100)",
     )
     images: list[tuple[int, int]] = []
@@ -73,6 +78,7 @@ def parquet_rows(file: Path, columns: Column) -> Rows:
     form: str | None = None
     names: list[str] = []
     labels: list[Any] = []
+    groups: list[Any] = []
     for group in range(source.num_row_groups):
         table = source.read_row_group(group, wanted, use_threads=False)
         data, paths = _parts(table.column(columns.image), columns)
@@ -83,8 +89,9 @@ def parquet_rows(file: Path, columns: Column) -> Rows:
             places += found
         names += paths
         labels += table.column(columns.label).to_pylist()
+        groups += table.column(columns.group).to_pylist() if columns.group else []
     form = form or ""
-    return Rows(images if form.startswith(ROWS) else places, names, labels, form)
+    return Rows(images if form.startswith(ROWS) else places, names, labels, form, groups)
 
 
 def _parts(column: Any, columns: Column) -> tuple[list[bytes | None], list[str]]:

@@ -386,6 +386,23 @@ def table(file: Path, rows: int = 8, metadata: bytes | None = None, **columns: o
     return file
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_of_groups_keeps_rows_together(kind: str, tmp_path: Path) -> None:
+    patients = [f"patient {row // 4}" for row in range(48)]
+    label = [row // 4 % 2 for row in range(48)]
+    file = table(tmp_path / "set.parquet", 48, label=label, patient=patients, empty=[None] * 48)
+    if kind == "arrow":
+        made, file = parquet.read_table(file), tmp_path / "set.arrow"
+        with pyarrow.ipc.new_stream(str(file), made.schema) as stream:
+            stream.write_table(made)
+    train, val = both(file, group="patient", val_share=0.3)  # type: ignore[arg-type]
+    ids = [{patients[int(path.split("/")[1])] for path in catalog.paths} for catalog in (train, val)]
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 12 and len(train) + len(val) == 48
+    assert "12 groups by patient undivided" in said(file, group="patient")
+    assert "name the one with the groups" in complaint(file, group="doctor")
+    assert "/0/0.jpg has no empty; fill it in" in complaint(file, group="empty")
+
+
 def test_files_are_divided_by_their_names_or_folders(tmp_path: Path) -> None:
     for root, names in {
         "a": (
