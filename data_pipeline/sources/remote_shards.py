@@ -4,14 +4,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from data_pipeline.common.address import Address
-from data_pipeline.common.errors import require
+from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import Listing
+from data_pipeline.sources.listing import Listing, is_image
 from data_pipeline.sources.splits import find_splits
 from data_pipeline.sources.storage.objects import open_objects
 from data_pipeline.sources.storage.store import list_below, stat
 from data_pipeline.sources.webdataset import divided_by_name, is_shard, tar_shards
+
+_ON_DISK = (".zip", ".parquet", ".arrow", ".csv")
+"""Ends of the names of data sets and tables that are read on this machine's disk alone."""
 
 
 def unfinished(pack: Address) -> Address:
@@ -42,7 +45,9 @@ def find_shards(root: Address, split: str) -> RemoteShards:
         f"data.path: {root} has no manifest.json, so it is no pack, and a web server does not list its files; give a pack's "
         "address, or shards at an s3:// or gs:// address",
     )
-    stats = {name: version for name, version in list_below(root) if is_shard(name)}
+    there = dict(list_below(root))
+    stats = {name: version for name, version in there.items() if is_shard(name)}
+    refuse_others(root, list(there))
     require(
         len(stats) > 0,
         f"data.path: {root} holds neither a pack nor .tar shards; pack the images: python -m data_pipeline.pack SRC {root}",
@@ -64,6 +69,26 @@ def find_shards(root: Address, split: str) -> RemoteShards:
         base, layout, val_from, notes = root, "", parts.val_from, parts.notes
     versions = [stats[str(base / name).removeprefix(f"{root}/")] for name in names]
     return RemoteShards(base, names, [(version.size, version.etag) for version in versions], layout, val_from, notes)
+
+
+def refuse_others(root: Address, names: list[str]) -> None:
+    """Raise `UserError` for what is read on a disk alone: a single object, data sets as published, tables, bare images."""
+    if not names and root.key and stat(root):
+        require(
+            not is_shard(root.name),
+            f"data.path: {root} is one tar; give the address of the folder that it lies in, {root.parent}",
+        )
+        names, root = [root.name], root.parent
+    imagenet = [name for name in names if name.rpartition("/")[2].startswith("ILSVRC2012_")]
+    others = [name for name in names if name.lower().endswith(_ON_DISK) or is_image(name)]
+    found = imagenet if imagenet or any(map(is_shard, names)) else others
+    if found:
+        more = " and others" * (len(found) > 1)
+        raise UserError(
+            f"data.path: {root / found[0]}{more} cannot be read from a distance, where only packs and tar shards are; copy the "
+            "data set to this machine and train there, or pack the copy once: python -m data_pipeline.pack COPY "
+            f"{root.scheme}://BUCKET/PACK"
+        )
 
 
 def remote_shards(found: RemoteShards, cfg: DataConfig, split: str, classes: list[str] | None) -> Listing:

@@ -19,6 +19,7 @@ from data_pipeline.sources.catalog import Catalog, open_catalog
 from data_pipeline.sources.storage import block_cache, lookahead, objects, store
 from data_pipeline.sources.storage.block_cache import BlockCache
 from data_pipeline.sources.storage.credentials import s3_options
+from data_pipeline.verify.cli import verify
 from tests.conftest import KINDS, picture
 from tests.support import object_stores
 from tests.support.object_stores import SECRET
@@ -154,6 +155,49 @@ def test_refused_credentials_and_wrong_addresses_are_told(server: RangeServer) -
 
 
 @pytest.mark.parametrize(
+    ("names", "path", "told"),
+    [
+        (
+            ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"],
+            "",
+            "FOLDER/ILSVRC2012_img_train.tar and others cannot",
+        ),
+        (
+            ["set.zip"],
+            "/set.zip",
+            "FOLDER/set.zip cannot be read from a distance, where only packs and tar shards are;",
+        ),
+        (["data/train-00000-of-00001.parquet"], "", "FOLDER/data/train-00000-of-00001.parquet cannot"),
+        (["train/cat/1.jpg", "train.csv"], "", "FOLDER/train.csv and others cannot be read from a distance"),
+        (
+            ["train-0.tar"],
+            "/train-0.tar",
+            "FOLDER/train-0.tar is one tar; give the address of the folder that it lies in, FOLD",
+        ),
+    ],
+)
+def test_what_is_read_on_a_disk_alone_is_told(
+    names: list[str], path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names:
+        (tmp_path / "b/set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "b/set" / name).write_bytes(b"of any kind")
+    with object_stores.faulty(tmp_path):
+        line = complaint(lambda: open_catalog(DataConfig(f"s3://b/set{path}"), "train"))
+    assert line.startswith(f"data.path: {told.replace('FOLDER', 's3://b/set').replace('FOLD', 's3')}")
+    assert "ILSVRC" not in line or line.endswith(
+        "pack the copy once: python -m data_pipeline.pack COPY s3://BUCKET/PACK"
+    )
+
+
+def test_a_pack_at_an_address_is_verified_as_a_copy(server: RangeServer) -> None:
+    line = complaint(lambda: verify(DataConfig("s3://b/pack")))
+    assert line.startswith("PATH: s3://b/pack is in an object store") and line.endswith(
+        "copy it here, and give the copy"
+    )
+
+
+@pytest.mark.parametrize(
     "path", [f"https://me:{SECRET}@host/x", f"https://host/x?X-Amz-Signature={SECRET}", "s3://", "s3://b/../c"]
 )
 def test_an_address_with_a_secret_or_nowhere_is_refused(path: str) -> None:
@@ -204,8 +248,7 @@ def first_uses(catalog: Catalog, order: list[int]) -> list[tuple[str, int]]:
 def test_blocks_are_fetched_ahead_in_the_order_of_their_first_use(
     server: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "THREADS", 1)
-    monkeypatch.setattr(lookahead, "THREADS", 1)
+    monkeypatch.setattr(lookahead, "_AT_A_TIME", 1)
     catalog = open_catalog(DataConfig("s3://b/pack", cache_gb=13 * 8192 / 0.25 / 1e9), "train")
     order = np.random.default_rng(0).permutation(IMAGES)
     server.seen.clear()
