@@ -18,7 +18,7 @@ def main() -> None:
         # Import now what takes seconds: a mistake in the options is reported before.
         from trainer.loop import fit
         from trainer.resilience.signals import StopFlag
-        from trainer.setup import join_run
+        from trainer.setup.start import join_run
 
         with keep_printing(), StopFlag() as stop, join_run(cfg) as ctx:
             fit(cfg, ctx, stop, started=starting.close)

@@ -20,7 +20,7 @@ from trainer.loop import fit
 from trainer.predict.cli import View, predict_all
 from trainer.resilience.signals import StopFlag
 from trainer.scoring import Trained, open_trained
-from trainer.setup import join_run
+from trainer.setup.start import join_run
 
 ImageLike = str | Path | NDArray[np.uint8]
 """A JPEG, PNG, WebP or BMP file, or RGB pixels [H, W, 3] uint8."""

@@ -19,7 +19,9 @@ from trainer.resilience.signals import AFTER_SIGNAL, StopFlag
 from trainer.resilience.wandb_agent import Agent, trial_of
 from trainer.resilience.watchdog import heartbeat
 from trainer.session import Session
-from trainer.setup import nothing_left, open_session, out_of_patience, start_run, step_back
+from trainer.setup.opening import open_session
+from trainer.setup.start import nothing_left, out_of_patience, start_run
+from trainer.setup.step_back import step_back
 
 
 class Outcome(Enum):

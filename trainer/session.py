@@ -35,7 +35,7 @@ from trainer.tracking.tracker import Tracker
 
 @dataclass
 class Session:
-    """Parts of a run while it trains (see `setup.open_session`). Every rank must call each method in the same way."""
+    """Parts of a run while it trains (see `setup.opening.open_session`). Every rank must call each method in the same way."""
 
     cfg: Config
     ctx: DistContext

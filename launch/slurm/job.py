@@ -113,7 +113,7 @@ def train_rank(submission: Submission) -> None:
 
         from trainer.config import load_run
         from trainer.loop import fit
-        from trainer.setup import join_run
+        from trainer.setup.start import join_run
 
         try:
             cfg = load_run(Path(submission.job.run), [])

@@ -127,6 +127,6 @@ def test_a_second_signal_while_it_saves(base: Path, tmp_path: Path) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with pytest.MonkeyPatch.context() as replaced:
-        replaced.setattr("trainer.setup.Store", SlowStore)
+        replaced.setattr("trainer.setup.start.Store", SlowStore)
         sys.argv[0] = "trainer"
         run_command(training.main)

@@ -32,7 +32,7 @@ from trainer.engine.config import Compression
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
 from trainer.plan.cli import Cluster, predict
 from trainer.plan.measurements import Bucket, Parts, Step, measure_step, synthetic
-from trainer.setup import build_engine
+from trainer.setup.parts import build_engine
 
 CLASSES, STEPS = 10, 3
 PAYLOAD = 1448 / 1514  # of an Ethernet frame, the TCP data

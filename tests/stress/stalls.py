@@ -34,7 +34,7 @@ from trainer.config import Config, load
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine
 from trainer.resilience.sanity_checks import find_nonfinite
-from trainer.setup import build_engine
+from trainer.setup.parts import build_engine
 
 INTERVAL_S, SHARE = 30.0, 0.01
 SAVES, QUIET = 5, 10

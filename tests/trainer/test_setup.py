@@ -18,7 +18,7 @@ from trainer.engine.ddp import DdpEngine
 from trainer.loop import fit
 from trainer.optim.optimizer import lr_at
 from trainer.resilience.signals import StopFlag
-from trainer.setup import loaded
+from trainer.setup.parts import loaded
 
 
 @pytest.fixture(scope="session")

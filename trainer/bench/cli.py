@@ -46,7 +46,7 @@ from trainer.engine.precision import resolve_precision
 from trainer.model.config import is_timm
 from trainer.model.flops import flops_per_image
 from trainer.plan.allreduce_model import all_reduce_seconds
-from trainer.setup import build_engine, training_loader
+from trainer.setup.parts import build_engine, training_loader
 from trainer.tracking.profiler import Trace
 
 STEPS, SKIPPED = 8, 4  # optimizer steps of a turn that count; optimizer steps before those

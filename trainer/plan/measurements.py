@@ -26,7 +26,7 @@ from trainer.engine.config import Compression
 from trainer.engine.gradient_compression import POWERSGD_RANK
 from trainer.engine.precision import resolve_precision
 from trainer.plan.allreduce_model import Link, host_seconds_per_byte, measure_link
-from trainer.setup import build_engine
+from trainer.setup.parts import build_engine
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
 ROUNDS, STEPS = 7, 4  # turns, and optimizer steps or batches in each

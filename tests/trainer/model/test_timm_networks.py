@@ -36,7 +36,7 @@ from trainer.model.timm_networks import MODULES
 from trainer.optim.config import OptimConfig
 from trainer.resilience.signals import StopFlag
 from trainer.scoring import open_trained
-from trainer.setup import network_layers
+from trainer.setup.parts import network_layers
 
 SMALL = "timm:test_resnet"
 CLASSES = 7

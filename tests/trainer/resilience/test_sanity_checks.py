@@ -163,7 +163,7 @@ class Flipping(DdpEngine):
 def trained(base: Path, run: Path, engine: type[DdpEngine] = DdpEngine, **options: str) -> Progress:
     cfg = load(dotted(settings_of(base, run) | {name.replace("__", "."): value for name, value in options.items()}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.setup.DdpEngine", engine)
+        patch.setattr("trainer.setup.parts.DdpEngine", engine)
         return fit(cfg, SOLO, StopFlag())
 
 
@@ -261,5 +261,5 @@ def test_ranks_that_come_apart(base: Path, tmp_path: Path) -> None:
 if __name__ == "__main__":
     engine = {name: kind for name, kind in globals().items() if isinstance(kind, type) and issubclass(kind, DdpEngine)}
     with pytest.MonkeyPatch.context() as replaced:
-        replaced.setattr("trainer.setup.DdpEngine", engine[sys.argv.pop(1)])
+        replaced.setattr("trainer.setup.parts.DdpEngine", engine[sys.argv.pop(1)])
         run_command(training.main)

@@ -1,0 +1,1 @@
+"""Build a run, or resume the one that is there."""
