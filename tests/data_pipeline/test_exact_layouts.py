@@ -161,6 +161,20 @@ def test_a_balanced_order_minds_neither_ranks_nor_a_stop(uneven: Path, balance: 
             assert equal(epoch_of(cfg, world, seen=seen, count=UNEVEN), [column[seen:] for column in whole]), world
 
 
+def test_a_balanced_order_by_shards_minds_neither_ranks_nor_a_stop(uneven: Path, tmp_path: Path) -> None:
+    pack(DataConfig(str(uneven)), tmp_path / "pack", PackConfig(shard_size="3", shuffle=True), workers=1)
+    mixed = replace(with_options(DataConfig(str(tmp_path / "pack")), {}), balance="uniform")
+    cfg = replace(mixed, shuffle_shards=2)
+    whole = epoch_of(cfg, 1, count=UNEVEN)
+    assert sorted(whole[2].tolist()) == sorted(epoch_of(mixed, 1, count=UNEVEN)[2].tolist())
+    shards = (whole[2] // 3).tolist()  # of three images each, two of them at a time
+    in_first = [shard in list(dict.fromkeys(shards))[:2] for shard in shards]
+    assert in_first == sorted(in_first, reverse=True) and not all(in_first)
+    for world in (2, 4):
+        for seen in (0, BATCH):
+            assert equal(epoch_of(cfg, world, seen=seen, count=UNEVEN), [column[seen:] for column in whole]), world
+
+
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_published_layouts_are_their_class_folders(layout: str, folders: Path, tmp_path: Path) -> None:
     ours = with_options(DataConfig(str(PUBLISHED[layout](folders, tmp_path / "published"))), {})
