@@ -5,8 +5,9 @@ as many threads or processes as there are processors. Each runs in a process of 
 round; outside its turn a loader is stopped, with its children. So no loader works ahead in another's time, and a
 machine that slows down slows them all. A loader's CPU time is that of its process and its children. There are as many
 rounds as fit into --minutes. If the benchmark is broken off, it reports and keeps its measurements so far.
-With --sources the contestants are our own loader, on the same images in each layout, and behind an S3 server on loopback;
-a turn of the cold one is an epoch from an empty cache on.
+With --sources the contestants are our own loader, on the same images in each layout, and behind two S3 servers on loopback,
+one of them as slow as a distant one, where others' loaders read the same images. A turn of a cold one is an epoch from the
+making of the loader and an empty cache on; a turn of reading blocks alone is an epoch too.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ import pandas as pd
 import torch
 
 from data_pipeline.bench.budget import MINUTES, reported, rounds_within
-from data_pipeline.bench.object_store import images_of_pack, serving_in_background
+from data_pipeline.bench.object_store import REMOTE, serving_in_background
 from data_pipeline.bench.peers import CONTESTANTS, OURS, Contestant, Task, copy_sample
 from data_pipeline.bench.sources import SOURCES, write_sources
 from data_pipeline.common.atomic_io import replace_file
@@ -137,11 +138,12 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def _cpu_s(pid: int) -> float:
-    """CPU time of all threads of a process, ended ones included."""
+    """CPU time of all threads of a process and of the children that it has waited for, ended ones included."""
     with suppress(OSError):
-        return time.clock_gettime(
-            ~pid << 3 | 2
-        )  # the number of its clock, computed as clock_getcpuclockid(3) does on Linux
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children_s = (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")  # cutime and cstime of proc(5)
+        # The number of a process's clock, computed as clock_getcpuclockid(3) does on Linux.
+        return time.clock_gettime(~pid << 3 | 2) + children_s
     return 0.0
 
 
@@ -167,21 +169,22 @@ def measure(
     deadline_s = time.monotonic() + 60 * minutes
     with progress("preparing"), TemporaryDirectory(prefix="sluice-bench-") as folder, ExitStack() as prepared:
         copy_sample(cfg, Path(folder, "folders") if sources else Path(folder), sample)
-        store_url = ""
+        stores = {}
         if sources:
             write_sources(Path(folder))
-            store_url = prepared.enter_context(serving_in_background(Path(folder)))
-        names = _installed(SOURCES if sources else CONTESTANTS)
+            stores = {
+                server.name: prepared.enter_context(serving_in_background(Path(folder), server)) for server in REMOTE
+            }
+        contestants = SOURCES if sources else CONTESTANTS
+        names = _installed(contestants)
         # Sizes share the time evenly; within a size the contestants take turns.
         for place, size_px in enumerate(sizes_px):
             now_s = time.monotonic()
             end_s = now_s + (deadline_s - now_s) / (
                 len(sizes_px) - place
             )  # time that one size leaves is for the others
-            task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)), store_url)
-            turns = dict.fromkeys(names, images)
-            if sources:
-                turns |= {name: images_of_pack(Path(folder)) for name in names if SOURCES[name].whole_epochs}
+            task = Task(Path(folder), size_px, len(os.sched_getaffinity(0)), stores)
+            turns = {name: 1 if contestants[name].whole_epochs else images for name in names}
             with ExitStack() as stack:
                 runners = _start(names, task, stack)
                 for runner in runners:

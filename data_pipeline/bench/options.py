@@ -21,7 +21,8 @@ def parse(arguments: list[str]) -> Any:
     parser.add_argument(
         "--sources",
         action="store_true",
-        help="Compare our own loader on the same images in class folders, a pack, tars, zip files and Parquet.",
+        help="Compare our own loader on the same images in class folders, a pack, tars, zip files, Parquet and object stores, "
+        "beside others' that are installed.",
     )
     parser.add_argument("--out", help="A folder for bench.csv and bench.png; nothing is written if not given.")
     args = cli.parse(parser, arguments)

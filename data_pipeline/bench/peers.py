@@ -3,7 +3,7 @@
 import importlib.util
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,19 +16,22 @@ from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file  # type: ignore[import-untyped]
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
+from data_pipeline import sampling
 from data_pipeline.common.errors import require
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.dali import graph
 from data_pipeline.loader import Cursor, Loader
 from data_pipeline.sharding import RankInfo
 from data_pipeline.sources.catalog import open_catalog
+from data_pipeline.sources.image_headers import inspect
 
 BATCH = 64
 OURS, PLAIN, LIMIT = "sluice", "sluice, plain DALI", "decode only"
+SPDL = "SPDL"
 _SHARDS = 16
-_AUGMENT = AugmentConfig()
-_AREA = (_AUGMENT.min_area, _AUGMENT.max_area)
-_RATIO = (1 / _AUGMENT.max_ratio, _AUGMENT.max_ratio)
+AUGMENT = AugmentConfig()
+_AREA = (AUGMENT.min_area, AUGMENT.max_area)
+_RATIO = (1 / AUGMENT.max_ratio, AUGMENT.max_ratio)
 
 
 T = TypeVar("T")
@@ -41,8 +44,8 @@ class Task(NamedTuple):
     """Folder with train/CLASS/NUMBER.jpg, and the same images in shard-NUMBER.tar files."""
     size_px: int
     workers: int
-    store_url: str = ""
-    """Object store that serves `folder` as a bucket, for the contestants that read from one."""
+    stores: Mapping[str, str] | None = None
+    """Name -> address of the object stores that serve `folder` as a bucket, for the contestants that read from one."""
 
 
 Delivery = Iterator[int]
@@ -55,7 +58,7 @@ def _sluice(task: Task) -> Delivery:
 
 def ours(task: Task, path: Path | str, cache_gb: float = 50) -> Delivery:
     """Deliver the images in any of the layouts, or from an address."""
-    cfg = config(task, path, cache_gb)
+    cfg = config(task, path, cache_gb=cache_gb)
     loader = Loader(cfg, open_catalog(cfg, "train"), RankInfo(cores=task.workers), training=True, epochs=1 << 30)
     for epoch in range(1 << 30):
         loader.seek(Cursor(epoch))
@@ -63,15 +66,16 @@ def ours(task: Task, path: Path | str, cache_gb: float = 50) -> Delivery:
             yield batch.num_real
 
 
-def config(task: Task, path: Path | str, cache_gb: float = 50) -> DataConfig:
+def config(task: Task, path: Path | str, *, cache_gb: float = 50, shuffle_shards: int = 0) -> DataConfig:
     """Options of our loader for images in a folder or at an address."""
     return DataConfig(
         path=str(path),
         cache_gb=cache_gb,
+        shuffle_shards=shuffle_shards,
         batch=BATCH,
         size_px=task.size_px,
         threads=task.workers,
-        augment=_AUGMENT,
+        augment=AUGMENT,
     )
 
 
@@ -81,12 +85,12 @@ def _plain_dali(task: Task) -> Delivery:
 
 
 def _torchvision_pil(task: Task) -> Delivery:
-    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip), v2.PILToTensor()])
+    transform = v2.Compose([crop(task), v2.RandomHorizontalFlip(AUGMENT.flip), v2.PILToTensor()])
     return _torch_loader(ImageFolder(task.folder / "train", transform), task)
 
 
 def _torchvision_decode_jpeg(task: Task) -> Delivery:
-    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip)])
+    transform = v2.Compose([crop(task), v2.RandomHorizontalFlip(AUGMENT.flip)])
     return _torch_loader(ImageFolder(task.folder / "train", transform, loader=_decode_file), task)
 
 
@@ -104,12 +108,44 @@ def _torch_loader(dataset: ImageFolder, task: Task) -> Delivery:
 def _webdataset(task: Task) -> Delivery:
     from webdataset import WebDataset, WebLoader
 
-    transform = v2.Compose([_crop(task), v2.RandomHorizontalFlip(_AUGMENT.flip), v2.PILToTensor()])
+    transform = v2.Compose([crop(task), v2.RandomHorizontalFlip(AUGMENT.flip), v2.PILToTensor()])
     shards = sorted(str(path) for path in task.folder.glob("*.tar"))
     dataset = WebDataset(shards, resampled=True, shardshuffle=False).shuffle(256).decode("pil").to_tuple("jpg", "cls")
     batches = WebLoader(dataset.map_tuple(transform, int).batched(BATCH), batch_size=None, num_workers=task.workers)
     for images, _ in batches:
         yield len(images)
+
+
+def _spdl(task: Task) -> Delivery:
+    """Decode, crop and resize by FFmpeg's filters in threads, as SPDL does."""
+    from spdl import io as spdl_io
+    from spdl.pipeline import PipelineBuilder
+
+    files = sorted((task.folder / "train").rglob("*.jpg"))
+    rng = np.random.default_rng(0)
+
+    def endless() -> Iterator[Path]:
+        while True:
+            yield from (files[at] for at in rng.permutation(len(files)))
+
+    def decoded(file: Path) -> object:
+        data = file.read_bytes()
+        size = inspect(data)
+        draws = np.random.default_rng().random((1, 32))
+        top, left, bottom, right = (
+            sampling.training_geometry(draws, np.array([size], np.int32), AUGMENT).roi[0].tolist()
+        )
+        window = f"crop={abs(right - left):.0f}:{bottom - top:.0f}:{min(left, right):.0f}:{top:.0f}"
+        scale = f"scale={task.size_px}:{task.size_px}:flags=bilinear,format=pix_fmts=rgb24"
+        packets = spdl_io.demux_image(data)
+        return spdl_io.decode_packets(packets, filter_desc=f"{window},{'hflip,' * (left > right)}{scale}")
+
+    decoded(files[0])  # where FFmpeg is missing this fails; the pipeline would only log it, for ever
+    builder = PipelineBuilder().add_source(endless()).pipe(decoded, concurrency=task.workers).aggregate(BATCH)
+    pipeline = builder.pipe(spdl_io.convert_frames).add_sink(2).build(num_threads=task.workers)
+    with pipeline.auto_stop():
+        for batch in pipeline:
+            yield len(spdl_io.to_torch(batch))
 
 
 def _ffcv(task: Task) -> Delivery:
@@ -130,7 +166,7 @@ def _ffcv(task: Task) -> Delivery:
         num_workers=task.workers,
         order=OrderOption.RANDOM,
         pipelines={
-            "image": [crop, RandomHorizontalFlip(_AUGMENT.flip), ToTensor()],
+            "image": [crop, RandomHorizontalFlip(AUGMENT.flip), ToTensor()],
             "label": [IntDecoder(), ToTensor()],
         },
     )
@@ -163,7 +199,7 @@ class Contestant(NamedTuple):
     needs: str = ""
     """Package that may be missing."""
     whole_epochs: bool = False
-    """True where a turn is an epoch, because its beginning differs from the rest."""
+    """True where each delivery is an epoch, because its beginning differs from the rest."""
 
 
 CONTESTANTS = {
@@ -172,12 +208,14 @@ CONTESTANTS = {
     "torchvision, PIL": Contestant(_torchvision_pil),
     "torchvision, decode_jpeg": Contestant(_torchvision_decode_jpeg),
     "webdataset": Contestant(_webdataset, "webdataset"),
+    SPDL: Contestant(_spdl, "spdl"),
     "FFCV": Contestant(_ffcv, "ffcv"),
     LIMIT: Contestant(_decode_only),
 }
 
 
-def _crop(task: Task) -> v2.Transform:
+def crop(task: Task) -> v2.Transform:
+    """Make torchvision's random resized crop, with the shares of ours."""
     return v2.RandomResizedCrop(task.size_px, _AREA, _RATIO, antialias=True)
 
 

@@ -1,15 +1,18 @@
-"""The contestants of `bench --sources`: our loader alone, on the same images in each of the places that it reads."""
+"""The contestants of `bench --sources`: our loader on the same images in each of the places that it reads, and others' there."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.bench.object_store import PACK, REMOTE
-from data_pipeline.bench.peers import Contestant, Delivery, Task, ours
+from data_pipeline.bench.object_store import PACK, REMOTE, SHARD
+from data_pipeline.bench.peers import CONTESTANTS, SPDL, Contestant, Delivery, Task, ours
 from data_pipeline.bench.source_writers import write_imagenet_tars, write_parquet, write_zip
+from data_pipeline.bench.streaming_peers import contestants, write_for_litdata, write_for_mosaicml
 from data_pipeline.common.worker_pool import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.pack.cli import PackConfig, pack
+from data_pipeline.sources.catalog import open_catalog
 
 
 class _Source(NamedTuple):
@@ -19,9 +22,10 @@ class _Source(NamedTuple):
     """Function that writes the class folders (first argument) there (second one); None where they are there already."""
 
 
+_MIXED = PackConfig(shard_size=f"{SHARD // 10**6}MB", shuffle=True)
 _SOURCES = {
     "class folders": _Source("folders"),
-    "pack": _Source(PACK, lambda folders, into: pack(DataConfig(str(folders)), into, PackConfig())),
+    "pack": _Source(PACK, lambda folders, into: pack(DataConfig(str(folders)), into, _MIXED)),
     "tar shards": _Source("as shards", lambda folders, into: _link_shards(folders, into)),
     "ImageNet's tars": _Source("as imagenet", write_imagenet_tars),
     "zip, stored": _Source("stored.zip", lambda folders, into: write_zip(folders, into, deflated=False)),
@@ -38,13 +42,27 @@ def write_sources(folder: Path) -> None:
             if source.write:
                 source.write(folder / "folders", folder / source.path)
             advance(1)
+    images = open_catalog(DataConfig(str(folder / PACK)), "train")
+    for package, write in (("streaming", write_for_mosaicml), ("litdata", write_for_litdata)):
+        if find_spec(package):
+            write(images, folder)
 
 
 def _reading(path: str) -> Callable[[Task], Delivery]:
     return lambda task: ours(task, task.folder / path)
 
 
-SOURCES = {name: Contestant(_reading(source.path)) for name, source in _SOURCES.items()} | REMOTE
+def _on_folders(contestant: Contestant) -> Contestant:
+    return contestant._replace(deliver=lambda task: contestant.deliver(task._replace(folder=task.folder / "folders")))
+
+
+SOURCES = {name: Contestant(_reading(source.path)) for name, source in _SOURCES.items()}
+SOURCES |= {f"{SPDL}, class folders": _on_folders(CONTESTANTS[SPDL])}
+SOURCES |= {
+    f"{server.name}: {name}": contestant
+    for server, on_it in REMOTE.items()
+    for name, contestant in (on_it | dict(contestants(server))).items()
+}
 """Name -> contestant. The first reads class folders; the CPU time of the others is compared with its."""
 
 

@@ -121,6 +121,18 @@ print(time.process_time(), flush=True); input()
     assert bench._cpu_s(pids[1]) == 0  # gone
 
 
+def test_cpu_time_counts_children_that_have_ended() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        assert list(bench._family(process.pid)) == [process.pid] and 0.28 < bench._cpu_s(process.pid) < 2
+        process.stdin.close()
+
+
 def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
     peers.copy_sample(DataConfig(path=str(images)), tmp_path, IMAGES)
     with bench.Runner("torchvision, PIL", peers.Task(tmp_path, 24, 2)) as runner:
