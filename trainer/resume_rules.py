@@ -41,19 +41,25 @@ def first_difference(saved: str, cfg: Config) -> Difference | None:
         return Difference(
             f"its W&B run was {known}, now {trial.id}", "leave out --run.dir, which trials of a sweep share"
         )
-    old, new = flat(tree_of(saved, str(cfg.folder / "config.yaml"))), flat(asdict(cfg))
-    for options in (old, new):
-        options["run.best_by"] = (
-            options.get("run.best_by") or "top1"
-        )  # which it always was, before it could be not given
-    changed = {key: value for key, value in new.items() if _differs(key, old, value, cfg)}
+    # An option that is newer than the folder was at its default.
+    old = {**flat(asdict(Config())), **flat(tree_of(saved, str(cfg.folder / "config.yaml")))}
+    new = flat(asdict(cfg))
+    changed = {key: value for key, value in new.items() if _differs(key, old[key], value, cfg)}
     first = next(iter(changed), None)
     return Difference(f"{first} was {old[first]}, now {new[first]}", _ways_on(changed, old, cfg)) if first else None
 
 
-def _differs(key: str, old: dict[str, Any], value: Any, cfg: Config) -> bool:
-    extended = key == "run.epochs" and cfg.run.extend_to is not None and old.get(key, 0) < value
-    return key in old and old[key] != value and not may_change(key) and not extended
+def _differs(key: str, old: Any, new: Any, cfg: Config) -> bool:
+    if old == new or may_change(key):
+        return False
+    match key:
+        case "run.epochs":
+            return cfg.run.extend_to is None or old > new
+        case "run.best_by":  # not given, it is one of these, as the images have one class each or several
+            return not {old, new} <= {None, "top1", "map"}
+        case "optim.teacher":  # it may have moved: the digest of its weights tells that it is the same
+            return None in (old, new)
+    return True
 
 
 FITTING = ("model.freeze_until", "model.head_only", "model.freeze_bn")

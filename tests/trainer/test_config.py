@@ -147,6 +147,26 @@ def test_first_difference_names_what_decides_the_weights() -> None:
     assert difference(saved, "--data.augment.flip", "0")[0] == "data.augment.flip was 0.5, now 0.0"
 
 
+def test_an_option_newer_than_the_run_folder_was_at_its_default() -> None:
+    saved = "".join(line for line in to_yaml(load([])).splitlines(keepends=True) if "drop_path" not in line)
+    assert first_difference(saved, load([])) is None
+    assert difference(saved, "--model.drop_path", "0.3")[0] == "model.drop_path was 0.0, now 0.3"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ([], ["--run.best_by", "map"], True),
+        (["--run.best_by", "top1"], [], True),
+        ([], ["--run.best_by", "loss"], False),
+        (["--optim.teacher", "runs/a"], ["--optim.teacher", "runs/b"], True),
+        ([], ["--optim.teacher", "runs/a"], False),
+    ],
+)
+def test_the_same_in_other_words_is_no_difference(before: list[str], now: list[str], same: bool) -> None:
+    assert (first_difference(to_yaml(load(before)), load(now)) is None) == same
+
+
 FROM_WEIGHTS = "go on from its weights as a run of its own"
 
 
