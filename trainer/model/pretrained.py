@@ -79,8 +79,7 @@ def _load(network: nn.Module, cfg: ModelConfig, classes: list[str]) -> str:
     assert cfg.weights
     state, beside, theirs = _read(cfg.weights)
     wanted = network.state_dict()
-    blurred = _options_of_run(Path(cfg.weights).absolute(), "model").get("blur", False)
-    require(cfg.blur or not blurred, f"model.weights: {cfg.weights} was trained with blur; set model.blur to true")
+    _check_smoothing(cfg.weights, cfg)
     head = state.get(f"{HEAD}.weight")
     same = head is not None and head.shape == wanted[f"{HEAD}.weight"].shape and theirs in (None, classes)
     if not same:
@@ -96,6 +95,27 @@ def _load(network: nn.Module, cfg: ModelConfig, classes: list[str]) -> str:
         return f"starting from {cfg.weights}, head included{rest}"
     left = "it has no head" if head is None else f"its head is for {len(head)} other classes"
     return f"starting from {cfg.weights}; {left}, so the one for {len(classes)} starts anew{rest}"
+
+
+def _check_smoothing(weights: str, cfg: ModelConfig) -> None:
+    """Raise `UserError` where the weights are known to be of a network that smooths before it samples in another way.
+
+    Their names and shapes do not tell. Files other than those of runs do not say what they were trained in.
+    """
+    saved = {} if is_timm(weights) else _options_of_run(Path(weights).absolute(), "model")
+    require(
+        cfg.blur or not saved.get("blur"), f"model.weights: {weights} was trained with blur; set model.blur to true"
+    )
+    theirs = weights.partition(".")[0] if is_timm(weights) else saved.get("name", cfg.name)
+    if theirs == cfg.name or not (is_timm(theirs) or is_timm(cfg.name)):
+        return
+    from trainer.model.timm_networks import antialiasing_of
+
+    require(
+        antialiasing_of(theirs) == antialiasing_of(cfg.name),
+        f"model.weights: {weights} is for {theirs}, which smooths what it samples otherwise than {cfg.name}; "
+        f"set model.name to {theirs}",
+    )
 
 
 def _without_head(state: State) -> State:

@@ -7,13 +7,14 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import load_file
 from timm.models import is_model_in_modules
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import UserError, require
-from trainer.model.config import TIMM, ModelConfig
+from trainer.model.config import TIMM, ModelConfig, is_timm
 from trainer.model.resnet import FrozenNorms, set_options
 
 MODULES = ("resnet", "resnest", "sknet", "res2net")
@@ -52,6 +53,18 @@ def check_name(option: str) -> str:
         f"{', '.join(MODULES)}, such as {TIMM}resnext50_32x4d",
     )
     return name
+
+
+def antialiasing_of(name: str) -> list[str]:
+    """List the kinds of the modules by which the network `name` smooths what it is about to sample: none in one of our own.
+
+    They hold nothing that is saved, so weights do not tell them; `name` is an option timm:NAME, or one that timm need not have.
+    """
+    if not (is_timm(name) and is_model_in_modules(name.removeprefix(TIMM), MODULES)):
+        return []
+    with torch.device("meta"):
+        modules = timm.create_model(name.removeprefix(TIMM)).named_modules()
+    return sorted({type(one).__name__ for where, one in modules if where.endswith(".aa")} - {nn.Identity.__name__})
 
 
 def preprocessing_of(weights: str) -> dict[str, Any]:

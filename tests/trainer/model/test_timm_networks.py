@@ -1,6 +1,7 @@
 """timm's networks as a run's own: built, started from timm's weights, frozen, resumed, exported."""
 
 import hashlib
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,9 @@ from data_pipeline.batch import Batch, Places
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, TINTS, checkpoint, dotted, images, settings_of
 from trainer.bench.cli import bench
-from trainer.config import load
+from trainer.checkpoint.files import METADATA
+from trainer.checkpoint.files import WEIGHTS as WEIGHTS_FILE
+from trainer.config import Config, load, to_yaml
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine
 from trainer.export.cli import export
@@ -306,6 +309,43 @@ def test_its_own_weights_from_a_file(hub: Path) -> None:
             ["a"] * 7,
             SOLO,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", "timm:resnetblur18"),
+        ("timm:resnet18", "timm:resnetblur18"),
+        ("timm:resnetblur18", "resnet18"),
+        ("timm:resnetblur18", "timm:resnet18"),
+        ("timm:resnetaa50", "timm:resnetblur50"),
+    ],
+)
+def test_weights_of_a_network_that_smooths_otherwise(name: str, weights: str, tmp_path: Path) -> None:
+    """Their tensors have the same names and shapes, which tell nothing of it."""
+    network = build_network(ModelConfig(weights), CLASSES)
+    classes = [str(number) for number in range(CLASSES)]
+    save_file(network.state_dict(), tmp_path / WEIGHTS_FILE, {METADATA: json.dumps({"classes": json.dumps(classes)})})
+    (tmp_path / "config.yaml").write_text(to_yaml(Config(model=ModelConfig(weights))))
+    start = partial(load_weights_to_start, classes=classes, ctx=SOLO)
+    with pytest.raises(UserError) as error:
+        start(build_network(ModelConfig(name), CLASSES), ModelConfig(name, weights=str(tmp_path)))
+    assert str(error.value) == (
+        f"model.weights: {tmp_path} is for {weights}, which smooths what it samples otherwise than {name}; "
+        f"set model.name to {weights}"
+    )
+    told = start(build_network(ModelConfig(weights), CLASSES), ModelConfig(weights, weights=str(tmp_path)))
+    assert told == f"starting from {tmp_path}, head included"
+
+
+def test_published_weights_of_a_network_that_smooths(hub: Path) -> None:
+    weights = next(one for one in timm.list_pretrained("resnetaa50*") if one.startswith("resnetaa50."))
+    file = hub.parents[3] / weights / "resolve/main/model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(timm.create_model("resnetaa50").state_dict(), file)
+    cfg = ModelConfig("resnet50", weights=f"timm:{weights}")
+    with pytest.raises(UserError, match=r"; set model\.name to timm:resnetaa50$"):
+        load_weights_to_start(build_network(cfg, 1000), cfg, ["a"] * 1000, SOLO)
 
 
 def test_weights_that_are_not_to_be_had(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
