@@ -128,8 +128,10 @@ class Mirrored:
         config = self.target.read(CONFIG) if CONFIG in names else b""
         difference = differences(config.decode()) if config else None
         if difference:
-            what, remedy = difference
-            raise UserError(f"run.mirror: {self.target} was started with other options ({what}); {remedy}")
+            raise UserError(
+                f"run.mirror: {self.target} was started with other options ({difference[0]}); give that option as it was, or "
+                "another --run.name or --run.mirror"
+            )
         self.id = owner.run
         newest = self._newest()
         wanted = sorted(self._checkpoints(names, owner.last, newer_than=newest), key=age)

@@ -368,7 +368,9 @@ def test_other_options_restore_nothing(tmp_path: Path) -> None:
     save(store, 3)
     mirrored(tmp_path / "mirror", store)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match=r"^run\.mirror: .* was started with other options \(optim\.lr was 1, now 2\)"):
+    way_on = r"give that option as it was, or another --run\.name or --run\.mirror"
+    words = rf"^run\.mirror: .* was started with other options \(optim\.lr was 1, now 2\); {way_on}$"
+    with pytest.raises(UserError, match=words):
         Mirrored(str(tmp_path / "mirror"), NAME, store).restore(lambda saved: ("optim.lr was 1, now 2", "repeat them"))
     assert not (tmp_path / "run").exists()
 
