@@ -247,7 +247,11 @@ def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> C
     quiet = launched_rank() > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
-            parts = parser.instantiate(parser.parse_args(arguments))
+            options = parser.parse_args(arguments)
+            given = any(argument.split("=")[0] == "--run.extend_from" for argument in arguments)
+            if not given and (options["run.extend_to"] or 0) > options["run.epochs"]:
+                options["run.extend_from"] = None  # a saved one is that of the extension before
+            parts = parser.instantiate(options)
     except ArgumentError as error:
         raise UserError(remedy(str(error), "python -m trainer", unknown=_no_such_option)) from None
     return Config(**{section.name: parts[section.name] for section in fields(Config)})

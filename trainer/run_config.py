@@ -28,7 +28,8 @@ class RunConfig:
     to which it rises, to fall to its end anew. cosine: a warm-up and a cosine over the added epochs. A number: that, in all
     of them."""
     extend_from: int | None = free(None)
-    """Epochs before those that `extend_to` adds; `epochs`, if not given."""
+    """Epochs before those that `extend_to` adds; `epochs`, if not given. A run that is trained on again has those that it had
+    until then."""
     patience: int | None = free(None)
     """End the run when so many validations in a row were no better than the best before by `best_by`."""
     validate_every: str = free("1")

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
 from trainer.checkpoint.store import Progress
-from trainer.config import load, load_run
+from trainer.config import load, load_run, to_yaml
 from trainer.loop import fit
 from trainer.optim.config import OptimConfig
 from trainer.optim.extension import Extension, extended_lr_at, extension_of
@@ -81,6 +81,17 @@ def test_a_run_trained_on_is_resumed_exactly(base: Path, tmp_path: Path, capsys:
     assert (cfg.run.epochs, cfg.run.extend_from, cfg.run.extend_lr) == (2, 1, 0.004)
     assert fit(cfg, SOLO, StopFlag()).finished
     assert checkpoint(run) == checkpoint(whole)
+
+
+def test_a_run_trained_on_twice_spans_the_epochs_added_last(tmp_path: Path) -> None:
+    """Also when that is resumed from its config.yaml; the same command, and one that gives extend_from, mean what they say."""
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load(["--run.epochs=4", "--run.extend_to=5"])))
+    longer = ["--config", str(file), "--run.extend_to=8"]
+    lengths = {"given": load([*longer, "--run.extend_from=4"]), "added": load(longer)}
+    assert {name: cfg.run.extend_from for name, cfg in lengths.items()} == {"given": 4, "added": 5}
+    file.write_text(to_yaml(lengths["added"]))
+    assert load(longer) == load(longer[:2]) == load_run(tmp_path, []) == lengths["added"]
 
 
 # Ended early
