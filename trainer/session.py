@@ -237,12 +237,13 @@ class Session:
         Its time counts as evaluation. Collective.
         """
         cursor = self.progress.cursor
-        count = averaged_before(cursor.epoch, self.cfg.optim, self.cfg.run.epochs)
+        count = averaged_before(cursor.epoch, self.cfg.optim, self.cfg.run.epochs, self.progress.averaged)
         if self.cfg.optim.swa == 0 or (count > 0 and not self.epoch_read):
             return
         heartbeat("average", fresh=True)
         self.loader.seek(Cursor(cursor.epoch))  # the next epoch seeks its own place
         self.engine.average(count, self._with_heartbeat(self.loader))
+        self.progress = replace(self.progress, averaged=count + 1)
         self.meter.pause()
 
     def _with_heartbeat(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -160,6 +160,8 @@ class Progress:
     """Validations since that of the best weights."""
     validated_step: int = 0
     """Step of the last validation that was due."""
+    averaged: int = 0
+    """Epochs in the average of `optim.swa`; 0 before there are any, and in checkpoints from before they were recorded."""
     finished: bool = False
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, whose images are passed over without changing the weights (see `run.on_nonfinite`)."""

@@ -14,10 +14,15 @@ BATCHES = 200
 """Most batches that statistics are estimated from: a mean over so many images moves no more with further ones."""
 
 
-def averaged_before(epoch: int, cfg: OptimConfig, epochs: int) -> int:
-    """Count the epochs whose weights are in the average before that of `epoch`, from 0, of a run of `epochs` is added."""
+def averaged_before(epoch: int, cfg: OptimConfig, epochs: int, held: int = 0) -> int:
+    """Count the epochs whose weights are in the average before that of `epoch`, from 0, of a run of `epochs` is added.
+
+    The average holds `held` epochs, 0 if that is unknown. It begins anew until the first of the last epochs. In a run that is
+    trained on from beyond that one, all that it holds stay in the mean, as none can be taken out: those before count too.
+    """
     first = epochs - max(round(cfg.swa * epochs), 1)
-    return max(epoch - first, 0)
+    since = max(epoch - first, 0)
+    return (held or since) if since else 0
 
 
 class Swa:

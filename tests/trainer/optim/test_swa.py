@@ -18,7 +18,7 @@ from trainer.config import load
 from trainer.loop import fit
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.optim.config import OptimConfig
-from trainer.optim.swa import averaged_before
+from trainer.optim.swa import Swa, averaged_before
 from trainer.resilience.signals import StopFlag
 
 
@@ -38,6 +38,41 @@ def network() -> nn.Module:
 )
 def test_the_last_epochs_count(swa: float, epochs: int, expected: list[int]) -> None:
     assert [averaged_before(epoch, OptimConfig(swa=swa), epochs) for epoch in range(epochs)] == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "averaged"),
+    [((4, 5), [2, 3, 4]), ((4, 5, 6), [2, 3, 4, 5]), ((4, 8), [4, 5, 6, 7]), ((4, 12), [*range(6, 12)])],
+)
+def test_the_mean_is_plain_in_a_run_trained_on(lengths: tuple[int, ...], averaged: list[int]) -> None:
+    """Of all epochs since the average last began: in the last half, or in that of the length before."""
+    mean, held, begun = nn.Linear(1, 1), 0, 0
+    swa = Swa(mean)
+    for length in lengths:
+        for epoch in range(begun, length):
+            nn.init.constant_(mean.weight, 2.0**epoch)
+            count = averaged_before(epoch, OptimConfig(swa=0.5), length, held)
+            swa.update(mean, count)
+            held = count + 1
+        begun = length
+    assert held == len(averaged)
+    weight = next(swa.module.parameters()).item()
+    assert weight == pytest.approx(sum(2.0**epoch for epoch in averaged) / len(averaged))
+
+
+@pytest.mark.slow
+def test_a_run_trained_on_averages_plainly(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    base, run = tmp_path_factory.getbasetemp(), tmp_path / "run"
+    images(base)
+    more = {"optim.ema_decay": "0", "optim.swa": "0.5", "run.keep_every": "1", "engine.precision": "fp32"}
+    lengths: list[dict[str, str]] = [{}, {"run.extend_to": "5"}]
+    for length in lengths:
+        assert fit(load(dotted({**settings_of(base, run, epochs=4), **more, **length})), SOLO, StopFlag()).finished
+    ends = [max(run.glob(f"checkpoints/step-{step:08d}*")) for step in (15, 20, 25)]
+    trained = [torch.load(folder / STATE, weights_only=True)["module"] for folder in ends]
+    saved = load_file(ends[-1] / WEIGHTS)
+    for name, _ in network().named_parameters():
+        torch.testing.assert_close(saved[name], sum(one[name] for one in trained) / 3)
 
 
 def test_the_average_is_torchs() -> None:
