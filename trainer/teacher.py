@@ -92,6 +92,11 @@ def _of_run(folder: Path, ctx: DistContext) -> tuple[nn.Module, list[str], Norma
     classes = read_classes(checkpoint) if checkpoint else None
     if checkpoint is None or classes is None:
         raise UserError(f"optim.teacher: {folder} has no complete checkpoint yet; train it first")
+    require(
+        not read_metadata(checkpoint).get("labels"),
+        f"optim.teacher: {folder} was trained on images of several classes, whose answers are no shares of one; "
+        "give a run on images with one class each",
+    )
     network = build_network(cfg.model, len(classes))
     load_weights(network, checkpoint)
     return network, classes, Normalise(cfg.data.mean, cfg.data.std, ctx.device), cfg.engine.precision

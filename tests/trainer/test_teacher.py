@@ -1,5 +1,6 @@
 """Learning from a teacher: the loss is the papers', the teacher stays as it is, and a resumed run ends as one that was not."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -7,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.batch import IGNORE_LABEL, Batch
 from data_pipeline.common.errors import UserError
-from tests.support.runs import SOLO, TINTS, checkpoint, dotted, images, settings_of
+from tests.support.runs import SOLO, TINTS, checkpoint, dotted, images, place_checkpoint, settings_of
+from trainer.checkpoint.files import METADATA, WEIGHTS
 from trainer.checkpoint.store import Progress
-from trainer.config import load
+from trainer.config import Config, load
 from trainer.engine.config import EngineConfig
 from trainer.engine.loss import training_loss
 from trainer.loop import fit
@@ -148,3 +151,10 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path, base: Path) -> None:
         opened(tmp_path / "none", ["a", "b"])
     with pytest.raises(UserError, match="is not a run folder"):
         opened(images(base), ["a", "b"])
+
+
+def test_a_run_of_several_classes_teaches_no_single_one(tmp_path: Path) -> None:
+    about = {"model": "resnet18", "classes": json.dumps(sorted(TINTS)), "labels": "|"}
+    run = place_checkpoint(tmp_path / "run", Config(), {WEIGHTS: save({}, {METADATA: json.dumps(about)})})
+    with pytest.raises(UserError, match=r"^optim\.teacher: .* was trained on images of several classes"):
+        opened(run, sorted(TINTS))
