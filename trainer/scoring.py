@@ -81,6 +81,8 @@ def open_trained(folder: Path, cfg: Config, ctx: DistContext) -> Trained:
     labels, thresholds = metadata.get("labels", ""), NO_THRESHOLDS
     if labels:  # weights that were never validated have no thresholds
         known = json.loads(metadata.get("thresholds", "[]"))
+        if not known:
+            warn_on_rank0(f"{checkpoint}: no threshold was found yet: {UNKNOWN} for each class")
         thresholds = np.array(known or [UNKNOWN] * len(classes), np.float64)
     return Trained(checkpoint.resolve(), classes, metadata.get("data", ""), predict, labels, thresholds)
 
@@ -91,13 +93,15 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
     The run's own set is recognised by its training images, even if it was moved. Raises `UserError`.
     """
     catalog = _open_scored(folder, cfg, trained)
-    kinds = "one class each", "several classes"
     require(
-        catalog.multi_label == trained.multi_label,
-        f"data.labels: images of {cfg.path} have {kinds[catalog.multi_label]}, and {folder} was trained on images of "
-        f"{kinds[trained.multi_label]}; give --data.labels {'multi' if trained.multi_label else 'single'}, or others",
+        trained.multi_label or not catalog.multi_label,
+        f"data.labels: images of {cfg.path} have several classes, and {folder} was trained on images of one class each; "
+        "give --data.labels single, or others",
     )
-    return catalog
+    if catalog.multi_label == trained.multi_label:
+        return catalog
+    warn_on_rank0(f"images of {cfg.path} have one class each: each is scored as of that class and of no other")
+    return replace(catalog, label_sets=np.eye(len(catalog.classes), dtype=np.bool_))
 
 
 def _open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:

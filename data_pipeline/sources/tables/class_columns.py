@@ -77,12 +77,8 @@ def _of_column(table: TextTable, column: str, file: Path, cfg: DataConfig) -> Cl
     cells = table.different(column)
     mark = _separator(cells)
     if cfg.labels == "multi":
-        mark = mark or next((mark for mark in SEPARATORS if any(mark in cell for cell in cells)), None)
-        require(
-            mark is not None,
-            f"data.labels: multi, but no cell of {shown(column)} in {file} has one of |, ;, a comma or a space between "
-            "classes; leave it out, or name another column by --data.label_column",
-        )
+        # Where no cell has any, each is a list of one class, or of none.
+        mark = mark or next((mark for mark in SEPARATORS if any(mark in cell for cell in cells)), SEPARATORS[0])
     if mark and (cfg.labels == "multi" or (cfg.labels == "auto" and cfg.label_column is None)):
         lists = [tuple(dict.fromkeys(filter(None, map(str.strip, cell.split(mark))))) for cell in table.columns[column]]
         return Classes(lists, f"{shown(column)}, separated by {mark!r}", mark)

@@ -171,15 +171,20 @@ def test_what_does_not_fit_is_refused(lists: Path, tmp_path: Path, monkeypatch: 
             call(monkeypatch, predict, lists, images, *options)
     with pytest.raises(UserError, match=r"^--oof: its table has one class for an image, and those of"):
         call(monkeypatch, predict, lists, "--oof", tmp_path / "oof.csv")
-    other = tmp_path / "folders"
+
+
+def test_images_of_one_class_each_are_scored_as_such(
+    lists: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, other = lists.parent / "set/images", tmp_path / "folders"
     for name in LIGHTS:
         for number in range(4):
             (other / name).mkdir(parents=True, exist_ok=True)
             (other / name / f"{number}.jpg").write_bytes((images / f"{number:03}.jpg").read_bytes())
-    with pytest.raises(
-        UserError, match=r"^data.labels: images of .* have one class each, and .* several classes; give --data"
-    ):
-        call(monkeypatch, evaluate, lists, "--data.path", other)
+    call(monkeypatch, evaluate, lists, "--data.path", other)
+    said = capsys.readouterr()
+    assert "have one class each: each is scored as of that class and of no other" in said.err + said.out
+    assert "on 12 of 12 images" in said.out and "mAP" in said.out
 
 
 def test_the_best_thresholds_are_those_of_the_saved_weights(lists: Path) -> None:
