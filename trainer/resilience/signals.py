@@ -24,9 +24,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def stop_with_launcher() -> None:
-    """Get SIGHUP when the process that started this one dies: torchrun, once killed, cannot tell its ranks. Linux only."""
+    """Get SIGHUP, under nohup SIGTERM, when the process that started this one dies: torchrun, once killed, cannot tell its ranks.
+
+    Linux only.
+    """
+    number = signal.SIGTERM if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else signal.SIGHUP
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 class StopFlag:

@@ -37,7 +37,8 @@ def test_first_signal_waits_for_the_end(number: signal.Signals, taken: list[int]
     assert taken == [number], "sent on when the training is in order"
 
 
-def test_rank_stops_with_its_launcher() -> None:
+@pytest.mark.parametrize(("hangup", "wanted"), [("SIG_DFL", signal.SIGHUP), ("SIG_IGN", signal.SIGTERM)])
+def test_rank_stops_with_its_launcher(hangup: str, wanted: signal.Signals) -> None:
     """An agent of W&B kills a launcher when its sweep is cancelled; ranks that knew nothing of it would train on."""
     rank = """if True:
         import time
@@ -48,7 +49,11 @@ def test_rank_stops_with_its_launcher() -> None:
                 time.sleep(0.01)
             print("saved on", stop.signal, flush=True)
     """
-    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-Sc', sys.argv[1]])"
+    launcher = f"""if True:
+        import signal, subprocess, sys
+        signal.signal(signal.SIGHUP, signal.{hangup})
+        subprocess.run([sys.executable, '-Sc', sys.argv[1]])
+    """
     variables = {**environment(), "TORCHELASTIC_RUN_ID": "1"}
     process = subprocess.Popen(
         [sys.executable, "-Sc", launcher, rank], stdout=subprocess.PIPE, text=True, env=variables
@@ -56,7 +61,7 @@ def test_rank_stops_with_its_launcher() -> None:
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.kill()
     process.wait()
-    assert process.stdout.read() == f"saved on {int(signal.SIGHUP)}\n"
+    assert process.stdout.read() == f"saved on {int(wanted)}\n"
 
 
 def test_end_of_the_launcher_is_no_second_signal(taken: list[int]) -> None:
