@@ -265,7 +265,8 @@ def _no_such_option(name: str) -> str:
         wanted, options, 1, 0.7
     )
     if not meant and "." not in wanted:
-        near = difflib.get_close_matches(wanted, last.values(), 1, 0.6)
+        near = difflib.get_close_matches(wanted, last.values(), 1, 0.7)
+        near = near or [name for name in last.values() if wanted.startswith(f"{name}_")]
         meant = [option for option in options if last[option] in near]
     if not meant:
         return f"{name}: no such option; see --help"

@@ -45,7 +45,7 @@ class RunConfig:
     snapshot_every: int | None = free(None)
     """Optimizer steps between two snapshots in the memory of every node, for restarts without the queue that lose seconds; none
     if not given."""
-    snapshot_dir: str = free("/dev/shm")
+    snapshot_dir: str = free("/dev/shm")  # nosec B108 # a folder of one's own in it
     """Folder for snapshots, in memory or on a disk of each node's own."""
     keep: int = free(2)
     """Number of last checkpoints to keep, beside the best; with two, a damaged one is passed over for the one before."""

@@ -25,7 +25,7 @@ from data_pipeline.bench.peers import AUGMENT, BATCH, Contestant, Delivery, Task
 from data_pipeline.sources.catalog import Catalog
 
 _MOSAICML, _LITDATA = "mds", "litdata"  # folders
-_KEY = {"aws_access_key_id": "anybody", "aws_secret_access_key": "anything"}  # the server asks for none, boto3 does
+_KEY = {"aws_access_key_id": "anybody", "aws_secret_access_key": "anything"}  # nosec B105 # boto3 asks for one
 
 Loading = Callable[[Task, str, str], Any]
 """Makes a loader of batches (images, labels) from a task, a server's address and a folder for its cache."""

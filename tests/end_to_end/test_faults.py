@@ -77,7 +77,7 @@ COMMAND_LINES = {
     "value of two lines": Fault("optim.lr: fa st does not fit; give a number", {"optim.lr": "fa\nst"}),
     "bad value": Fault("optim.lr: -1.0 is not positive; give a learning rate above 0", {"optim.lr": "-1"}),
     "unknown choice": Fault(
-        "model.name: resnet19 does not fit; give one of 'resnet18', 'resnet34'", {"model.name": "resnet19"}
+        "model.name: 'resnet19' is unknown; choose one of resnet18, resnet34", {"model.name": "resnet19"}
     ),
     "recipe behind options": Fault("--config: it comes after other options and would undo them", {"config": "builtin"}),
     "batch that cannot be shared": Fault(

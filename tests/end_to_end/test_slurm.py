@@ -204,7 +204,7 @@ def test_a_sweep(cluster: Cluster, base: Path) -> None:
     wanted = ["sweep", file.name, "--profile", "dev", "--nodes", "1", "--tasks_per_node", "1", "--parallel", "2"]
     refused = cluster.launch(*wanted, "--partition", "nope")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "invalid partition" in refused.stderr
-    assert not (cluster.cwd / "runs").exists()
+    assert not (cluster.cwd / "runs" / file.stem).exists()
 
     done = cluster.launch(*wanted)
     assert done.returncode == 0 and "trains 4 runs" in done.stdout, done.stderr
