@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -223,6 +224,17 @@ class _Cast(nn.Module):
             return self.network(images).float()
 
 
+def _leave() -> None:
+    """Leave the group, once its threads have freed the tensors of the last collectives.
+
+    They need the interpreter's lock for that, and one that asks for it while the interpreter ends aborts the process
+    ("terminate called without an active exception"; one of five runs did).
+    """
+    time.sleep(0.3)
+    dist.destroy_process_group()
+    time.sleep(0.1)
+
+
 def _import_deepspeed(ctx: DistContext) -> Any:
     """DeepSpeed, ready for `initialize`, without its messages; a single process gets a group of its own."""
     os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)
@@ -241,5 +253,5 @@ def _import_deepspeed(ctx: DistContext) -> Any:
     if not dist.is_initialized():
         backend = "nccl" if ctx.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)  # not before: DeepSpeed keeps it for the process
+        atexit.register(_leave)  # not before: DeepSpeed keeps the group for the process
     return deepspeed
