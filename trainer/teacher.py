@@ -49,10 +49,8 @@ def open_teacher(name: str, classes: list[str], engine: EngineConfig, ctx: DistC
         precision = engine.precision
     else:
         network, theirs, normalise, precision = ctx.raise_together(lambda: _of_run(Path(name), ctx))
-    columns, order = ctx.raise_together(lambda: _columns(name, network, theirs, classes))
-    network.to(ctx.device).to(memory_format=torch.channels_last)
-    for parameter in network.parameters():
-        parameter.requires_grad = False
+    columns, order = ctx.raise_together(lambda: _columns(name, theirs, classes))
+    network.to(ctx.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     predict = Predictor(network, normalise, replace(engine, precision=precision), ctx.device)
     line = f"optim.teacher: {name}, in {predict.autocast.precision}, {order}"
     return Teacher(predict, torch.tensor(columns, device=ctx.device), _digest(network), line)
@@ -102,7 +100,7 @@ def _of_run(folder: Path, ctx: DistContext) -> tuple[nn.Module, list[str], Norma
     return network, classes, Normalise(cfg.data.mean, cfg.data.std, ctx.device), cfg.engine.precision
 
 
-def _columns(name: str, network: nn.Module, theirs: list[str] | None, classes: list[str]) -> tuple[list[int], str]:
+def _columns(name: str, theirs: list[str] | None, classes: list[str]) -> tuple[list[int], str]:
     """Find the teacher's output for each class, and say how. Raises `UserError` where it does not know one."""
     if theirs is None:
         if not all(re.fullmatch(r"n\d{8}", label) for label in classes):
@@ -123,9 +121,8 @@ def _columns(name: str, network: nn.Module, theirs: list[str] | None, classes: l
         f"({', '.join(missing[:SHOWN])}{', …' * (len(missing) > SHOWN)}); give one that was trained on them",
     )
     place = {label: number for number, label in enumerate(theirs)}
-    return [
-        place[label] for label in classes
-    ], f"which knows all {len(classes)} of its {len(theirs)} classes here by name"
+    columns = [place[label] for label in classes]
+    return columns, f"which knows all {len(classes)} of its {len(theirs)} classes here by name"
 
 
 def _digest(network: nn.Module) -> str:

@@ -2,12 +2,10 @@
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
@@ -26,12 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(base: Path, run: Path, *, stopped: bool = False, **options: Any) -> Progress:

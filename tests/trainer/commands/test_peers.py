@@ -5,7 +5,6 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -36,12 +35,7 @@ def race(tmp_path_factory: pytest.TempPathFactory) -> Race:
     return Race(folder, Config(data=DataConfig(batch=BATCH, size_px=32)), CLASSES, SOLO)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_until_gone(workers: list[int]) -> bool:

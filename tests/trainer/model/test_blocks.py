@@ -1,6 +1,5 @@
 """Stems, attention and activations that torchvision lacks, against timm's networks; and random depth."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,7 @@ CLASSES = 10
 D = {"stem": "deep", "shortcut": "pool"}  # ResNet-D
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients(network: nn.Module, images: Tensor) -> list[Tensor]:

@@ -3,7 +3,6 @@ was stopped before, at or after the unfreezing ends as one that was not."""
 
 import copy
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,7 @@ FIRST = ModelConfig(weights="given", freeze_until=2)
 """Two epochs for the head, before all is trained. The weights are loaded by the tests."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pretrained() -> nn.Module:
