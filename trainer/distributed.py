@@ -118,11 +118,15 @@ class DistContext(RankInfo):
         if self.world > 1:
             dist.barrier()
 
-    def new_group(self, ranks: list[int] | None = None) -> Any:
-        """Open further connections between the CPUs of `ranks`, or of all; for another thread. None for one. Collective."""
+    def new_group(self) -> Any:
+        """Open further connections between the CPUs of all ranks, for another thread. None for one. Collective.
+
+        Not of some ranks: torch has those outside of a new group split NCCL's connections, of whatever kind the group is,
+        and NCCL waits there for all ranks, so for ever (`perform_nocolor_split`).
+        """
         if self.world == 1:
             return None
-        return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
 
     def enter_thread(self) -> None:
         """Let the calling thread use this rank's GPU; a new one would open a context on the first, which costs memory there."""

@@ -47,7 +47,7 @@ class Snapshots:
         """Number of each rank's node."""
         self._node = self._node_of[ctx.rank]
         self._writes = self._writers[self._node] == ctx.rank
-        self._group = ctx.new_group(self._writers)
+        self._group = ctx.new_group()
         self.base = ctx.raise_together(lambda: open_base(place))
         self._token: Path | None = ctx.broadcast_from_rank0(lambda: read_token(self.run))
         self._taken = False
@@ -71,8 +71,10 @@ class Snapshots:
             return None
         self._taken = True
         self._use(self._token)
-        source, lacking = self._node_of[found.index(newest)], found[self._writers[self._node]] != newest
-        self.ctx.raise_together(lambda: self._receive(newest[0], source, lacking) if self._writes else None)
+        source, lacking = found.index(newest), found[self._writers[self._node]] != newest
+        mine = self.ctx.raise_together(lambda: self._files() if self.ctx.rank == source else [])
+        files = [(self._node_of[source], *file) for file in self.ctx.gather_objects(mine)[source]]
+        self.ctx.raise_together(lambda: self._receive(newest[0], files, lacking) if self._writes else None)
         folder = self.store.folder / "last"
         return folder, self.ctx.raise_together(lambda: read_progress(folder))
 
@@ -119,6 +121,10 @@ class Snapshots:
                 return read_progress(newest).step, hashlib.sha256((newest / MANIFEST).read_bytes()).hexdigest()
         return None
 
+    def _files(self) -> list[tuple[str, int]]:
+        """List names and sizes of the files of this node's snapshot. Raises OSError."""
+        return [(file.name, file.stat().st_size) for file in sorted((self.store.folder / "last").iterdir())]
+
     def _exchange(self, step: int, parts: list[dict[str, Stamp]]) -> None:
         """Give each file of each rank to all nodes. For the writers. Raises `UserError`."""
         folder = self.store.partial(step)
@@ -127,19 +133,15 @@ class Snapshots:
         ]
         self._give([(node, folder / name, size) for node, name, size in files], keep=True)
 
-    def _receive(self, step: int, source: int, lacking: bool) -> None:
-        """Give the snapshot of the node `source` to those that are `lacking` it. For the writers. Raises `UserError`."""
+    def _receive(self, step: int, files: list[tuple[int, str, int]], lacking: bool) -> None:
+        """Give a snapshot, of `files` on a node, to the nodes that are `lacking` it. For the writers. Raises `UserError`."""
         last = self.store.folder / "last"
-        names = [(file.name, file.stat().st_size) for file in sorted(last.iterdir())] if source == self._node else []
-        told: list[Any] = [names]
-        if len(self._writers) > 1:
-            dist.broadcast_object_list(told, src=self._writers[source], group=self._group)
         if lacking:
             shutil.rmtree(self.store.folder, ignore_errors=True)
             with suppress(UserError):  # without room it takes part all the same, and says so in the end
                 self.store.begin(step)
         folder = self.store.partial(step) if lacking else last
-        self._give([(source, folder / name, size) for name, size in told[0]], keep=lacking)
+        self._give([(node, folder / name, size) for node, name, size in files], keep=lacking)
         if lacking:
             manifest = read_manifest(folder)
             del manifest[PROGRESS]
@@ -164,7 +166,7 @@ class Snapshots:
             except OSError as error:
                 failure = failure or error
             if size:
-                dist.broadcast(data, src=self._writers[node], group=self._group)
+                self._spread(data, node)
             try:
                 if keep and not mine:
                     write_stamped(file, data.numpy().data)
@@ -172,3 +174,18 @@ class Snapshots:
                 failure = failure or error
         if failure:
             raise UserError(f"run.snapshot_dir: cannot write to {self.store.folder} ({failure.strerror}); make room")
+
+    def _spread(self, data: torch.Tensor, source: int) -> None:
+        """Give `data` of the node `source` to all nodes, each of which passes it on. For the writers.
+
+        By messages, as for a broadcast these ranks would need a group of their own (see `DistContext.new_group`).
+        """
+        nodes, place = len(self._writers), (self._node - source) % len(self._writers)
+        there = 1  # nodes that have it, in their order from the source on
+        while there < nodes:
+            beside = self._writers[(self._node + (there if place < there else -there)) % nodes]
+            if place < there and place + there < nodes:
+                dist.send(data, beside, self._group)
+            elif there <= place < 2 * there:
+                dist.recv(data, beside, self._group)
+            there *= 2

@@ -119,6 +119,8 @@ def three_ranks(rank: int, folder: Path) -> None:
     snapshots = opened(run, folder, ctx)
     snapshots.write(progress(7), writer(7, rank), ctx.new_group())
     assert len(homes(folder)) == 2
+    groups = ctx.gather_objects(len(dist.distributed_c10d._world.pg_map))
+    assert len(set(groups)) == 1, "a rank that is left out of a group waits for ever beside NCCL"
     ctx.barrier()
     # Node b is lost, and another takes its place, with an older one.
     if rank == 2:
