@@ -37,6 +37,8 @@ def choose_arithmetic(
             f"keeps {threads[0]} threads a process, for the same bits as before; there are cores for {cores[0]}, which "
             f"--engine.threads {cores[0]} uses"
         )
+    if not before and ctx.device.type == "cpu" and (unheard := _unheard(cfg, ctx, threads[0])):
+        lines.append(unheard)
     if before and (what := before.differences(now)):
         lines.append(f"its bits will differ from those of a run that was not interrupted: {what}")
     return cfg, now, lines
@@ -73,6 +75,17 @@ def _threads(cfg: EngineConfig, ctx: DistContext, before: Arithmetic | None) -> 
     if cfg.threads is None and before and len(before.threads) == ctx.world and min(before.threads) > 0:
         return before.threads
     return _gathered(cfg.threads or torch.get_num_threads(), ctx)
+
+
+def _unheard(cfg: EngineConfig, ctx: DistContext, threads: int) -> str | None:
+    """Say that OMP_NUM_THREADS is not obeyed. With several processes it is torchrun's, which sets it to 1."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if cfg.threads is not None or ctx.world > 1 or not wanted.isdecimal() or int(wanted) in (0, threads):
+        return None
+    return (
+        f"OMP_NUM_THREADS is {int(wanted)}, but this run computes with {threads}, one for each core; "
+        f"--engine.threads {int(wanted)} obeys it"
+    )
 
 
 def _gathered(number: int, ctx: DistContext) -> list[int]:

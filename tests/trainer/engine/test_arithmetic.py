@@ -20,6 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.engine.arithmetic.processor", lambda device: "AVX2")
     good_at(monkeypatch, "bf16")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 def good_at(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
@@ -49,3 +50,22 @@ def test_a_precision_that_is_slow_here_is_not_kept(monkeypatch: pytest.MonkeyPat
     good_at(monkeypatch, "fp32")
     engine, _, told = choose_arithmetic(EngineConfig(), SOLO, replace(BEFORE, precision="bf16"))
     assert engine.precision == "fp32" and told == [DIFFER + "precision was bf16, now fp32"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "before", "told"),
+    [
+        ("3", EngineConfig(), None, True),
+        ("1", EngineConfig(), None, False),
+        ("3", EngineConfig(threads=2), None, False),
+        ("3", EngineConfig(precision="fp32"), BEFORE, False),
+        ("cores", EngineConfig(), None, False),
+    ],
+)
+def test_another_number_of_threads_than_the_environment_wants_is_said(
+    wanted: str, options: EngineConfig, before: Arithmetic | None, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    lines = choose_arithmetic(options, SOLO, before)[2]
+    line = "OMP_NUM_THREADS is 3, but this run computes with 1, one for each core; --engine.threads 3 obeys it"
+    assert lines == ([line] if told else [])
