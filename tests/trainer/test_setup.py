@@ -45,15 +45,18 @@ def weights(run: Path) -> tuple[bytes, bytes]:
     return files["model.safetensors"], files["training.pt"]
 
 
-def test_a_resumed_run_keeps_its_threads(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_keeps_its_threads(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They decide how sums round: with others some bits would differ."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, run, other = tmp_path / "whole", tmp_path / "run", tmp_path / "other"
     torch.set_num_threads(2)
     train(base, whole)
     train(base, run, run__max_steps="2")
     shutil.copytree(run, other)
     torch.set_num_threads(1)
-    capsys.readouterr()
+    assert "OMP_NUM_THREADS is 1, but this run computes with 2" in capsys.readouterr().out
     train(base, run)
     said = capsys.readouterr().out
     assert (

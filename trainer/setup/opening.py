@@ -142,12 +142,12 @@ def _first_lines(start: Start, told: list[str], total_steps: int) -> Iterator[st
     if start.newest:
         of_memory = " from a snapshot in memory" if start.newest.parent != start.store.folder else ""
         yield f"resuming {cfg.folder} at step {step} of {total_steps}{of_memory}"
-        yield from start.lines
-        if cfg.run.extend_to is not None:
-            extension = extension_of(cfg.run.extend_lr, cfg.run.extend_from, start.train.steps_per_epoch)
-            now = f"it is {extended_lr_at(step, cfg.optim, total_steps, extension):.3g} now"
-            follows = extension.words(cfg.optim.lr) if extension else "the learning rate is that of their schedule"
-            yield f"it goes on to {cfg.run.epochs} epochs: {follows}; {now}"
+    yield from start.lines
+    if start.newest and cfg.run.extend_to is not None:
+        extension = extension_of(cfg.run.extend_lr, cfg.run.extend_from, start.train.steps_per_epoch)
+        now = f"it is {extended_lr_at(step, cfg.optim, total_steps, extension):.3g} now"
+        follows = extension.words(cfg.optim.lr) if extension else "the learning rate is that of their schedule"
+        yield f"it goes on to {cfg.run.epochs} epochs: {follows}; {now}"
 
 
 def last_row(progress: Progress, images: int) -> int:
