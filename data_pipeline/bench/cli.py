@@ -85,7 +85,8 @@ class Runner:
         """Let it deliver `images` or a few more. Raises `UserError` if it fails."""
         before = self._cpu_s()
         self._signal(signal.SIGCONT)
-        self._orders.send(images)
+        with suppress(BrokenPipeError):  # its process is gone; the answer says how
+            self._orders.send(images)
         answer = self._answer(None)
         self._signal(signal.SIGSTOP)
         if isinstance(answer, str):
@@ -94,7 +95,7 @@ class Runner:
         return Turn(delivered, wall_s, self._cpu_s() - before)
 
     def _answer(self, timeout_s: float | None) -> Any:
-        with suppress(EOFError):
+        with suppress(EOFError, ConnectionResetError):
             return self._orders.recv() if self._orders.poll(timeout_s) else f"no batch within {timeout_s} s"
         self._process.join()
         return f"its process ended with exit code {self._process.exitcode}"
@@ -187,13 +188,31 @@ def measure(
             turns = {name: 1 if contestants[name].whole_epochs else images for name in names}
             with ExitStack() as stack:
                 runners = _start(names, task, stack)
-                for runner in runners:
-                    runner.turn(turns[runner.name])  # not counted: it uses what was made before
+                for _ in _take_turns(runners, turns):
+                    pass  # not counted: it uses what was made before
                 advance = stack.enter_context(progress(f"{size_px} px", rounds * len(runners), unit="turns"))
                 for number in rounds_within(rounds, end_s):
-                    for runner in runners:
-                        into.append((size_px, runner.name, number, *runner.turn(turns[runner.name])))
+                    for name, turn in _take_turns(runners, turns):
+                        into.append((size_px, name, number, *turn))
                         advance(1)
+
+
+def _take_turns(runners: list[Runner], images: Mapping[str, int]) -> Iterator[tuple[str, Turn]]:
+    """Let each deliver its `images`; one that fails is printed with the reason, and taken from `runners`.
+
+    Raises `UserError` where it is the first, with which the others are compared.
+    """
+    first = runners[0]
+    for runner in [*runners]:
+        try:
+            turn = runner.turn(images[runner.name])
+        except UserError as error:
+            if runner is first:
+                raise
+            print(f"left out from here on: {error}", file=sys.stderr)
+            runners.remove(runner)
+        else:
+            yield runner.name, turn
 
 
 def turns_of(rows: list[Row]) -> pd.DataFrame:

@@ -1,11 +1,15 @@
 """The comparison of loaders: all of them run, in turns, on a small sample; what is counted; what is written."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -156,6 +160,47 @@ def test_a_loader_that_fails_says_why(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"^torchvision, PIL: FileNotFoundError: .*absent"),
     ):
         runner.wait_until_ready()
+
+
+def _broken(task: peers.Task) -> peers.Delivery:
+    yield peers.BATCH
+    raise OSError("no more of them")
+
+
+def _killed(task: peers.Task) -> peers.Delivery:
+    yield peers.BATCH
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _steady(task: peers.Task) -> peers.Delivery:
+    while True:
+        yield peers.BATCH
+
+
+def test_a_loader_that_fails_in_its_turn_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, deliver in {"a": _steady, "b": _broken, "c": _killed, "d": _steady}.items():
+        monkeypatch.setitem(peers.CONTESTANTS, name, peers.Contestant(deliver))
+    # In this process's forks, where the contestants of this test are known; the benchmark's own come from a bare process.
+    monkeypatch.setattr(bench, "get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr(bench, "_END_S", 0.1)  # a fork keeps its pipe open, so it does not end by itself
+    with ExitStack() as stack:
+        runners = [stack.enter_context(bench.Runner(name, peers.Task(tmp_path, 24, 1))) for name in "abcd"]
+        for runner in runners:
+            runner.wait_until_ready()
+        images = dict.fromkeys("abcd", 1)
+        rounds = [[name for name, _ in bench._take_turns(runners, images)] for _ in range(2)]
+        assert rounds == [["a", "d"], ["a", "d"]]
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [
+            "left out from here on: b: OSError: no more of them",
+            "left out from here on: c: its process ended with exit code -9",
+        ]
+        # The others are compared with the first, so without it there is nothing to go on for.
+        runners[0]._process.kill()
+        with pytest.raises(UserError, match="^a: its process ended with exit code -9"):
+            list(bench._take_turns(runners, images))
 
 
 @pytest.mark.parametrize("text", ["", "64,", "big", "64,64", "4", "64,5000", "-64"])
