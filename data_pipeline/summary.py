@@ -8,7 +8,7 @@ from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.sampling import quotas
 from data_pipeline.sources.catalog import Catalog
-from data_pipeline.sources.listing import counted
+from data_pipeline.sources.listing import TABLE_OPTIONS, counted
 
 _SMALL = 100  # validation images below which their small number is worth a line
 _SHOWN = 5  # classes that are named
@@ -52,6 +52,7 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         f"({val.taken.val_from})",
         f"{_several(train, counts)}{len(counts)} classes of {sizes}: {_few(train.classes)}",
         *_balance(cfg, counts, train.classes),
+        *_unread(cfg, train),
         *(f"data: {note}" for note in dict.fromkeys([*train.taken.notes, *val.taken.notes])),
     ]
     for catalog, what in ((train, "training"), (val, "validation")):
@@ -72,6 +73,17 @@ def _several(train: Catalog, counts: NDArray[np.int64]) -> str:
     sizes = train.label_sets.sum(axis=1)[train.labels]
     none = f", {counted(int((sizes == 0).sum()), 'image')} without any" if (sizes == 0).any() else ""
     return f"multi-label, {counts.sum() / len(train):.2f} classes an image on average, at most {sizes.max()}{none}; "
+
+
+def _unread(cfg: DataConfig, train: Catalog) -> list[str]:
+    """Say in a line each which options about a table this layout does not read."""
+    given = {name: getattr(cfg, name) for name in TABLE_OPTIONS}
+    nothing = {"labels": ("auto", "single")}  # the one class that each image has there
+    return [
+        f"data.{name} {value}: it is for a table that names images, and changes nothing here ({train.taken.layout})"
+        for name, value in given.items()
+        if value not in nothing.get(name, (None,)) and name not in train.taken.options
+    ]
 
 
 def _balance(cfg: DataConfig, counts: NDArray[np.int64], classes: list[str]) -> list[str]:

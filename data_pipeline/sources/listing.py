@@ -13,6 +13,8 @@ from data_pipeline.sources.storage.objects import Objects
 
 UNLABELLED = -1
 """Label of images of unknown class; the same number as `host_batch.IGNORE_LABEL`."""
+TABLE_OPTIONS = ("images", "image_column", "label_column", "labels", "split_column")
+"""Fields of `DataConfig` about a table; a layout without one reads none of them."""
 KINDS = ", ".join(sorted(SUFFIXES))
 _UNREAD = frozenset(
     {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".psd", ".dcm"}
@@ -34,6 +36,8 @@ class Taken:
     """Images of the whole set where `data.val_share` or `data.fold` has divided it and the listing is one part; else 0."""
     notes: list[str] = field(default_factory=list)
     """Oddities and files left out, a line each, as "3 .gif files are not read"."""
+    options: list[str] = field(default_factory=list)
+    """Options of `TABLE_OPTIONS` that this layout reads."""
     written: str = ""
     """Form of several classes of an image in a table: "columns" of 0 and 1, or the character between; "" where each has one."""
 

@@ -188,6 +188,7 @@ def _listing(
         Taken(
             f"{counted(len(files), f'{kind} file')}: images in {table.columns.image}, classes by {table.columns.label}",
             notes=notes,
+            options=["image_column", "label_column"],
         ),
         forms=[rows.form for rows in read],
     )

@@ -10,7 +10,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.label_sets import NO_SETS, as_sets
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, is_image
+from data_pipeline.sources.listing import TABLE_OPTIONS, UNLABELLED, Listing, Taken, is_image
 from data_pipeline.sources.splits import role_of
 from data_pipeline.sources.tables.class_columns import check_classes, class_column, in_order
 from data_pipeline.sources.tables.columns import (
@@ -59,6 +59,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
         f"{_said(file, images)}, {'several ' * bool(found.written)}classes by {found.source}",
         val_from,
         notes=[*_notes(table, images), *found.notes],
+        options=[*TABLE_OPTIONS],
         written=found.written,
     )
     listing = _labelled(images.located.paths, [found.rows[row] for row in rows], classes, file, cfg, taken)

@@ -311,6 +311,17 @@ def test_a_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
     assert line in said(tmp_path).splitlines()
 
 
+def test_options_of_a_table_are_said_to_change_nothing(tmp_path: Path) -> None:
+    train, val = both(lay(tmp_path, two("train", "val")))
+    columns = {"images": "elsewhere", "image_column": "id", "label_column": "breed", "split_column": "split"}
+    for name, value in ({**columns, "labels": "multi"}).items():
+        cfg = DataConfig(str(tmp_path), **{name: value})  # type: ignore[arg-type]
+        line = f"data.{name} {value}: it is for a table that names images, and changes nothing here (class folders in train/)"
+        assert line in summary(cfg, train, val)
+    plain = summary(DataConfig(str(tmp_path)), train, val)
+    assert summary(DataConfig(str(tmp_path), labels="single"), train, val) == plain
+
+
 @pytest.mark.parametrize("link", ["val", "val/dog"])
 def test_validation_on_the_training_images_is_said(link: str, tmp_path: Path) -> None:
     lay(tmp_path, {**two("train"), "other/cat": 2})
