@@ -199,7 +199,7 @@ def test_a_loader_that_fails_in_its_turn_is_left_out(
         ]
         # The others are compared with the first, so without it there is nothing to go on for.
         runners[0]._process.kill()
-        with pytest.raises(UserError, match="^a: its process ended with exit code -9"):
+        with pytest.raises(UserError, match=r"^a: its process ended with exit code -9"):
             list(bench._take_turns(runners, images))
 
 

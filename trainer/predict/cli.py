@@ -31,6 +31,7 @@ from trainer.config import Config
 from trainer.distributed import DistContext, open_dist_context
 from trainer.predict import kaggle_submission as sample
 from trainer.predict import several_classes
+from trainer.predict.class_columns import with_classes
 from trainer.scoring import NO_THRESHOLDS, Trained, open_trained
 
 BATCH = 64
@@ -244,7 +245,7 @@ def _table(
         return form.fill(found.probabilities, ranked)
     table = plain_table(names, ranked, found, classes)
     if args.probabilities:
-        table = pd.concat([table, pd.DataFrame(found.probabilities, columns=classes)], axis=1)
+        table = with_classes(table, found.probabilities, classes)
     return table
 
 

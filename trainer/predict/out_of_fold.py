@@ -13,6 +13,7 @@ from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
 from trainer.config import Config
 from trainer.distributed import open_dist_context
+from trainer.predict.class_columns import with_classes
 from trainer.predict.cli import open_alike, places_of, predict_all, view_of, write_table
 from trainer.scoring import Trained, open_scored
 
@@ -51,7 +52,7 @@ def write_held_out(args: argparse.Namespace, runs: list[tuple[Path, Config]]) ->
         truth = [labels[name] for name in names]
         predicted = np.array(classes, object)[mean.argmax(axis=1)]
         table = pd.DataFrame({"image": names, "label": truth, "predicted": predicted, "confidence": mean.max(axis=1)})
-        whole = pd.concat([table, pd.DataFrame(mean, columns=classes)], axis=1)
+        whole = with_classes(table, mean, classes)
         ctx.run_on_rank0(lambda: write_table(whole, args.oof, "--oof"))
     if ctx.primary:
         right = (table.predicted == table.label).groupby(table.label).mean()

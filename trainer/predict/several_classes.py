@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from data_pipeline.common.errors import require
 from data_pipeline.sources.tables.class_columns import COLUMNS, SEPARATORS
 from data_pipeline.sources.tables.text_table import read_table
+from trainer.predict.class_columns import with_classes
 from trainer.predict.kaggle_submission import few, matched
 
+_MARKS = (" ", *(mark for mark in SEPARATORS if mark != " "), "/", "\t")
+"""Characters between classes in the order of preference."""
 Said = NDArray[np.bool_]
 """[N, C] True for the classes that an image is said to be of."""
 
@@ -21,9 +24,23 @@ def as_lists(said: Said, texts: list[str], mark: str) -> list[str]:
     return [mark.join(texts[place] for place in np.flatnonzero(row)) for row in said]
 
 
-def separator_of(written: str) -> str:
-    """Choose the character between classes for a run whose table has `written` them so: a space where it has none."""
-    return " " if written in ("", COLUMNS) else written
+def separator_of(written: str, classes: list[str]) -> str:
+    """Choose the character between classes for a run whose table has `written` them so.
+
+    Where it has none: a space, or the first other character that no class's name has. Raises `UserError` if all occur.
+    """
+    if written != COLUMNS:
+        return written
+    free = [mark for mark in _MARKS if _divides(mark, classes)]
+    require(
+        len(free) > 0, f"RUN: its classes' names ({few(classes)}) have every character that could stand between two"
+    )
+    return free[0]
+
+
+def _divides(mark: str, texts: list[str]) -> bool:
+    """Return True where no text holds the character, so that a list of them can be cut at it."""
+    return not any(mark in text for text in texts)
 
 
 def plain_table(
@@ -31,10 +48,10 @@ def plain_table(
 ) -> pd.DataFrame:
     """List each image with its classes, as the run's table had them, and with `chances` the probability of each class."""
     table = pd.DataFrame({"image": names})
-    columns = pd.DataFrame(probabilities if chances else said.astype(int), columns=classes)
     if written != COLUMNS:
-        table["predicted"] = as_lists(said, classes, separator_of(written))
-    return pd.concat([table, columns], axis=1) if chances or written == COLUMNS else table
+        table["predicted"] = as_lists(said, classes, separator_of(written, classes))
+    columns = chances or written == COLUMNS
+    return with_classes(table, probabilities if chances else said.astype(int), classes) if columns else table
 
 
 class SampleForm(NamedTuple):
@@ -95,17 +112,18 @@ def read(file: Path, paths: list[str], classes: list[str], written: str) -> Samp
         f"--sample: the columns of {file} are not the {len(classes)} classes of the run, which {few(odd)} tell apart; "
         "give one column of lists, or one for each class",
     )
-    # Lists of names or of numbers; the run's own separator first, as a list of one has none.
+    # Lists of names or of numbers; the run's own separator first, as a list of one has none. A name that holds a separator
+    # would be cut by whoever reads the file.
     cells = sorted({*table[columns[0]]} - {""})
     numbers = [str(number) for number in range(len(classes))]
-    for mark in dict.fromkeys((separator_of(written), *SEPARATORS)):
+    for mark in dict.fromkeys((*([] if written == COLUMNS else [written]), *_MARKS)):
         parts = {part.strip() for cell in cells for part in cell.split(mark)} - {""}
         for texts in (classes, numbers):
-            if parts <= {*texts}:
+            if parts <= {*texts} and _divides(mark, texts):
                 return SampleForm(table, rows, "lists", classes, texts, mark)
     require(
         False,
         f"--sample: column {columns[0]} of {file} shows {few(cells)}, which are no lists of classes of the run ({few(classes)}) "
-        f"nor of numbers below {len(classes)}; put these into it",
+        f"nor of numbers below {len(classes)}, divided by a character that no class's name has; put these into it",
     )
     raise AssertionError

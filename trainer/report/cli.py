@@ -30,6 +30,7 @@ from trainer.class_table import class_scores, print_classes
 from trainer.config import Config
 from trainer.distributed import open_dist_context
 from trainer.multi_label import predict_split, score
+from trainer.predict.class_columns import with_classes
 from trainer.predict.cli import View, csv, predict_all
 from trainer.report import label_report, plots
 from trainer.scoring import open_scored, open_trained, scored_on
@@ -115,14 +116,10 @@ class Report:
             "predicted": names[self.predicted],
             "confidence": self.confidence,
         }
-        probabilities = pd.DataFrame(self.probabilities, columns=classes)
-        probabilities.insert(0, "image", images, allow_duplicates=True)
-        matrix = pd.DataFrame(self.matrix, columns=classes)
-        matrix.insert(0, "label", classes, allow_duplicates=True)
         return {
-            "probabilities.csv": probabilities,
+            "probabilities.csv": with_classes(pd.DataFrame({"image": images}), self.probabilities, classes),
             "classes.csv": self.by_class.assign(**{self.by_class.columns[0]: classes}),
-            "confusion.csv": matrix,
+            "confusion.csv": with_classes(pd.DataFrame({"label": classes}), self.matrix, classes),
             "calibration.csv": self.bins,
             PREDICTIONS: pd.DataFrame(predictions),
         }

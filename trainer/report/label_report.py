@@ -12,6 +12,7 @@ from data_pipeline.common.errors import UserError, printable
 from data_pipeline.sources.catalog import Catalog
 from trainer.class_table import class_scores, print_classes
 from trainer.multi_label import Found, average_precisions, counts, score
+from trainer.predict.class_columns import with_classes
 from trainer.predict.cli import csv
 from trainer.predict.several_classes import as_lists, separator_of
 from trainer.scoring import Trained
@@ -32,9 +33,7 @@ def tables(found: Found, catalog: Catalog, trained: Trained) -> dict[str, pd.Dat
     """The CSV files by their names."""
     classes = list(map(printable, trained.classes))
     images = [printable(catalog.paths[row]) for row in found.rows]
-    mark, said = separator_of(trained.labels), found.probabilities >= trained.thresholds
-    probabilities = pd.DataFrame(found.probabilities, columns=classes)
-    probabilities.insert(0, "image", images, allow_duplicates=True)
+    mark, said = separator_of(trained.labels, classes), found.probabilities >= trained.thresholds
     by_class = class_table(found, trained).assign(threshold=trained.thresholds)
     predictions = {
         "image": images,
@@ -42,7 +41,7 @@ def tables(found: Found, catalog: Catalog, trained: Trained) -> dict[str, pd.Dat
         "predicted": as_lists(said, classes, mark),
     }
     return {
-        "probabilities.csv": probabilities,
+        "probabilities.csv": with_classes(pd.DataFrame({"image": images}), found.probabilities, classes),
         "classes.csv": by_class.assign(**{by_class.columns[0]: classes}),
         PREDICTIONS: pd.DataFrame(predictions),
     }

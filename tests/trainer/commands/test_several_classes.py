@@ -20,7 +20,9 @@ from trainer.config import load_run as read_config
 from trainer.engine.prediction import Predictor
 from trainer.evaluate import main as evaluate
 from trainer.model.resnet import build_resnet
+from trainer.predict import several_classes
 from trainer.predict.__main__ import main as predict
+from trainer.predict.class_columns import with_classes
 from trainer.report.__main__ import main as report
 from trainer.scoring import open_trained
 
@@ -127,6 +129,51 @@ def test_columns_of_marks_come_back_as_such(tmp_path: Path, monkeypatch: pytest.
     assert {*table[CLASSES].to_numpy().ravel()} == {"0", "1"}
 
 
+NAMED: list[tuple[list[str], str, list[str], str, str]] = [
+    (["cat", "hot dog"], "columns", ["hot dog|cat", "cat"], "|", "cat|hot dog"),
+    (["cat", "hot dog"], "columns", ["hot dog", "cat"], "|", "cat|hot dog"),
+    (["cat", "dog"], "columns", ["dog", "cat"], " ", "cat dog"),
+    (["cat", "cat dog", "dog"], "columns", ["cat dog", "dog"], "|", "cat|cat dog"),
+    (["a b", "c|d", "e;f"], "columns", ["a b", "c|d"], ",", "a b,c|d"),
+    (["cat", "hot dog"], ";", ["cat", "cat"], ";", "cat;hot dog"),
+    (["cat", "hot dog"], "columns", ["0 1", "1"], " ", "0 1"),
+]
+
+
+@pytest.mark.parametrize(("classes", "written", "cells", "mark", "filled"), NAMED)
+def test_no_name_is_cut_by_what_divides_a_list(
+    classes: list[str], written: str, cells: list[str], mark: str, filled: str, tmp_path: Path
+) -> None:
+    pd.DataFrame({"id": ["a", "b"], "label": cells}).to_csv(tmp_path / "sample.csv", index=False)
+    form = several_classes.read(tmp_path / "sample.csv", ["a.jpg", "b.jpg"], classes, written)
+    assert (form.shows, form.mark) == ("lists", mark)
+    said = np.array([[True, True, False][: len(classes)], [False] * len(classes)])
+    assert form.fill(said.astype(np.float32), said).label.tolist() == [filled, ""]
+
+
+def test_a_separator_that_a_name_holds_is_refused(tmp_path: Path) -> None:
+    pd.DataFrame({"id": ["a"], "label": ["hot dog cat"]}).to_csv(tmp_path / "sample.csv", index=False)
+    with pytest.raises(
+        UserError, match=r"which are no lists of classes .* divided by a character that no class's name"
+    ):
+        several_classes.read(tmp_path / "sample.csv", ["a.jpg"], ["cat", "hot dog"], "columns")
+    with pytest.raises(UserError, match="have every character that could stand between two"):
+        several_classes.separator_of("columns", [" |;", ",/", "\t"])
+
+
+def test_a_class_named_like_a_column_has_another(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = ["class predicted", "image", "predicted", "red"]
+    values = np.arange(8, dtype=np.float32).reshape(2, 4)
+    table = with_classes(pd.DataFrame({"image": ["a", "b"], "predicted": ["red", "image"]}), values, classes)
+    own = ["class predicted", "class image", "class class predicted", "red"]
+    assert list(table) == ["image", "predicted", *own] and table.image.tolist() == ["a", "b"]
+    assert np.array_equal(table[own].to_numpy(), values)
+    assert capsys.readouterr().err.splitlines() == [
+        "image: the column of this class is 'class image'",
+        "predicted: the column of this class is 'class class predicted'",
+    ]
+
+
 def test_evaluation_and_report_use_the_thresholds(
     lists: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +238,19 @@ def test_the_best_thresholds_are_those_of_the_saved_weights(lists: Path) -> None
     trained = open_trained(lists, read_config(lists, []), SOLO)
     assert isinstance(trained.predict, Predictor) and trained.multi_label and trained.labels == "|"
     assert trained.thresholds.dtype == np.float64 and len(trained.thresholds) == 3
+
+
+def test_weights_that_were_never_validated_say_that_they_have_no_thresholds(
+    lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, saved = read_config(lists, []), lists / "checkpoints/best"
+    about = {name: value for name, value in read_metadata(saved).items() if name != "thresholds"}
+    weights = safetensors.torch.load_file(saved / WEIGHTS)
+    place_checkpoint(tmp_path, cfg, {WEIGHTS: safetensors.torch.save(weights, {METADATA: json.dumps(about)})})
+    assert open_trained(tmp_path, cfg, SOLO).thresholds.tolist() == [0.5, 0.5, 0.5]
+    assert "no threshold was found yet: 0.5 for each class" in capsys.readouterr().err
+    open_trained(lists, cfg, SOLO)
+    assert "no threshold" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
