@@ -25,7 +25,7 @@ from jsonargparse import (
 from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
-from data_pipeline.common.option_files import option_kinds, quoted
+from data_pipeline.common.option_files import check_base, option_kinds, quoted
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig
 from trainer.engine.config import EngineConfig, check_deepspeed
@@ -214,8 +214,19 @@ def _check_options(text: str, file: str) -> None:
     for key, value in flat(tree_of(text, file)).items():
         if key not in flat(asdict(Config())):
             raise UserError(f"{file}: {_no_such_option(key)}")
+        if key in kinds:
+            check_base(f"{file}: {key}", kinds[key], value)
         if value is None and key in kinds and NoneType not in get_args(kinds[key]):
             raise UserError(f"{file}: {key}: nothing is given; give a value, or leave the option out")
+
+
+def _check_bases(arguments: list[str]) -> None:
+    """Check the numbers of a command line as those of a file (see `check_base`). Raises `UserError`."""
+    kinds = option_kinds(Config)
+    for words in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = "=".join(words).removeprefix("--").partition("=")
+        if option in kinds:
+            check_base(option, kinds[option], value.partition("=")[0])
 
 
 def tree_of(text: str, file: str) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> C
     )
     parser.add_class_arguments(Config)
     parser.set_defaults(dict(defaults or {}))
+    _check_bases(arguments)
     quiet = launched_rank() > 0 and any(a in ("-h", "--help", "--print_config") for a in arguments)
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():

@@ -1,8 +1,9 @@
 """YAML of options as it is meant: where an option is text or one of some words, it is what is written there.
 
-YAML itself takes `off` and `no` for false, 007 for 7, 12:30 for 750 and 2024-01-01 for a date.
+YAML itself takes `off` and `no` for false, 064 for 52 (to base eight), 12:30 for 750 (to base sixty) and 2024-01-01 for a date.
 """
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from data_pipeline.common.errors import require
 from data_pipeline.common.safe_yaml import compose_yaml
 
 _SWITCHES = (
@@ -19,6 +21,12 @@ _SWITCHES = (
     ({"null", "none", "~"}, ("none", "off", "no")),
 )
 """Spellings of a word, and the words that an option may have for it."""
+
+
+_ZEROS = re.compile(r"[-+]?0[0-9_]+")
+"""Whole numbers that YAML 1.1 reads to base eight, or as text where they have an 8 or 9."""
+_SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+"""Numbers that it reads to base sixty."""
 
 
 @cache
@@ -36,10 +44,10 @@ def option_kinds(section: type) -> dict[str, Any]:
 def quoted(text: str, kinds: Mapping[str, Any], around: Container[str] = ()) -> str:
     """YAML `text` with quotation marks around values of options that are words; options may stand in tables `around` them.
 
-    Raises yaml.YAMLError.
+    A number with zeros before it is to base ten; one with colons is text (see `check_base`). Raises yaml.YAMLError.
     """
     root = compose_yaml(text)
-    if not isinstance(root, yaml.MappingNode):
+    if root is None or (isinstance(root, yaml.ScalarNode) and not _SIXTIES.fullmatch(root.value)):
         return text
     _quote(root, "", kinds, around, set())
     return str(yaml.serialize(root))
@@ -57,15 +65,30 @@ def _quote(node: yaml.Node, path: str, kinds: Mapping[str, Any], around: Contain
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _quote(item, path, kinds, around, seen)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and path in kinds:
-        word = _word(node, kinds[path])
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        word = _word(node, kinds[path]) if path in kinds else None
+        if word is None and _SIXTIES.fullmatch(node.value):
+            word = node.value
         if word is not None:
             node.value, node.tag, node.style = word, "tag:yaml.org,2002:str", '"'
+        elif _ZEROS.fullmatch(node.value):
+            node.value = re.sub(r"^([-+]?)[0_]+(?=[0-9])", r"\1", node.value)
+
+
+def check_base(option: str, kind: Any, written: Any) -> None:
+    """Raise `UserError` where an option for numbers, or for lists of them, is given one that YAML reads to base sixty."""
+    wrong = [part for part in re.split(r"[\[\],\s'\"]+", str(written)) if _SIXTIES.fullmatch(part)]
+    text = any(one is str or get_origin(one) is Literal for one in _alternatives(kind))
+    require(text or not wrong, f"{option}: {''.join(wrong[:1])} does not fit; give a number without colons")
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    return [kind] if get_origin(kind) is Literal else [kind, *get_args(kind)]
 
 
 def _word(node: yaml.ScalarNode, kind: Any) -> str | None:
     """Read a value as text or as one of an option's words; None where it is neither, or nothing."""
-    kinds = [kind] if get_origin(kind) is Literal else [kind, *get_args(kind)]
+    kinds = _alternatives(kind)
     words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one) if isinstance(word, str)]
     nothing = node.tag == "tag:yaml.org,2002:null" and (NoneType in kinds or node.value in ("", "~"))
     if nothing or not (words or str in kinds):

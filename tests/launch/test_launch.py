@@ -255,12 +255,12 @@ def test_wrong_options_are_refused(arguments: list[str], words: str) -> None:
     assert words in str(refused.value)
 
 
-def test_time_without_quotes_is_explained(tmp_path: Path) -> None:
-    """YAML takes 4:00:00 for a number, to base sixty."""
+def test_time_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML itself takes 4:00:00 for a number, to base sixty."""
     file = tmp_path / "mine.yaml"
     file.write_text("time: 4:00:00\n")
-    with pytest.raises(UserError, match="time: 14400 does not fit; give text, in quotes"):
-        parse_request("submit", ["--profile", str(file)])
+    request, _ = parse_request("submit", ["--profile", str(file)])
+    assert request.profile.time == "4:00:00"
 
 
 PARTITIONS = """PartitionName=gpu Default=NO MaxCPUsPerNode=UNLIMITED Nodes=a[1-2] State=UP

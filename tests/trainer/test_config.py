@@ -62,6 +62,12 @@ def test_any_text_reloads_equal(value: str, tmp_path: Path) -> None:
         ("optim: {class_weights: null}", "optim.class_weights", "none"),
         ("optim: {class_weights: [1, 2.5]}", "optim.class_weights", [1.0, 2.5]),
         ("run: {seed: 007}", "run.seed", 7),
+        ("data: {batch: 064}", "data.batch", 64),
+        ("data: {batch: [064, 0_128, 08]}", "data.batch", [64, 128, 8]),
+        ("data: {batch: 1_000}", "data.batch", 1000),
+        ("optim: {lr: 010}", "optim.lr", 10.0),
+        ("optim: {lr: 00.5}", "optim.lr", 0.5),
+        ("run: {log_every: +064}", "run.log_every", 64),
         ("optim: {lr: 1e-3}", "optim.lr", 0.001),
     ],
 )
@@ -108,6 +114,10 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         (b"tracking: {wandb: on}", "tracking.wandb: on does not fit; give one of 'auto', 'online', 'offline', 'off'"),
         (b"data:\n  path:\n", "FILE: data.path: nothing is given; give a value, or leave the option out"),
         (b"run: {epochs: ~}", "FILE: run.epochs: nothing is given; give a value, or leave the option out"),
+        (b"run: {epochs: 1:30}", "FILE: run.epochs: 1:30 does not fit; give a number without colons"),
+        (b"run: {epochs: 1e3}", "run.epochs: 1000.0 does not fit; give a whole number"),
+        (b"optim: {lr: 1:30.5}", "FILE: optim.lr: 1:30.5 does not fit; give a number without colons"),
+        (b"data: {size_px: [64, 1:30]}", "FILE: data.size_px: 1:30 does not fit; give a number without colons"),
         (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give a number"),
         (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
         (b"", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),
@@ -278,6 +288,18 @@ def test_a_run_is_called_after_its_data(path: str, name: str, tmp_path: Path, mo
 @pytest.mark.parametrize("text", ["a\tb", "a: b: c", "[1", "'", '"un\\dis"\t; $HOME [ü] \'x', "%x", "@x"])
 def test_text_that_is_no_yaml_is_text(text: str) -> None:
     assert load(["--run.dir", text]).run.dir == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch"),
+    [("064", 64), ("[064, 32]", [64, 32]), ("[08]", [8]), ("1_000", 1000), ("1:30", None), ("[1:30]", None)],
+)
+def test_a_number_on_the_command_line_is_to_base_ten(arguments: str, batch: object) -> None:
+    if batch is None:
+        with pytest.raises(UserError, match=r"^data\.batch: 1:30 does not fit; give a number without colons"):
+            load(["--data.batch", arguments])
+    else:
+        assert load(["--data.batch", arguments]).data.batch == batch
 
 
 def test_load_run(tmp_path: Path) -> None:
