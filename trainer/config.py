@@ -202,11 +202,14 @@ def _config_file(name: str) -> str:
 
 def _refuse_unknown(file: Path) -> None:
     """Check that every option in a file exists. Raises `UserError`."""
+    _check_options(_text_of(file), str(file))
+
+
+def _text_of(file: Path) -> str:
     try:
-        text = read_text(file)
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file} cannot be read: {error}") from None
-    _check_options(text, str(file))
 
 
 def _check_options(text: str, file: str) -> None:
@@ -266,7 +269,20 @@ def _parse(arguments: list[str], defaults: Mapping[str, Any] | None = None) -> C
             parts = parser.instantiate(options)
     except ArgumentError as error:
         raise UserError(remedy(str(error), "python -m trainer", unknown=_no_such_option)) from None
-    return Config(**{section.name: parts[section.name] for section in fields(Config)})
+    cfg = Config(**{section.name: parts[section.name] for section in fields(Config)})
+    return cfg if given else _extended(cfg)
+
+
+def _extended(cfg: Config) -> Config:
+    """Let an extension begin after the epochs that the run in the folder had, which may be more than those of its recipe."""
+    saved = cfg.folder / "config.yaml"
+    if cfg.run.extend_to is None or not saved.is_file():
+        return cfg
+    before = flat(tree_of(_text_of(saved), str(saved)))
+    epochs, extended_to = before.get("run.epochs"), before.get("run.extend_to")
+    begins = before.get("run.extend_from") if extended_to == cfg.run.extend_to else epochs
+    fits = isinstance(begins, int) and 0 < begins <= cfg.run.epochs
+    return replace(cfg, run=replace(cfg.run, extend_from=begins)) if fits else cfg
 
 
 def _no_such_option(name: str) -> str:

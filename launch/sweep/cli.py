@@ -25,7 +25,7 @@ from launch.slurm.commands import queue, run_slurm
 from launch.slurm.profile import Request, parse, request_of, request_parser
 from launch.slurm.submit import active_job, check_free, submit_runs
 from launch.sweep.settings import Member, Setting, Sweep, read_sweep
-from launch.sweep.wandb_file import write_wandb_file
+from launch.sweep.wandb_file import metric_of, write_wandb_file
 from trainer.checkpoint.run_folder import check_run
 from trainer.checkpoint.store import Store
 from trainer.config import Config
@@ -87,6 +87,12 @@ def main(arguments: list[str]) -> None:
         print(
             f"{len(members)} runs; next: wandb sweep {file}, and where they shall train the `wandb agent` that it names"
         )
+        cfg = members[0].cfg
+        if cfg.run.best_by is None:
+            print(
+                f"its metric is {metric_of(cfg)['name']}, as the options give no run.best_by: for images of several classes "
+                "give map, for classes of uneven numbers macro_recall"
+            )
         return
     record = joined(read_record(folder), sweep, members, folder)
     for member in members:

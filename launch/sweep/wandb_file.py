@@ -11,9 +11,16 @@ import yaml
 
 from data_pipeline.common.errors import UserError
 from launch.sweep.settings import Member, Setting, Sweep, argument
+from trainer.config import Config
 
 METRICS = {"top1": "val/best_top1_pct", "map": "val/best_map_pct", "loss": "val/loss"}
 """Metric of the scores that choose the best weights, where it is not val/SCORE_pct."""
+
+
+def metric_of(cfg: Config) -> dict[str, str]:
+    """Name the metric that chooses the best weights of a run, as far as its options tell: its images are not looked at."""
+    by = cfg.run.best_by or ("map" if cfg.data.labels == "multi" else "top1")
+    return {"name": METRICS.get(by, f"val/{by}_pct"), "goal": "minimize" if by == "loss" else "maximize"}
 
 
 def write_wandb_file(sweep: Sweep, members: list[Member], ranks: int | None) -> Path:
@@ -44,15 +51,13 @@ def wandb_sweep(sweep: Sweep, members: list[Member], ranks: int | None) -> dict[
         # W&B has no list of tables: a run's options are one value.
         parameters = {"config": {"values": [_table(setting) for setting in sweep.settings]}}
         command = [*launch, "--config", sweep.config, "--config", _table(sweep.options), "${args}", name]
-    by = cfg.run.best_by or "top1"
-    metric = {"name": METRICS.get(by, f"val/{by}_pct"), "goal": "minimize" if by == "loss" else "maximize"}
     place = {"project": cfg.tracking.project, "entity": cfg.tracking.entity}
     return {
         "name": sweep.file.stem,
         **{key: value for key, value in place.items() if value},
         "program": "launch",
         "method": "grid",
-        "metric": metric,
+        "metric": metric_of(cfg),
         "parameters": parameters,
         "command": command,
     }

@@ -417,6 +417,24 @@ def test_agents_of_wandb_train_the_same_runs(
         assert replace(cfg, run=replace(cfg.run, name=member.cfg.run.name, dir=member.cfg.run.dir)) == member.cfg
 
 
+@pytest.mark.parametrize(
+    ("options", "metric", "is_said"),
+    [
+        ("", "val/best_top1_pct", True),
+        (", data.labels: multi", "val/best_map_pct", True),
+        (", data.labels: multi, run.best_by: macro_f1", "val/macro_f1_pct", False),
+        (", run.best_by: macro_recall", "val/macro_recall_pct", False),
+    ],
+)
+def test_the_metric_for_wandb_is_that_of_the_best_weights_or_said(
+    options: str, metric: str, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, f"options: {{run.epochs: 3{options}}}\ngrid: {{optim.lr: [0.1, 0.2]}}\n")
+    main([str(file), "--wandb"])
+    assert yaml.safe_load((tmp_path / "mine.wandb.yaml").read_text())["metric"] == {"name": metric, "goal": "maximize"}
+    assert (f"its metric is {metric}, as the options give no run.best_by" in capsys.readouterr().out) == is_said
+
+
 def test_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     file = written(tmp_path, GRID)
     theirs = written(tmp_path, "method: bayes\n", "mine.wandb.yaml")

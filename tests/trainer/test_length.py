@@ -87,6 +87,21 @@ def test_a_run_trained_on_twice_spans_the_epochs_added_last(tmp_path: Path) -> N
     assert load(longer) == load(longer[:2]) == load_run(tmp_path, []) == lengths["added"]
 
 
+def test_a_run_trained_on_twice_by_its_recipe_spans_the_epochs_added_last(tmp_path: Path) -> None:
+    """The recipe has the run's first number of epochs; the run folder knows those that it had since."""
+    recipe, saved = [f"--run.dir={tmp_path}", "--run.epochs=4"], tmp_path / "config.yaml"
+    lengths = []
+    for more in ([], ["--run.extend_to=5"], ["--run.extend_to=8"], ["--run.extend_to=8"]):  # the last resumes it
+        cfg = load([*recipe, *more])
+        saved.write_text(to_yaml(cfg))
+        lengths.append((cfg.run.epochs, cfg.run.extend_from))
+    assert lengths == [(4, None), (5, 4), (8, 5), (8, 5)]
+    assert load([*recipe, "--run.extend_to=8", "--run.extend_from=4"]).run.extend_from == 4
+    # One that was started with more epochs than its recipe has, by an option that is left out now.
+    saved.write_text(to_yaml(load([*recipe[:1], "--run.epochs=6"])))
+    assert load([*recipe, "--run.extend_to=8"]).run.extend_from == 6
+
+
 # Ended early
 
 
