@@ -259,7 +259,7 @@ def test_time_needs_no_quotes(tmp_path: Path) -> None:
     """YAML itself takes 4:00:00 for a number, to base sixty."""
     file = tmp_path / "mine.yaml"
     file.write_text("time: 4:00:00\n")
-    request, _ = parse_request("submit", ["--profile", str(file)])
+    request = parse_request("submit", ["--profile", str(file)])
     assert request.profile.time == "4:00:00"
 
 
