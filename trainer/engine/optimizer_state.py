@@ -105,14 +105,15 @@ def part_of(moments: Moments, group: list[Entry], stage: int, rank: int, world: 
 
 def adopt(optimizer: torch.optim.Optimizer, moments: Moments, names: Mapping[str, Tensor]) -> None:
     """Give an optimizer of whole parameters, `names`, what `moments` has for them, each laid out in memory as its parameter."""
+
+    def own(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # A single value, as AdamW counts its steps in, may be that of a whole group: each parameter counts by itself.
+        return torch.empty_like(parameter, requires_grad=False).copy_(value) if value.ndim else value.clone()
+
     for name, kept in moments.items():
-        parameter = names[name]
-        optimizer.state[parameter] = {
-            key: torch.empty_like(parameter, requires_grad=False).copy_(value)
-            if isinstance(value, Tensor) and value.ndim
-            else value
-            for key, value in kept.items()
-        }
+        optimizer.state[names[name]] = {key: own(value, names[name]) for key, value in kept.items()}
 
 
 def loss_scale(state: Mapping[str, Any]) -> tuple[float, int] | None:

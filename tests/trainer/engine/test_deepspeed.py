@@ -25,8 +25,8 @@ from trainer.engine.base import Engine
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.deepspeed import DeepSpeedEngine, check_deepspeed
-from trainer.engine.optimizer_state import groups_of, read_whole
-from trainer.optim.optimizer import OptimConfig
+from trainer.engine.optimizer_state import adopt, groups_of, read_whole
+from trainer.optim.optimizer import OptimConfig, build_optimizer
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +182,19 @@ def check_taking(ctx: DistContext, place: Path, optim: OptimConfig, taker: Engin
         for key, value in theirs.items():
             torch.testing.assert_close(kept[name][key], value, rtol=1e-4, atol=1e-6, msg=f"{again}: {key} of {name}")
     assert torch.isfinite(resumed.step([batch(4, ctx.rank)], 0.01)).all()
+
+
+def test_each_parameter_counts_its_own_steps() -> None:
+    """ZeRO has one count for a group; were it the same tensor in all parameters, a step would add one for each of them."""
+    module, count = small_net(), torch.tensor(5.0)
+    optimizer = build_optimizer(module, ADAMW)
+    names = dict(module.named_parameters())
+    zeros = {name: {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} for name, p in names.items()}
+    adopt(optimizer, {name: {"step": count, **kept} for name, kept in zeros.items()}, names)
+    for parameter in names.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in names.values()] == [6.0] * len(names)
 
 
 def give_by_two(rank: int, folder: Path) -> None:
