@@ -1,12 +1,21 @@
 """The form in which a loader hands images out. Without DALI, so that an engine can be imported where there is none."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 IGNORE_LABEL = -1  # label of a row that counts in no loss and no score
+
+
+def on_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy `values` to a device; nothing waits.
+
+    Out of pinned memory: for a copy out of other memory the host may wait until a GPU has done all that was handed to it before.
+    """
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Places(NamedTuple):

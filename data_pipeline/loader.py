@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline import coverage, mixing, sampling
-from data_pipeline.batch import IGNORE_LABEL, Batch, Places
+from data_pipeline.batch import IGNORE_LABEL, Batch, Places, on_device
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.cursor import Cursor
@@ -274,12 +274,12 @@ class _Epoch(Iterator[Batch]):
 
         # Look up several classes. Mix on the device, with one draw for the whole step on all ranks.
         device, catalog = images.device, loader.catalog
-        labels, targets = torch.from_numpy(host_batch.labels).to(device, non_blocking=True), None
+        labels, targets = on_device(host_batch.labels, device), None
         drawn = None
         if self._mixes:
             drawn = mixing.draw(loader.seed, self.start.epoch, micro_batch.start, loader.cfg.augment)
         if drawn or catalog.multi_label:
-            targets = torch.from_numpy(catalog.targets_of(host_batch.labels)).to(device, non_blocking=True)
+            targets = on_device(catalog.targets_of(host_batch.labels), device)
         if drawn and targets is not None:
             images, labels, targets = mixing.mix(images, labels, targets, drawn)
 

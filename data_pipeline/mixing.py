@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.batch import on_device
 from data_pipeline.config import AugmentConfig
 from data_pipeline.sampling import COLOUT, MIX, philox
 
@@ -86,7 +87,7 @@ def thin_out(images: Tensor, seed: int, epoch: int, start: int, share: float) ->
     for axis in (1, 2):
         side = images.shape[axis]
         kept = np.sort(generator.permutation(side)[: int((1 - share) * side)])
-        images = images.index_select(axis, torch.from_numpy(kept).to(images.device, non_blocking=True))
+        images = images.index_select(axis, on_device(kept, images.device))
     return images
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.batch import Places
+from data_pipeline.batch import Places, on_device
 from data_pipeline.sampling import DEPTH, uniforms
 
 
@@ -47,6 +47,6 @@ def draw_paths(layers: list[DropPath], places: Places | None, device: torch.devi
         return
     drawn = uniforms(places.seed, places.epoch, places.positions, DEPTH, -(-len(layers) // 4) * 4)[:, : len(layers)]
     rates = np.array([layer.rate for layer in layers])
-    factors = torch.from_numpy(((drawn >= rates) / (1 - rates)).astype(np.float32).T.copy())
-    for layer, row in zip(layers, factors.to(device, non_blocking=True), strict=True):
+    factors = on_device(((drawn >= rates) / (1 - rates)).astype(np.float32).T.copy(), device)
+    for layer, row in zip(layers, factors, strict=True):
         layer.factors = row
