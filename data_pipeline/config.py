@@ -147,6 +147,10 @@ class AugmentConfig:
         """True where images are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
 
+    def seen_px(self, size_px: int) -> int:
+        """Side of what the network sees of training images of `size_px`, of which ColOut may leave a part out."""
+        return int((1 - self.colout) * size_px)
+
     def mixes_in(self, epoch: int, epochs: int) -> bool:
         """Return True where images are mixed in `epoch` (from 0) of a run of `epochs`."""
         return self.mixes and (self.mix_until == 1 or epoch < round(self.mix_until * epochs))

@@ -269,8 +269,8 @@ class _Epoch(Iterator[Batch]):
 
         # Leave rows and columns out, on the device and the same in the whole step.
         if loader.training and loader.cfg.augment.colout:
-            share = loader.cfg.augment.colout
-            images = mixing.thin_out(images, loader.seed, self.start.epoch, micro_batch.start, share)
+            side_px = loader.cfg.augment.seen_px(self._size_px)
+            images = mixing.thin_out(images, loader.seed, self.start.epoch, micro_batch.start, side_px)
 
         # Look up several classes. Mix on the device, with one draw for the whole step on all ranks.
         device, catalog = images.device, loader.catalog

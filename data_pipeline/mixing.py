@@ -78,15 +78,14 @@ def box(mixing: Mixing, height: int, width: int) -> tuple[int, int, int, int]:
     return max(y - half_height, 0), max(x - half_width, 0), min(y + half_height, height), min(x + half_width, width)
 
 
-def thin_out(images: Tensor, seed: int, epoch: int, start: int, share: float) -> Tensor:
-    """Leave a `share` of the rows and of the columns of `images` [B, H, W, 3] out, the same in all of the step.
+def thin_out(images: Tensor, seed: int, epoch: int, start: int, side_px: int) -> Tensor:
+    """Leave rows and columns of `images` [B, S, S, 3] out, the same in all of the step, so that [B, side_px, side_px, 3] remain.
 
-    Which ones follows from the position `start` where the step begins (Composer's ColOut, for batches). Returns [B, H', W', 3].
+    Which ones follows from the position `start` where the step begins (Composer's ColOut, for batches).
     """
     generator = np.random.Generator(philox(seed, COLOUT, epoch, start))
     for axis in (1, 2):
-        side = images.shape[axis]
-        kept = np.sort(generator.permutation(side)[: int((1 - share) * side)])
+        kept = np.sort(generator.permutation(images.shape[axis])[:side_px])
         images = images.index_select(axis, on_device(kept, images.device))
     return images
 

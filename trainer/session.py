@@ -158,7 +158,8 @@ class Session:
         """Model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B), by a measured peak."""
         if not (self.ctx.primary and "perf/images_per_s" in scalars):
             return {}
-        size_px = self.cfg.data.size_at(self.progress.cursor.epoch, self.cfg.run.epochs)
+        data, epoch = self.cfg.data, self.progress.cursor.epoch
+        size_px = data.augment.seen_px(data.size_at(epoch, self.cfg.run.epochs))
         if size_px not in self._flops:
             self._flops[size_px] = flops_per_image(self.cfg.model, len(self.classes), size_px)
         return {"perf/mfu_pct": 100 * scalars["perf/images_per_s"] * self._flops[size_px] / self.flops_per_s}

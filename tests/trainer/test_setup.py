@@ -133,9 +133,13 @@ def with_memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_are_cut_to_what_memory_holds(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each size of batch that the run has, before its first step; a resumed run cuts as before, for the same bits."""
+    """Each size of batch that the run has, before its first step; a resumed run cuts as before, for the same bits.
+
+    The size is that which the network sees: ColOut makes images smaller.
+    """
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = {"engine__fit_memory": "true", "data__size_px": "[32,40]", "run__epochs": "2"}
+    options |= {"data__augment__colout": "0.1"}
     with monkeypatch.context() as patch:
         with_memory_for(4, patch)
         train(base, whole, **options)

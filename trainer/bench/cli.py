@@ -260,7 +260,7 @@ def _facts(cfg: Config, ours: Ours, classes: int, ctx: DistContext) -> dict[str,
         "batch": cfg.data.batch_at(last, cfg.run.epochs),
         "precision": resolve_precision(cfg.engine.precision, device),
         "best_precision": resolve_precision("auto", device),
-        "flops_per_image": flops_per_image(cfg.model, classes, size_px),
+        "flops_per_image": flops_per_image(cfg.model, classes, cfg.data.augment.seen_px(size_px)),
         "gradient_bytes": 4 * sum(p.numel() for p in ours.lone_engine.module.parameters()),
     }
 

@@ -181,7 +181,10 @@ class DdpEngine(DataParallel):
             for value in state.values()
             if isinstance(value, Tensor)
         )
-        to_come = round(state_share(self.optim) * sum(parameter.nbytes for parameter in self.trained)) - held
+        copies = state_share(self.optim) + (
+            self.optim.sam_radius > 0
+        )  # of the weights: SAM keeps them in its second pass
+        to_come = round(copies * sum(parameter.nbytes for parameter in self.trained)) - held
         try:
             kept = torch.empty(max(to_come, 0) + beside_bytes, dtype=torch.uint8, device=self.ctx.device)
             images = torch.zeros(rows, 3, size_px, size_px, dtype=torch.uint8, device=self.ctx.device)

@@ -119,7 +119,7 @@ def _fit_memory(start: Start, engine: Engine) -> Iterator[str]:
     ctx = start.ctx
     beside = ctx.raise_together(lambda: gpu_bytes(start.train) + gpu_bytes(start.val))
     for rows, size_px in start.train.shapes():
-        pieces = engine.fit_memory(rows, size_px, beside)
+        pieces = engine.fit_memory(rows, start.cfg.data.augment.seen_px(size_px), beside)
         yield f"engine.fit_memory: {rows} images of {size_px} px on each rank, in {pieces} piece{'s' * (pieces > 1)}"
 
 

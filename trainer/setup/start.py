@@ -191,6 +191,7 @@ def _check_batches(cfg: Config, classes: int, ctx: DistContext) -> None:
         return  # it sees the images of all ranks
     for epoch in range(cfg.run.epochs):
         batch, size_px = cfg.data.batch_at(epoch, cfg.run.epochs), cfg.data.size_at(epoch, cfg.run.epochs)
+        size_px = cfg.data.augment.seen_px(size_px)
         if batch == shares:
             with torch.device("meta"):
                 model = fresh_model(cfg, classes).train()
