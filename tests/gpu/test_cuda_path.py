@@ -3,17 +3,32 @@
 The graph of DALI operators is held to in test_loader.py, tests that need a GPU are marked `gpu`.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.batch import Batch, Places
 from data_pipeline.config import DataConfig
+from data_pipeline.mixing import Mixing, mix, thin_out
+from trainer.check.items.common import CLASSES, MEAN, STD
+from trainer.check.items.variants import VARIANTS
+from trainer.distributed import DistContext
 from trainer.engine.compilation import compiled
-from trainer.engine.config import EngineConfig
+from trainer.engine.config import EngineConfig, Precision
+from trainer.engine.ddp import DdpEngine
 from trainer.engine.precision import resolve_precision
+from trainer.model.network import build_network
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import ModelConfig, ModelName, build_resnet
+from trainer.node import clock
+from trainer.node.clock import HostClock
 from trainer.optim.optimizer import OptimConfig, OptimizerName, build_optimizer
 
 CUDA = torch.device("cuda")
@@ -90,3 +105,75 @@ def test_the_loss_scale_follows_fp16_alone() -> None:
 
     assert build(small_net(), precision="fp16").scaler.is_enabled()
     assert not build(small_net(), precision="bf16").scaler.is_enabled()
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+class HostWaits(TorchDispatchMode):
+    """Lists the copies between GPU and CPU for which the host waits. Values that are asked for raise by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_"):
+            source, goes_on = args[name == "copy_"], kwargs.get("non_blocking") or args[2:3] == (True,)
+            if source.device != result.device and (result.device.type == "cpu" or not goes_on):
+                self.seen.append(f"{name} of {list(source.shape)} from {source.device} to {result.device}")
+        return result
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let autocast and loss scaling work for a GPU that is not there, and gradients be there without a backward pass."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.amp.grad_scaler, "amp_definitely_not_available", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(clock, "GpuClock", HostClock)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+
+    def backward(engine: DdpEngine, loss: Tensor) -> None:
+        scaled = engine.scaler.scale(loss)
+        assert scaled.device.type == "cuda" and scaled.dtype == torch.float32
+        for weight in engine.trained:
+            weight.grad = torch.zeros_like(weight)
+
+    monkeypatch.setattr(DdpEngine, "_backward", backward)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_step_waits_for_nothing(name: str, pretended: None) -> None:
+    """Of each variant that `trainer.check` makes on a GPU: every tensor is there, and none is asked for its values."""
+    variant = VARIANTS[name]
+    # The fused kernel of SGD has no fake.
+    optim = replace(variant.optim, name="adamw") if variant.optim.name == "sgd" else variant.optim
+    # Torch's loss scaling waits for optimizers that are not fused.
+    precisions: list[Precision] = ["bf16", *(["fp16"] if optim.name == "adamw" else [])]  # type: ignore[list-item]
+    for precision in precisions:
+        network = build_network(variant.model, CLASSES).to(memory_format=torch.channels_last)
+        with on_gpu():
+            ctx = DistContext(torch.device("cuda", 0))
+            taught = (lambda images: torch.zeros(len(images), CLASSES, device=CUDA)) if variant.taught else None
+            cfg = EngineConfig(precision=precision, compile="off")
+            engine = DdpEngine(network, Normalise(MEAN, STD, CUDA), cfg, optim, ctx, taught)
+            engine.early_statistics._batches = 1  # otherwise read from the network, once
+            pixels = torch.zeros(8, 64, 64, 3, dtype=torch.uint8, device=CUDA)
+            thinned = thin_out(pixels, 0, 0, 0, 48)
+            own, labels = torch.zeros(8, CLASSES, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
+            with HostWaits() as waits:
+                images, labels, targets = mix(thinned, labels, own, Mixing(cut=False, share=0.3, y=0.5, x=0.5))
+                places = Places(0, 0, np.arange(8))
+                batch = Batch(
+                    images.permute(0, 3, 1, 2), labels, torch.arange(8), 8, 8, targets, places, variant.multi_label
+                )
+                for _ in range(2):
+                    sums = engine.step([batch], 0.1)
+        assert sums.shape == (5,) and sums.device.type == "cuda"
+        assert not waits.seen

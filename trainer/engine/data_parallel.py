@@ -45,7 +45,7 @@ class DataParallel(ABC):
         teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.ctx, self.optim, self.normalise, self.teacher = ctx, optim, normalise, teacher
-        self.module = module.to(ctx.device).to(memory_format=torch.channels_last)
+        self.module = module.to(ctx.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.module, optim) if optim.ema_decay > 0 else None
         self.swa = Swa(self.module) if optim.swa > 0 else None
         averaged = self.ema or self.swa

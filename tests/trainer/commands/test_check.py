@@ -20,8 +20,8 @@ from trainer.check.results import FAIL, PASS, SKIPPED, Result, Skip
 from trainer.distributed import gpu_count
 
 TINY = common.Scale(batch=4, size_px=32, width=0.125, images=32, steps=1, values=100_000, compiles=False)
-SLOW = {"ranks and devices", "all-reduce", "kill and resume"}
-"""Items that start processes of their own, each of which imports torch."""
+SLOW = {"ranks and devices", "all-reduce", "ranks train", "kill and resume", "networks and losses"}
+"""Items that start processes of their own, each of which imports torch, or that make many networks."""
 ON_GPUS = {"fit memory"}
 
 

@@ -52,9 +52,12 @@ AUGMENTS = {
     "randaugment": AugmentConfig(policy="randaugment"),
     "trivialaugment": AugmentConfig(policy="trivialaugment"),
     "autoaugment": AugmentConfig(policy="autoaugment"),
+    "3-augment": AugmentConfig(policy="threeaugment"),
+    "simple crop": AugmentConfig(crop="simple"),
     "jitter": AugmentConfig(color_jitter=(0.4, 0.4, 0.4, 0.1)),
     "rotation": AugmentConfig(rotate_deg=20),
     "erasing": AugmentConfig(erase=1.0),
+    "colout": AugmentConfig(colout=0.1),
     "mixup": AugmentConfig(mixup=0.2),
     "cutmix": AugmentConfig(cutmix=1.0),
 }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -238,28 +238,50 @@ def deepspeed() -> Found:
     from trainer.model.normalize import Normalise
     from trainer.model.resnet import ModelConfig, build_resnet
 
+    optim, fp32 = OptimConfig(name="adamw"), replace(EAGER, precision="fp32")
+
+    Stage = Literal[0, 1, 2] | None
+
+    def make(stage: Stage) -> Engine:
+        """Make an engine of a stage; None stands for DDP."""
+        if stage is None:
+            return make_engine(ctx, optim, fp32)
+        torch.manual_seed(0)
+        network, normalise = (
+            build_resnet(ModelConfig(width=common.SCALE.width), CLASSES),
+            Normalise(common.MEAN, common.STD, ctx.device),
+        )
+        return DeepSpeedEngine(network, normalise, replace(fp32, name="deepspeed", zero_stage=stage), optim, ctx)
+
     told = []
-    with open_dist_context() as ctx:
-        batches = [noise(ctx, seed) for seed in range(5)]
-        ddp = make_engine(ctx, engine=replace(EAGER, precision="fp32"))
-        for batch in batches:
-            ddp.step([batch], 1e-2)
-        for stage in (0, 1, 2):
-            torch.manual_seed(0)
-            engine = DeepSpeedEngine(
-                build_resnet(ModelConfig(width=common.SCALE.width), CLASSES),
-                Normalise(common.MEAN, common.STD, ctx.device),
-                replace(EAGER, name="deepspeed", zero_stage=stage, precision="fp32"),
-                OptimConfig(),
-                ctx,
-            )
+    with open_dist_context() as ctx, TemporaryDirectory() as folder:
+        *batches, last = [noise(ctx, seed) for seed in range(6)]
+        stages: tuple[Stage, ...] = (None, 0, 1, 2)
+        saved = {stage: Path(folder, str(stage)) for stage in stages}
+        for stage, place in saved.items():
+            engine = make(stage)
             for batch in batches:
-                sums = engine.step([batch], 1e-2)
+                sums = engine.step([batch], 1e-3)
                 assert torch.isfinite(sums).all(), f"stage {stage}: {sums.tolist()}"
-            apart = distance(engine, {name: value for name, value in states(ddp).items() if "num_" not in name})
+            place.mkdir()
+            engine.capture_state({})(place)
+            if stage is None:
+                ddp = copy.deepcopy({name: value for name, value in states(engine).items() if "num_" not in name})
+                engine.step([last], 1e-3)
+                next_ddp = {name: value for name, value in states(engine).items() if "num_" not in name}
+                continue
+            apart = distance(engine, ddp)
             assert apart < 1e-2, f"stage {stage} ends {apart:.1e} from DDP's weights"
             told.append(f"{stage}: {apart:.0e}")
-    return Found(f"five steps from DDP's weights, by stage {', '.join(told)}")
+        # What one has saved, weights and the optimizer's state, another goes on from.
+        others: tuple[tuple[Stage, Stage], ...] = ((None, 1), (2, None))
+        for before, after in others:
+            engine = make(after)
+            engine.load(saved[before])
+            engine.step([last], 1e-3)
+            apart = distance(engine, next_ddp)
+            assert apart < 1e-2, f"stage {after} goes on from stage {before} {apart:.1e} from DDP's weights"
+    return Found(f"five steps from DDP's weights, by stage {', '.join(told)}; each goes on from another's checkpoint")
 
 
 def states(engine: Engine) -> dict[str, Tensor]:

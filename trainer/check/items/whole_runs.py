@@ -1,6 +1,7 @@
 """Items about whole runs, from files to scores, as a user starts them."""
 
 import gzip
+import inspect
 import json
 import resource
 import signal
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
@@ -21,9 +23,9 @@ from data_pipeline.sources.catalog import open_catalog
 from trainer.check.cli import alone
 from trainer.check.items import common
 from trainer.check.items.common import complaint, make_engine, run_module, small_dataset
-from trainer.check.results import Found
+from trainer.check.results import Found, Skip
 from trainer.config import load
-from trainer.distributed import DistContext, open_dist_context
+from trainer.distributed import DistContext, gpu_count, open_dist_context
 from trainer.loop import fit
 from trainer.resilience.signals import StopFlag
 from trainer.scoring import evaluate
@@ -53,6 +55,26 @@ def options(data: Path, run: Path, **more: object) -> list[str]:
     ]
 
 
+def ranks_train() -> Found:
+    """Let all ranks train as a user starts them: what they say to each other, and each other's files."""
+    ranks = gpu_count() or 2
+    if ranks == 1:
+        raise Skip("there is one GPU")
+    if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
+        raise Skip(f"torch {torch.__version__} is older than training on several ranks needs")
+    with small_dataset(STEPS * ranks, 64) as folder, TemporaryDirectory() as runs:
+        run, batch = Path(runs) / "run", 4 * ranks
+        more = {"data__batch": batch, "run__snapshot_every": 2, "run__snapshot_dir": Path(runs) / "memory"}
+        more |= {"run__max_steps": 6, "run__save_every": 4, "engine__sync_bn": str(gpu_count() > 0).lower()}
+        run_module("trainer", *options(folder, run, **more), ranks=ranks)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert max(row["step"] for row in rows) == 6, "steps are missing"
+        assert any("val/loss" in row for row in rows), "it was not validated"
+        assert any("perf/snapshot_write_s" in row for row in rows), "no snapshot was kept"
+        wait_ms = [row["perf/comm_ms"] for row in rows if "perf/comm_ms" in row]
+    return Found(f"{ranks} ranks made 6 steps of {batch} images, with {median(wait_ms):.1f} ms to sum gradients")
+
+
 def kill_and_resume() -> Found:
     with small_dataset(STEPS // 2 * BATCH) as folder, TemporaryDirectory() as runs:
         run = Path(runs) / "run"
@@ -72,6 +94,11 @@ def kill_and_resume() -> Found:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if "train/loss" in row and "val/loss" not in row]
         assert max(row["step"] for row in rows) == STEPS and len(set(steps)) == len(steps), "steps are missing or twice"
+        if gpu_count():
+            there = {name for row in rows for name in row}
+            missing = {"perf/gpu_mem_gib", "perf/mfu_pct", "perf/step_ms_p50", "perf/data_wait_pct"} - there
+            assert not missing, f"its metrics lack {', '.join(sorted(missing))}"
+            assert all(0 < row["perf/mfu_pct"] < 100 for row in rows if "perf/mfu_pct" in row), "its MFU is impossible"
         scored = run_module("trainer.evaluate", str(run))
     return Found(f"killed after step {saved}, went on to {STEPS}; {scored.strip().rpartition(': ')[2]}")
 
