@@ -153,7 +153,7 @@ def test_batches_are_cut_to_what_memory_holds(
 
     monkeypatch.undo()
     with_memory_for(0, monkeypatch)
-    with pytest.raises(UserError, match=r"data.size_px: there is no memory for one image of 32 px; give a lower one"):
+    with pytest.raises(UserError, match=r"data.size_px: there is no memory for one image of 28 px; give a lower one"):
         train(base, tmp_path / "none", **options)
 
 
