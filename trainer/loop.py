@@ -10,7 +10,7 @@ from data_pipeline.common.errors import printable
 from data_pipeline.loader import Batch
 from trainer.checkpoint.files import WEIGHTS
 from trainer.checkpoint.mirror import copy_rest, grace_s
-from trainer.checkpoint.store import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.optim.extension import extended_lr_at

@@ -14,7 +14,7 @@ from data_pipeline.batch import IGNORE_LABEL
 from data_pipeline.common.errors import UserError
 from data_pipeline.cursor import Cursor
 from data_pipeline.loader import Loader
-from trainer.checkpoint.store import BestBy
+from trainer.checkpoint.progress import BestBy
 from trainer.distributed import DistContext
 
 UNKNOWN = 0.5

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from data_pipeline.common.address import place
 from data_pipeline.common.errors import require
 from data_pipeline.config import free
-from trainer.checkpoint.store import BestBy
+from trainer.checkpoint.progress import BestBy
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import IGNORE_LABEL, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.files import load_weights, read_classes, read_metadata
-from trainer.checkpoint.store import BestBy, Store
+from trainer.checkpoint.progress import BestBy
+from trainer.checkpoint.store import Store
 from trainer.config import Config, load_run
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.loss import count, count_by_class

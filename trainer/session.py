@@ -14,8 +14,9 @@ from data_pipeline.coverage import first_fault
 from data_pipeline.loader import Batch, Cursor, Loader
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.snapshots import Snapshots
-from trainer.checkpoint.store import Progress, Store
+from trainer.checkpoint.store import Store
 from trainer.config import Config
 from trainer.distributed import DistContext
 from trainer.engine.base import Engine

@@ -15,7 +15,9 @@ from data_pipeline.common.entry_point import run_command
 from launch.supervisor.record import recorded_restarts
 from tests.support.runs import Job, checkpoint, dotted, free_port, ranks_of, reference, rows, settings_of
 from trainer import __main__ as training
-from trainer.checkpoint.store import Progress, Stamp, Store, fault
+from trainer.checkpoint.manifest import Stamp, fault
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from data_pipeline.common.cli import parse_plain
 from data_pipeline.common.entry_point import run_command
 from data_pipeline.common.errors import require
 from tests.support.runs import QUICK, Job, dotted, ranks_of, render_images
-from trainer.checkpoint.store import Progress, Store
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 
 RANKS, TRAIN, VAL = 2, 240, 60
 OPTIONS = QUICK | {"data.size_px": "32", "data.batch": "24", "run.epochs": "100000", "run.save_every": "5"}

@@ -29,7 +29,9 @@ from data_pipeline.common.entry_point import run_command
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog, open_catalog
 from trainer.checkpoint.async_writer import Saver
-from trainer.checkpoint.store import Progress, Stamp, Store
+from trainer.checkpoint.manifest import Stamp
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 from trainer.config import Config, load
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.base import Engine

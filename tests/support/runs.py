@@ -21,8 +21,10 @@ from PIL import Image
 from torch import nn
 
 from tests.support.warm import Warm
+from trainer.checkpoint.manifest import write_stamped
+from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.run_folder import record_run
-from trainer.checkpoint.store import Progress, Store, write_stamped
+from trainer.checkpoint.store import Store
 from trainer.config import Config, to_yaml
 from trainer.distributed import DistContext
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from tests.support.runs import SOLO
-from trainer.checkpoint.store import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.config import Config
 from trainer.loop import fit
 from trainer.resilience.signals import StopFlag

@@ -36,7 +36,8 @@ from tests.support.runs import (
     tree,
 )
 from trainer.checkpoint.files import load_weights
-from trainer.checkpoint.store import Store, read_progress
+from trainer.checkpoint.progress import read_progress
+from trainer.checkpoint.store import Store
 from trainer.config import load, load_run, to_yaml
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig

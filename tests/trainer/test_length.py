@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
-from trainer.checkpoint.store import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.config import load, load_run, to_yaml
 from trainer.loop import fit
 from trainer.optim.config import OptimConfig

@@ -11,7 +11,8 @@ import torch
 
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, checkpoint, dotted, rows, settings_of, tree
-from trainer.checkpoint.store import Progress, Store
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 from trainer.config import load
 from trainer.engine.config import EngineConfig
 from trainer.engine.ddp import DdpEngine

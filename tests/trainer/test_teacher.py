@@ -15,7 +15,7 @@ from data_pipeline.batch import IGNORE_LABEL, Batch
 from data_pipeline.common.errors import UserError
 from tests.support.runs import SOLO, TINTS, checkpoint, dotted, images, place_checkpoint, settings_of
 from trainer.checkpoint.files import METADATA, WEIGHTS
-from trainer.checkpoint.store import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.config import Config, load
 from trainer.engine.config import EngineConfig
 from trainer.engine.loss import training_loss

@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from data_pipeline.common.errors import UserError
+from trainer.checkpoint.manifest import StateWriter
+from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.snapshots import Snapshots
-from trainer.checkpoint.store import Progress, StateWriter, Store
+from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.files import METADATA
-from trainer.checkpoint.store import Stamp, StateWriter, write_stamped
+from trainer.checkpoint.manifest import Stamp, StateWriter, write_stamped
 
 Content = bytes | memoryview
 

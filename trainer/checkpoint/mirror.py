@@ -18,9 +18,10 @@ from typing import Self
 
 from data_pipeline.common.errors import printable
 from data_pipeline.sources.storage import store as objects
+from trainer.checkpoint.manifest import MANIFEST, Stamp, read_manifest
 from trainer.checkpoint.mirror_restore import FILES, Foreign, Mirrored, Owner, clause, read_owner, text_of, write_owner
 from trainer.checkpoint.mirror_target import checksum
-from trainer.checkpoint.store import LINKS, MANIFEST, Stamp, Store, age, read_manifest
+from trainer.checkpoint.store import LINKS, Store, age
 
 END_S, FAILED_S = 60.0, 25.0
 """Longest wait for the last copy: at the end of a run, and of one that failed or was asked to stop."""

@@ -17,8 +17,10 @@ from typing import NamedTuple
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.sources.storage import store as objects
+from trainer.checkpoint.manifest import MANIFEST, Stamp
 from trainer.checkpoint.mirror_target import PIECE, Target, open_target
-from trainer.checkpoint.store import MANIFEST, NAME, PARTIAL, PROGRESS, Progress, Stamp, Store, age, read_progress
+from trainer.checkpoint.progress import PROGRESS, Progress, read_progress
+from trainer.checkpoint.store import NAME, PARTIAL, Store, age
 
 OWNER, ID = "mirror.json", "mirror_id.txt"
 CONFIG = "config.yaml"

@@ -17,19 +17,10 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
+from trainer.checkpoint.manifest import MANIFEST, Stamp, StateWriter, fault, read_manifest, write_stamped
+from trainer.checkpoint.progress import PROGRESS, Progress, read_progress
 from trainer.checkpoint.snapshot_home import home_of, make_home, new_token, open_base, read_token, sweep
-from trainer.checkpoint.store import (
-    MANIFEST,
-    PROGRESS,
-    Progress,
-    Stamp,
-    StateWriter,
-    Store,
-    fault,
-    read_manifest,
-    read_progress,
-    write_stamped,
-)
+from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 from trainer.node.arrival import host_name
 

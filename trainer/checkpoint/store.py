@@ -5,199 +5,26 @@ DIR/checkpoints/last -> step-00000120
 DIR/checkpoints/best -> step-00000080
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 from data_pipeline.common.atomic_io import sync
 from data_pipeline.common.errors import UserError
-from data_pipeline.cursor import Cursor
+from trainer.checkpoint.manifest import MANIFEST, Stamp, StateWriter, fault, write_stamped
+from trainer.checkpoint.progress import PROGRESS, Progress, read_progress
 
-PROGRESS, MANIFEST = "progress.json", "manifest.json"
 LINKS = ("last", "best")
 PARTIAL = ".partial"
 """Prefix of a name that is being written, in its folder; after a crash such a file is worthless."""
 NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 """Form of the names of checkpoints."""
-_MOST_BYTES = 16 << 20  # of a manifest or a progress.json: a run of 1,000 ranks has less than a hundredth of it
-
-
-class Stamp(NamedTuple):
-    """Length and hash of a whole file."""
-
-    bytes: int
-    sha256: str
-    """Hash in hexadecimal."""
-
-
-StateWriter = Callable[[Path], dict[str, Stamp]]
-"""Function that adds files to a folder, each forced to disk, and returns their stamps by name. Raises OSError."""
-
-
-def write_stamped(path: Path, content: bytes | memoryview) -> Stamp:
-    """Write a file and force it to disk. Its stamp is that of `content`, even if the file is damaged later. Raises OSError.
-
-    Where there is no room it writes nothing, as metrics and logs need the rest of the disk.
-    """
-    disk = os.statvfs(path.parent)
-    if disk.f_blocks and disk.f_bavail * disk.f_frsize < len(content):  # some file systems do not report it
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Stamp(len(content), hashlib.sha256(content).hexdigest())
-
-
-def fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
-    """Find the first file of a checkpoint that is not whole, and the reason; None where all are whole.
-
-    With `thorough` False it reads only progress.json, and compares the lengths of the others.
-    """
-    if not checkpoint.is_dir():
-        return "it is no folder"
-    file = checkpoint / MANIFEST
-    # The manifest is written last, so a checkpoint with one was once complete; then its files must match it.
-    try:
-        manifest = read_manifest(checkpoint)
-        for name, stamp in manifest.items():
-            file = checkpoint / name
-            length = file.stat().st_size
-            if length != stamp.bytes:
-                return f"{name} has {length} bytes instead of {stamp.bytes}"
-            if (thorough or name == PROGRESS) and _sha256(file) != stamp.sha256:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    if PROGRESS not in manifest:
-        return f"{MANIFEST} is damaged"
-    # Whole, but perhaps of another version.
-    try:
-        read_progress(checkpoint)
-    except (OSError, ValueError, TypeError, KeyError):
-        return f"{PROGRESS} says what this version of Sluice does not know"
-    return None
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Stamp]:
-    """Read the names and stamps of a checkpoint's files. Raises OSError, and ValueError, TypeError or AttributeError."""
-    return {name: Stamp(**stamp) for name, stamp in _read_json(checkpoint / MANIFEST).items()}
-
-
-def _read_json(file: Path) -> Any:
-    """Read a small file of a checkpoint. Raises OSError, and ValueError for anything but JSON that we may have written."""
-    if file.exists() and (not file.is_file() or file.stat().st_size > _MOST_BYTES):
-        raise ValueError(f"{file} is none of ours")
-    try:
-        return json.loads(file.read_text())
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deeply") from None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Rounding of sums, besides a run's options: where it is the same, the same steps give the same bits."""
-
-    precision: str
-    """Precision of forward and backward pass: fp32, bf16 or fp16."""
-    threads: list[int]
-    """Threads that compute on each rank's CPU; 0 where a GPU computes, as they then decide nothing."""
-    processor: str
-
-    def differences(self, other: "Arithmetic") -> str:
-        """List the differences, as "precision was fp32, now bf16"; empty where there are none."""
-        if len(self.threads) != len(other.threads):
-            return f"it had {len(self.threads)} processes, now {len(other.threads)}"
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("precision", "processor", "threads"))
-        return ", ".join(f"{name} was {_short(was)}, now {_short(now)}" for name, was, now in pairs if was != now)
-
-
-def _short(value: str | list[int]) -> str:
-    return value if isinstance(value, str) else " and ".join(map(str, sorted(set(value))))
-
-
-BestBy = Literal["top1", "macro_recall", "map", "macro_f1", "loss"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Position of a run, and all that it needs beside weights and optimiser to continue exactly."""
-
-    step: int = 0
-    """Optimizer steps so far."""
-    cursor: Cursor = field(default_factory=Cursor)
-    sums: list[float] = field(default_factory=list)
-    """Sums of the epoch so far, over all ranks (see `engine.base.StepSums`)."""
-    train_s: float = 0.0
-    """Seconds of training so far, without evaluation, checkpoints and what an interruption lost."""
-    best_top1_pct: float = -1.0
-    """Validation top-1 of the best weights; below 0 before there are any."""
-    best_map_pct: float | None = None
-    """The same of mAP, for images of several classes, where there is no top-1."""
-    best_by: BestBy = "top1"
-    """Score that chooses the best weights (see `run.best_by`)."""
-    best_score: float | None = None
-    """That score of theirs; None before there are any, and in runs from before it was recorded, which chose by top-1."""
-    since_best: int = 0
-    """Validations since that of the best weights."""
-    validated_step: int = 0
-    """Step of the last validation that was due."""
-    averaged: int = 0
-    """Epochs in the average of `optim.swa`; 0 before there are any, and in checkpoints from before they were recorded."""
-    finished: bool = False
-    skipped: list[int] = field(default_factory=list)
-    """Steps, counted from 1, whose images are passed over without changing the weights (see `run.on_nonfinite`)."""
-    arithmetic: Arithmetic | None = None
-    """Arithmetic of the last steps; None in runs from before it was recorded."""
-
-    def over(self, epochs: int, patience: int | None) -> bool:
-        """Return True where a run of so many epochs has trained them all, or has run out of `run.patience` before."""
-        return self.cursor.epoch >= epochs or (patience is not None and self.since_best >= patience)
-
-    @property
-    def to_beat(self) -> float | None:
-        """Score by `best_by` that weights must beat to be the best; None where there are none yet."""
-        return self.best_top1_pct if self.best_score is None and self.best_top1_pct >= 0 else self.best_score
-
-    @property
-    def best(self) -> str:
-        """The best weights' scores for people."""
-        usual = "top-1" if self.best_map_pct is None else "mAP"
-        score = self.best_top1_pct if self.best_map_pct is None else self.best_map_pct
-        if self.best_score is None or self.best_by in ("top1", "map"):
-            return f"val {usual} {score:.2f} %"
-        names = {"macro_recall": "macro recall", "macro_f1": "macro F1"}
-        named = (
-            f"{names[self.best_by]} {self.best_score:.2f} %" if self.best_by in names else f"loss {self.best_score:.4f}"
-        )
-        return f"val {named}, val {usual} {score:.2f} %"
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """Read the progress of a whole checkpoint."""
-    state = _read_json(checkpoint / PROGRESS)
-    kept = state.get("arithmetic")
-    return Progress(
-        **{**state, "cursor": Cursor(**state["cursor"]), "arithmetic": Arithmetic(**kept) if kept else None}
-    )
 
 
 class Store:

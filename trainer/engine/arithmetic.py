@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from trainer.checkpoint.store import Arithmetic
+from trainer.checkpoint.progress import Arithmetic
 from trainer.distributed import DistContext
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.precision import processor, resolve_precision

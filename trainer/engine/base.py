@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from trainer.checkpoint.store import StateWriter
+from trainer.checkpoint.manifest import StateWriter
 from trainer.engine.precision import Autocast
 from trainer.node.clock import WaitTimer
 

@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch, Places
 from data_pipeline.common.errors import require
 from trainer.checkpoint.files import STATE, load_state
 from trainer.checkpoint.host_copy import Content, writer
-from trainer.checkpoint.store import StateWriter
+from trainer.checkpoint.manifest import StateWriter
 from trainer.distributed import DistContext
 from trainer.engine import gradient_compression
 from trainer.engine.compilation import check_device, compiled

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.files import STATE, load_state
 from trainer.checkpoint.host_copy import Content, packed_state, writer
-from trainer.checkpoint.store import StateWriter
+from trainer.checkpoint.manifest import StateWriter
 from trainer.distributed import DistContext
 from trainer.engine.compilation import compiled
 from trainer.engine.config import EngineConfig, check_deepspeed

@@ -13,7 +13,7 @@ from data_pipeline.gpu_memory import gpu_bytes
 from data_pipeline.summary import summary
 from trainer.checkpoint.async_writer import Saver
 from trainer.checkpoint.mirror import Mirror
-from trainer.checkpoint.store import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.engine.base import Engine
 from trainer.model.flops import matmul_flops_per_s
 from trainer.model.pretrained import load_weights_to_start

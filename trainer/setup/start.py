@@ -19,9 +19,10 @@ from data_pipeline.summary import refuse_single_class
 from trainer.checkpoint.async_writer import check_room
 from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.mirror_restore import Mirrored, open_mirror
+from trainer.checkpoint.progress import Progress, read_progress
 from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
 from trainer.checkpoint.snapshots import Snapshots
-from trainer.checkpoint.store import Progress, Store, read_progress
+from trainer.checkpoint.store import Store
 from trainer.config import Config, to_yaml
 from trainer.distributed import DistContext, open_dist_context
 from trainer.engine.arithmetic import choose_arithmetic, deterministic_kernels

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from data_pipeline.common.errors import UserError
-from trainer.checkpoint.store import Progress, read_progress
+from trainer.checkpoint.progress import Progress, read_progress
 from trainer.resilience.sanity_checks import STEPS_BACK, NonFinite
 from trainer.session import Session
 from trainer.setup.opening import last_row

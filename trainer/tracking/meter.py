@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
-from trainer.checkpoint.store import BestBy
+from trainer.checkpoint.progress import BestBy
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums
 from trainer.node.clock import Span, clock_of

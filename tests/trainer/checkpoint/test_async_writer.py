@@ -22,7 +22,9 @@ from data_pipeline.loader import Cursor
 from tests.support import warm
 from tests.support.runs import ROOT, SOLO, environment
 from trainer.checkpoint.async_writer import Saver, check_room
-from trainer.checkpoint.store import Progress, Stamp, StateWriter, Store, fault, write_stamped
+from trainer.checkpoint.manifest import Stamp, StateWriter, fault, write_stamped
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 from trainer.engine.checkpoint_size import checkpoint_bytes
 from trainer.engine.config import Compression, EngineConfig

@@ -23,9 +23,11 @@ from tests.support.object_stores import SECRET
 from tests.support.runs import tree
 from tests.trainer.checkpoint.test_store import put
 from trainer.checkpoint import mirror as mirroring
+from trainer.checkpoint.manifest import Stamp, fault, write_stamped
 from trainer.checkpoint.mirror import Mirror, copy_rest, grace_s
 from trainer.checkpoint.mirror_restore import Mirrored
-from trainer.checkpoint.store import Progress, Stamp, Store, fault, write_stamped
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 
 NAME = "lr lr=0.5,ünicode %41 #1"
 CONFIG = "run: {name: first}\n"

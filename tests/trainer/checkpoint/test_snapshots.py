@@ -13,9 +13,11 @@ from data_pipeline.cursor import Cursor
 from tests.support import warm
 from tests.support.runs import SOLO
 from trainer.checkpoint.async_writer import Saver
+from trainer.checkpoint.manifest import Stamp, StateWriter, write_stamped
+from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.snapshot_home import forget
 from trainer.checkpoint.snapshots import Snapshots
-from trainer.checkpoint.store import Progress, Stamp, StateWriter, Store, write_stamped
+from trainer.checkpoint.store import Store
 from trainer.distributed import DistContext
 
 

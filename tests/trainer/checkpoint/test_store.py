@@ -20,8 +20,10 @@ import pytest
 from data_pipeline.common.errors import UserError
 from data_pipeline.loader import Cursor
 from tests.support.runs import ROOT, tree
+from trainer.checkpoint.manifest import Stamp, StateWriter, fault, write_stamped
+from trainer.checkpoint.progress import Progress, read_progress
 from trainer.checkpoint.run_folder import check_run, claim_run, record_run
-from trainer.checkpoint.store import PARTIAL, Progress, Stamp, StateWriter, Store, fault, read_progress, write_stamped
+from trainer.checkpoint.store import PARTIAL, Store
 
 FILES = {"model.safetensors", "training.pt", "progress.json", "manifest.json"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.runs import SOLO
-from trainer.checkpoint.store import Arithmetic
+from trainer.checkpoint.progress import Arithmetic
 from trainer.engine.arithmetic import choose_arithmetic
 from trainer.engine.config import EngineConfig, Precision
 

@@ -17,7 +17,8 @@ from data_pipeline.loader import Batch
 from tests.support import warm
 from tests.support.runs import BATCH, EPOCHS, SOLO, STEPS, TRAIN, Job, checkpoint, dotted, rows, settings_of
 from trainer import __main__ as training
-from trainer.checkpoint.store import Progress, Store
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
 from trainer.config import load
 from trainer.distributed import DistContext
 from trainer.engine.base import StepSums

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.runs import SOLO
-from trainer.checkpoint.store import BestBy
+from trainer.checkpoint.progress import BestBy
 from trainer.distributed import DistContext
 from trainer.node import clock as clock_module
 from trainer.node.clock import GpuClock
