@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.bench import cli as bench
-from data_pipeline.bench import peers
+from data_pipeline.bench import peers, results
+from data_pipeline.bench import runner as processes
 from data_pipeline.bench.__main__ import main
 from data_pipeline.bench.options import sizes_of
 from data_pipeline.bench.sources import SOURCES
@@ -42,9 +43,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def turns(images: Path) -> pd.DataFrame:
-    rows: list[bench.Row] = []
+    rows: list[results.Row] = []
     bench.measure(DataConfig(path=str(images)), [24], rows, rounds=2, images=2 * peers.BATCH)
-    return bench.turns_of(rows)
+    return results.turns_of(rows)
 
 
 def test_every_loader_delivers_what_is_asked_of_it(turns: pd.DataFrame) -> None:
@@ -61,20 +62,20 @@ def test_every_loader_delivers_what_is_asked_of_it(turns: pd.DataFrame) -> None:
 
 @pytest.mark.slow
 def test_our_loader_delivers_from_every_source(images: Path) -> None:
-    rows: list[bench.Row] = []
+    rows: list[results.Row] = []
     bench.measure(DataConfig(path=str(images)), [24], rows, rounds=1, images=peers.BATCH, sources=True)
-    turns = bench.turns_of(rows)
+    turns = results.turns_of(rows)
     installed = [name for name, source in SOURCES.items() if not source.needs or importlib.util.find_spec(source.needs)]
     assert turns.loader.to_list() == installed
-    assert (turns.cpu_s > 0).all() and "CPU over class folders" in bench.table(bench.summary(turns))
+    assert (turns.cpu_s > 0).all() and "CPU over class folders" in results.table(results.summary(turns))
 
 
 def test_what_is_written(turns: pd.DataFrame, tmp_path: Path) -> None:
-    bench.write(turns, tmp_path / "new/folder")
+    results.write(turns, tmp_path / "new/folder")
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / "new/folder/bench.csv"), turns.reset_index(drop=True), check_dtype=False
     )
-    lines = bench.table(bench.summary(turns)).splitlines()
+    lines = results.table(results.summary(turns)).splitlines()
     assert len(lines) == 1 + turns.loader.nunique() and len({len(line) for line in lines}) == 1
     with Image.open(tmp_path / "new/folder/bench.png") as plot:
         assert plot.format == "PNG" and plot.width > 800
@@ -86,7 +87,7 @@ def test_the_summary_compares_round_by_round() -> None:
     rows = [(64, peers.OURS, cpu_ms, 100.0, n) for n, cpu_ms in enumerate((1.0, 2.0, 4.0))]
     rows += [(64, "other", cpu_ms, 50.0 + n, n) for n, cpu_ms in enumerate((2.0, 2.0, 12.0))]
     turns = pd.DataFrame(rows, columns=["size_px", "loader", "cpu_ms", "images_per_s", "round"])
-    ours, other = bench.summary(turns).to_dict("records")
+    ours, other = results.summary(turns).to_dict("records")
     assert (ours["loader"], ours["cpu_ms_median"], ours["ratio_min"], ours["ratio_max"]) == (peers.OURS, 2, 1, 1)
     assert (other["ratio_median"], other["ratio_min"], other["ratio_max"]) == (2, 1, 3)
     assert (other["images_per_s_median"], other["images_per_s_min"], other["images_per_s_max"]) == (51, 50, 52)
@@ -119,11 +120,11 @@ print(time.process_time(), flush=True); input()
     ) as process:
         assert process.stdin and process.stdout
         burnt_s = float(process.stdout.readline())
-        pids = list(bench._family(process.pid))
-        own_s, child_s = (bench._cpu_s(pid) for pid in pids)
+        pids = list(processes._family(process.pid))
+        own_s, child_s = (processes._cpu_s(pid) for pid in pids)
         process.stdin.close()
     assert burnt_s > 0.4 and child_s == pytest.approx(burnt_s, abs=0.05) and 0 < own_s < burnt_s
-    assert bench._cpu_s(pids[1]) == 0  # gone
+    assert processes._cpu_s(pids[1]) == 0  # gone
 
 
 def test_cpu_time_counts_children_that_have_ended() -> None:
@@ -134,29 +135,29 @@ def test_cpu_time_counts_children_that_have_ended() -> None:
     ) as process:
         assert process.stdin and process.stdout
         process.stdout.readline()
-        assert list(bench._family(process.pid)) == [process.pid] and 0.28 < bench._cpu_s(process.pid) < 2
+        assert list(processes._family(process.pid)) == [process.pid] and 0.28 < processes._cpu_s(process.pid) < 2
         process.stdin.close()
 
 
 def test_a_loader_rests_between_its_turns(images: Path, tmp_path: Path) -> None:
     peers.copy_sample(DataConfig(path=str(images)), tmp_path, IMAGES)
-    with bench.Runner("torchvision, PIL", peers.Task(tmp_path, 24, 2)) as runner:
+    with processes.Runner("torchvision, PIL", peers.Task(tmp_path, 24, 2)) as runner:
         runner.wait_until_ready()
         time.sleep(0.05)  # for the signal to arrive
-        pids = list(bench._family(runner._process.pid or 0))
-        before = [bench._cpu_s(pid) for pid in pids]
+        pids = list(processes._family(runner._process.pid or 0))
+        before = [processes._cpu_s(pid) for pid in pids]
         time.sleep(0.3)
-        assert len(pids) > 2 and [bench._cpu_s(pid) for pid in pids] == before
+        assert len(pids) > 2 and [processes._cpu_s(pid) for pid in pids] == before
         assert runner.turn(64).images == 64
     until = time.monotonic() + 20
-    while time.monotonic() < until and any(bench._cpu_s(pid) for pid in pids):
+    while time.monotonic() < until and any(processes._cpu_s(pid) for pid in pids):
         time.sleep(0.05)
-    assert not any(bench._cpu_s(pid) for pid in pids)  # it has ended, and its workers with it
+    assert not any(processes._cpu_s(pid) for pid in pids)  # it has ended, and its workers with it
 
 
 def test_a_loader_that_fails_says_why(tmp_path: Path) -> None:
     with (
-        bench.Runner("torchvision, PIL", peers.Task(tmp_path / "absent", 24, 1)) as runner,
+        processes.Runner("torchvision, PIL", peers.Task(tmp_path / "absent", 24, 1)) as runner,
         pytest.raises(UserError, match=r"^torchvision, PIL: FileNotFoundError: .*absent"),
     ):
         runner.wait_until_ready()
@@ -183,10 +184,10 @@ def test_a_loader_that_fails_in_its_turn_is_left_out(
     for name, deliver in {"a": _steady, "b": _broken, "c": _killed, "d": _steady}.items():
         monkeypatch.setitem(peers.CONTESTANTS, name, peers.Contestant(deliver))
     # In this process's forks, where the contestants of this test are known; the benchmark's own come from a bare process.
-    monkeypatch.setattr(bench, "get_context", lambda _: get_context("fork"))
-    monkeypatch.setattr(bench, "_END_S", 0.1)  # a fork keeps its pipe open, so it does not end by itself
+    monkeypatch.setattr(processes, "get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr(processes, "_END_S", 0.1)  # a fork keeps its pipe open, so it does not end by itself
     with ExitStack() as stack:
-        runners = [stack.enter_context(bench.Runner(name, peers.Task(tmp_path, 24, 1))) for name in "abcd"]
+        runners = [stack.enter_context(processes.Runner(name, peers.Task(tmp_path, 24, 1))) for name in "abcd"]
         for runner in runners:
             runner.wait_until_ready()
         images = dict.fromkeys("abcd", 1)
