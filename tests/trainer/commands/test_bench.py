@@ -18,7 +18,8 @@ from tests.conftest import picture
 from tests.support.runs import SOLO, Job, descendants, dotted, state_of
 from tests.trainer.tracking.test_tracker import inspect
 from trainer.bench import cli as bench
-from trainer.bench import results
+from trainer.bench import results, worlds
+from trainer.bench import turns as measured
 from trainer.bench.__main__ import main
 from trainer.bench.peers import CONTESTANTS, PLAIN_LOOP, PLAIN_STEP
 from trainer.bench.results import BOTH, COMPUTE, DECODE, JOINED, LOADER, MATMUL, REDUCE
@@ -71,7 +72,7 @@ def fact(**changes: Any) -> dict[str, Any]:
 
 def test_one_process_measures_its_parts_in_turn(options: list[str], tmp_path: Path) -> None:
     cfg = load([*options, "--optim.accumulate", "2"])
-    taken = bench.Measured()
+    taken = measured.Measured()
     bench.measure(cfg, SOLO, taken, rounds=2, steps=1, profile=tmp_path / "traces")
     rows, facts = taken.rows, taken.facts[1]
     parts = [LOADER, COMPUTE, BOTH, MATMUL, DECODE]
@@ -93,14 +94,14 @@ def test_steps_that_do_not_count_are_taken_before_the_clock(monkeypatch: pytest.
         return 3.0
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    assert bench.timed(SOLO, act, calls=5, skipped=4) == (1.5, 2)
+    assert measured.timed(SOLO, act, calls=5, skipped=4) == (1.5, 2)
     assert now[0] == 18
 
 
 def test_the_images_of_an_update_are_counted(options: list[str]) -> None:
     """70 images in batches of 8: each epoch ends with 6."""
     cfg = load([*options, "--optim.accumulate", "2"])
-    ours = bench.Ours(cfg, bench.open_catalog(cfg.data, "train"), SOLO)  # which takes the first update
+    ours = measured.Ours(cfg, bench.open_catalog(cfg.data, "train"), SOLO)  # which takes the first update
     assert [ours.update() for _ in range(9)] == [8, 8, 8, 8, 8, 8, 8, 6, 8]
     assert [ours._load() for _ in range(8)] == [8, 8, 8, 8, 8, 8, 8, 6]
     before = {name: tensor.clone() for name, tensor in ours.engine.module.state_dict().items()}
@@ -114,7 +115,7 @@ def test_images_that_are_no_jpegs_are_measured_without_bare_decoding(tmp_path: P
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(20, 20, seed=number).save(path)
     cfg = load(dotted({"data.path": str(tmp_path), "data.batch": "8", "data.size_px": "32"}))
-    taken = bench.Measured()
+    taken = measured.Measured()
     bench.measure(cfg, SOLO, taken, rounds=1, steps=1, peers=True)
     rows, facts = taken.rows, taken.facts[1]
     assert [row["part"] for row in rows] == [LOADER, COMPUTE, BOTH, MATMUL]
@@ -229,8 +230,8 @@ def test_what_was_shortened_is_said() -> None:
 )
 def test_rounds_and_steps_fit_into_the_time(left_s: float, rounds: int, steps: int) -> None:
     turns = {
-        BOTH: bench.Turn(lambda *_: bench.Timed(1, 2), skipped=4),
-        COMPUTE: bench.Turn(lambda *_: bench.Timed(1, 1)),
+        BOTH: measured.Turn(lambda *_: measured.Timed(1, 2), skipped=4),
+        COMPUTE: measured.Turn(lambda *_: measured.Timed(1, 1)),
     }
     assert bench.fit_into(left_s, turns, {BOTH: 2.0, COMPUTE: 1.0}, 9, 8) == (rounds, steps)
 
@@ -260,7 +261,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_two_processes_with_peers(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "REPEATS", 1)
+    for module in (bench, worlds):
+        monkeypatch.setattr(module, "REPEATS", 1)
     out = tmp_path / "a new/folder"
     call(monkeypatch, *options, "--worlds", "2", "--rounds", "1", "--peers", "--out", str(out))
     turns = pd.read_csv(out / "bench.csv")
@@ -324,10 +326,10 @@ def test_of_several_numbers_of_processes_too(monkeypatch: pytest.MonkeyPatch, tm
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "_torchrun", start)
-    taken = bench.Measured()
+    monkeypatch.setattr(worlds, "_torchrun", start)
+    taken = measured.Measured()
     with pytest.raises(KeyboardInterrupt):
-        bench.measure_worlds([1, 2], ["--rounds", "1"], 6, taken)
+        worlds.measure_worlds([1, 2], ["--rounds", "1"], 6, taken)
     assert [(row["world"], row["round"]) for row in taken.rows] == [(1, 0), (2, 0), (2, 1)]
     assert [option[:4] for option in calls] == [
         ["--rounds", "1", "--minutes", minutes] for minutes in ("1.00", "1.20")
