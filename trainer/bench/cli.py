@@ -28,7 +28,8 @@ from data_pipeline.common.worker_pool import progress
 from data_pipeline.sources.catalog import open_catalog
 from trainer.bench import results, roofline
 from trainer.bench.options import ROUNDS, worlds_of
-from trainer.bench.peers import Peer, Race, open_peers
+from trainer.bench.peer_turns import Peer, open_peers
+from trainer.bench.peers import Race
 from trainer.bench.results import DECODE, MATMUL, REDUCE, report
 from trainer.bench.turns import BRIEF, Measured, Ours, Turn, peer_turn, reduce_bytes, timed
 from trainer.bench.worlds import REPEATS, measure_worlds

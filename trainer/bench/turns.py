@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from data_pipeline.loader import Batch, Cursor, Loader
 from data_pipeline.sources.catalog import Catalog
-from trainer.bench.peers import Peer
+from trainer.bench.peer_turns import Peer
 from trainer.bench.results import BOTH, COMPUTE, JOINED, LOADER
 from trainer.config import Config
 from trainer.distributed import DistContext

@@ -17,8 +17,9 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.config import DataConfig
 from tests.conftest import picture
 from tests.support.runs import ROOT, SOLO, state_of
-from trainer.bench import peers
-from trainer.bench.peers import CONTESTANTS, Contestant, Peer, Race, open_peers
+from trainer.bench import peer_turns, peers
+from trainer.bench.peer_turns import Peer, open_peers
+from trainer.bench.peers import CONTESTANTS, Contestant, Race
 from trainer.config import Config
 
 BATCH, CLASSES = 4, 3
@@ -53,9 +54,9 @@ def test_each_trains_in_its_turns_and_rests_in_between(name: str, race: Race) ->
     for _ in range(2):
         with peer.turn() as update:
             assert [update() for _ in range(5)] == [BATCH] * 5  # more than the folder holds
-        burnt_s = [peers._cpu_s(pid) for pid in workers]
+        burnt_s = [peer_turns._cpu_s(pid) for pid in workers]
         time.sleep(0.2)
-        assert [peers._cpu_s(pid) for pid in workers] == pytest.approx(burnt_s, abs=0.02)
+        assert [peer_turns._cpu_s(pid) for pid in workers] == pytest.approx(burnt_s, abs=0.02)
     assert peer.ahead == 2 * len(workers) and (peer.ahead == 0 or min(burnt_s) > 0)
     peer.close()
     assert wait_until_gone(workers)
@@ -124,7 +125,7 @@ def test_those_that_cannot_compete_are_named(race: Race, monkeypatch: pytest.Mon
         raise ZeroDivisionError("as\nexpected")
 
     monkeypatch.setattr(
-        peers,
+        peer_turns,
         "CONTESTANTS",
         {
             "absent": Contestant(fail, "no_such_package"),
@@ -152,9 +153,9 @@ def test_workers_end_with_a_process_that_is_killed(race: Race, tmp_path: Path) -
 import os, signal
 from pathlib import Path
 from tests.trainer.commands.test_peers import Config, DataConfig, SOLO
-from trainer.bench import peers
+from trainer.bench import peer_turns, peers
 cfg = Config(data=DataConfig(batch={BATCH}, size_px=32))
-peer = peers.Peer(peers.PLAIN_LOOP, peers.Race(Path({str(race.folder)!r}), cfg, {CLASSES}, SOLO))
+peer = peer_turns.Peer(peers.PLAIN_LOOP, peers.Race(Path({str(race.folder)!r}), cfg, {CLASSES}, SOLO))
 print(*peer._workers, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
