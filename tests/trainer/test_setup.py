@@ -1,7 +1,6 @@
 """Starts and resumptions of a run in this process: small networks' first steps, of one rank."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,12 @@ from trainer.optim.optimizer import lr_at
 from trainer.resilience.signals import StopFlag
 from trainer.setup.parts import loaded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(base: Path, run: Path, **options: str) -> Progress:

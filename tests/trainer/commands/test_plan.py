@@ -1,14 +1,13 @@
 """The planner: its formulas beside simulations, its buckets beside torch's, its predictions beside real runs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import torch.distributed as dist
 
 from data_pipeline.common.errors import UserError
@@ -43,15 +42,6 @@ PARTS = Parts(
     shared_cores=False,
 )
 CLUSTER = Cluster(nodes=2, gpus_per_node=4, gpu_images=32, inside=Link(1e-5, 1e11), between=LINK)
-
-
-@pytest.fixture
-def single_thread() -> Iterator[None]:
-    """Threads that wait for each other take many times as long where others are at work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -176,7 +166,7 @@ def test_the_plan_prices_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_is_taken_apart(accumulate: int, single_thread: None) -> None:
+def test_a_step_is_taken_apart(accumulate: int, one_thread: None) -> None:
     cfg = load(["--data.size_px", "32", "--optim.accumulate", str(accumulate), "--engine.precision", "fp32"])
     step, buckets = measure_step(cfg, 10, SOLO, 4)
     assert step.images == 4 and min(step) > 0

@@ -1,7 +1,6 @@
 """The networks against torchvision's, and their cost against the paper's table 1."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -24,17 +23,9 @@ from trainer.model.resnet import (
     unknown_to_torchvision,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = tuple(ARCHITECTURES)
 CLASSES = 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # On a shared machine OpenMP threads spin waiting for a core that is taken: 145 s for this file instead of 26 s.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # He et al. 2015, table 1, written down again: convolutions per block, and blocks per stage.
