@@ -73,6 +73,7 @@ class Loader:
             "ones by --optim.class_weights balanced",
         )
         self._pairs = training and cfg.augment.mixes
+        # All of them now, so that a batch which the ranks cannot share is refused before the first epoch.
         self._shardings = {batch: self._shard(batch) for batch in cfg.batches}
         self._reader = ReadAhead(self.catalog, self.rank_info.rank)
         self._fetcher = Fetcher(self.catalog, cfg, self._reader.read, training=training, seed=seed)
@@ -101,6 +102,7 @@ class Loader:
 
         A loader has one cursor: once the first batch is taken, the iteration before this one raises RuntimeError.
         """
+        # Two iterations would take turns in one queue, and each would lack what the other one got.
         if self._epoch:
             self._epoch.end()
         self._epoch = epoch = _Epoch(self, self.cursor)
@@ -222,6 +224,7 @@ class _Epoch(Iterator[Batch]):
         except StopIteration:
             self._finish()
             raise
+        # DALI hands batches out in the order in which it was fed.
         host_batch = self._in_flight.popleft()
         return self._hand_out(images, host_batch)
 

@@ -58,6 +58,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
             outcome = train(session, stop)
             follows = mark_stop(session, stop, agent) if outcome is Outcome.STOPPED else ""
             session.finish()
+            # Whoever sent the signal kills the process after a while, so the last copy gets what is left of that.
             if session.mirror and outcome is Outcome.STOPPED:
                 session.mirror.patience_s = max(grace_s() - stop.raised_for_s, 0)
             say_end(session, outcome, follows)
@@ -77,6 +78,7 @@ def train(session: Session, stop: StopFlag) -> Outcome:
 
 def train_epoch(session: Session, stop: StopFlag) -> Outcome:
     """Train from the run's position to the end of the epoch, or until the run must stop before."""
+    # A stop may have come between a step and its validation, which may find the best weights or end the run.
     if session.validation_missed and validate_within_epoch(session):
         return Outcome.OUT_OF_PATIENCE
     session.begin_epoch()
@@ -94,10 +96,12 @@ def take_step(session: Session, micro_batches: list[Batch]) -> float:
     lr = extended_lr_at(session.progress.step, session.cfg.optim, session.total_steps, session.extension)
     step = session.progress.step + 1
     heartbeat("update")
+    # A step that is passed over counts in every other respect, so that the images and rates of all others stay the same.
     if step not in session.progress.skipped:
         sums = session.engine.step(micro_batches, lr)
         session.meter.add(sums, session.engine.waits.take())
     session.trace.step(step)
+    # The position changes with the weights: whatever is saved after this belongs together.
     session.progress = replace(session.progress, step=step, cursor=session.loader.cursor)
     heartbeat("update", step, fresh=False)
     return lr
@@ -110,6 +114,8 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
     snapshot_due = run.snapshot_every is not None and step % run.snapshot_every == 0
     if not (step % run.log_every == 0 or save_due or snapshot_due or last_step or validation_due):
         return Outcome.CONTINUE
+    # A signal may reach one rank alone, or each at another step. They agree here and not in every step, because the reduction
+    # waits for the device.
     stopping = session.log(lr, stop.raised)
     if last_step or (validation_due and not stopping):
         over = validate_within_epoch(session)
@@ -136,7 +142,7 @@ def end_epoch(session: Session, stop: StopFlag) -> Outcome:
     A run that must stop leaves the evaluation to the one that goes on, because it may be short of time.
     """
     scalars, stopping = session.reduce(stop.raised)
-    session.prove_coverage()
+    session.prove_coverage()  # before anything that says that the epoch is trained
     if stopping:
         session.save()
         return Outcome.STOPPED

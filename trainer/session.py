@@ -131,12 +131,14 @@ class Session:
     def reduce(self, stop: bool) -> tuple[dict[str, float], bool]:
         """Compute metrics since the last call, and if any rank was asked to stop. Collective. Raises `NonFinite`."""
         heartbeat("all-reduce")
+        # One reduction for metrics, the wish to stop and the bad images: each makes all ranks wait for the slowest.
         self.name_bad(self.loader)
         bad = self.loader.bad_images
         scalars, (stops, bad_images) = self.meter.reduce(stop or self.tracker.stop_requested, bad)
         heartbeat("report")
         since, self._reduced = self._reduced, self.progress.step
         if self.meter.nonfinite:
+            # The meter has counted the steps that were made, and not those passed over.
             update, what = self.meter.nonfinite
             trained = [step for step in range(since + 1, self.progress.step + 1) if step not in self.progress.skipped]
             raise NonFinite(trained[update - 1], what)
@@ -199,7 +201,9 @@ class Session:
     def _begin_save(self, what: str, best: bool, snapshots: Snapshots | None) -> None:
         start = time.perf_counter()
         heartbeat("save")
+        # One at a time: the copy in the host's memory is that of the checkpoint before until it is on disk.
         self.wait_for_checkpoint()
+        # Weights that are lost must not take the place of the last good ones.
         lost = find_nonfinite(self.engine.module, self.ctx)
         if lost:
             raise NonFinite(self.progress.step, f"weight {lost}")
@@ -259,6 +263,7 @@ class Session:
         self.wait_for_checkpoint()
         self.validated = True
         heartbeat("evaluate", fresh=True)
+        # Each rank has statistics of its own; scored are those that are saved.
         self.engine.sync_buffers()
         scores = evaluate(self._predict, self.val_loader, self.ctx)
         heartbeat("report")
@@ -314,6 +319,7 @@ class Session:
         self.tracker.epoch({**perf, **self.meter.end_epoch(), **scalars}, self.progress.step, epoch, best)
         self._name_slow_ranks()
         self.tracker.weights(self.engine.module.named_parameters(), self.progress.step, epoch)
+        # Only now does the position move on: a run that is killed in its validation validates again.
         progress = replace(self.progress, cursor=Cursor(epoch), sums=self.meter.epoch_sums)
         self.progress = replace(progress, finished=progress.over(run.epochs, run.patience))
         self.save(best)

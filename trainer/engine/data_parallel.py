@@ -66,6 +66,7 @@ class DataParallel(ABC):
         chunks = self._chunks(micro_batches)
         counted = self._passes(chunks)
         if self.optim.sam_radius > 0 and self.updates % self.optim.sam_steps == 0:
+            # The gradient that counts is that of the place above; losses and scores are those of the weights themselves.
             before = self._climb()
             self._passes(chunks)
             torch._foreach_copy_([*before], [*before.values()])
@@ -122,6 +123,7 @@ class DataParallel(ABC):
         """See `Engine`."""
         assert self.swa
         self.swa.update(self.module, count)
+        # Statistics of normalisation are no mean of statistics: they are measured, by images that pass the averaged weights.
         if count == 0:
             return  # the weights are the mean, and their statistics its own
         with self.swa.estimating(self.module) as statistics, self.autocast(), torch.no_grad():

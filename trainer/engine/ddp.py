@@ -111,6 +111,7 @@ class DdpEngine(DataParallel):
     def load(self, folder: Path) -> None:
         state = load_state(folder / STATE, self.ctx.device)
         self._restore(state, folder)
+        # A run may go on with another engine: the same numbers, divided otherwise.
         if state.get("engine") == "deepspeed":
             groups = groups_of(self.module, self.optimizer)
             whole = read_whole(folder, state, groups, self.ctx.device)
@@ -173,6 +174,8 @@ class DdpEngine(DataParallel):
 
     def _fits(self, rows: int, size_px: int, beside_bytes: int) -> bool:
         """Return True where every rank has memory for both passes over so many images, beside what the optimiser will keep."""
+        # A trial must leave no trace: statistics of normalisation are put back, and no rank averages its gradients. What the
+        # optimiser will keep is not there before its first step, so its room is held.
         failed = torch.zeros(1, device=self.ctx.device)
         statistics = [buffer.clone() for buffer in self.module.buffers()]
         held = sum(

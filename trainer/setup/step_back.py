@@ -16,9 +16,12 @@ def step_back(session: Session, found: NonFinite) -> None:
     tracker.alert("bad step", str(found))
     if session.cfg.run.on_nonfinite == "stop":
         raise UserError(f"{found}; {remedy}, or pass over such steps by run.on_nonfinite back") from None
+    # The one being written is newer than those on disk, and its weights were checked. Rank 0 reads for all, so that no rank
+    # goes back to another.
     session.wait_for_checkpoint()
     newest = ctx.raise_together(lambda: store.newest() if ctx.primary else None)
     newest, progress = ctx.broadcast_from_rank0(lambda: (newest, read_progress(newest) if newest else Progress()))
+    # Counted by the steps that changed the weights: a run that fails again without one more of them goes in a circle.
     trained = progress.step - sum(step <= progress.step for step in progress.skipped)
     session.steps_back[trained] += 1
     if newest is None:
@@ -26,6 +29,7 @@ def step_back(session: Session, found: NonFinite) -> None:
     if session.steps_back[trained] > STEPS_BACK:
         raise UserError(f"{found}, and {STEPS_BACK} steps back have not helped; {remedy}") from None
     session.engine.load(newest)
+    # Snapshots in memory are of steps that are undone now.
     if session.snapshots:
         session.snapshots.give_up()
     session.resume(
