@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from data_pipeline.gpu_memory import gpu_bytes
 from data_pipeline.summary import summary
@@ -36,12 +37,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     cfg, ctx, catalog, progress = start.cfg, start.ctx, start.train.catalog, start.progress
 
     # Weights: fresh, somebody else's, or those of the checkpoint.
-    model, started = fresh_model(cfg, len(catalog.classes)), None
-    if cfg.model.weights and not start.newest:
-        started = load_weights_to_start(model, cfg.model, catalog.classes, ctx)
-    if cfg.model.whiten and not start.newest:
-        first_px = cfg.data.size_at(0, cfg.run.epochs)
-        ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
+    model, started = _model_to_start(start)
     teacher = open_teacher(cfg.optim.teacher, catalog.classes, start.engine, ctx) if cfg.optim.teacher else None
     engine = engine_for(replace(cfg, engine=start.engine, optim=start.optim), model, ctx, teacher)
     metadata = {
@@ -58,21 +54,11 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     flops_per_s = float(ctx.sum(torch.tensor(matmul_flops_per_s(ctx.device, engine.autocast.dtype), device=ctx.device)))
     engine.capture_state(metadata)  # dropped at once: it allocates the memory for copies, which training would wait for
 
-    # The destinations of its metrics, which forget what is done anew, and its first lines.
+    # The destinations of its metrics, and its first lines. The cost of an interruption is read before they forget the rows
+    # of what is done anew.
     cost = interruption(cfg.folder / "metrics.jsonl", progress.step) if ctx.primary else None
     total_steps = sum(start.train.steps_per_epoch(epoch) for epoch in range(cfg.run.epochs))
-    tracker = ctx.raise_together(
-        lambda: Tracker(
-            cfg.tracking,
-            cfg.folder,
-            name=cfg.name,
-            run_config=asdict(cfg),
-            total_steps=total_steps,
-            epochs=cfg.run.epochs,
-            resume_step=last_row(progress, len(catalog)),
-            primary=ctx.primary,
-        )
-    )
+    tracker = ctx.raise_together(lambda: _tracker_of(start, total_steps))
     told = [line for line in (started, teacher.line if teacher else None) if line]
     for line in (*_first_lines(start, told, total_steps), *pieces):
         tracker.note(line)
@@ -81,6 +67,7 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     if not progress.step:
         tracker.graph(lambda: network_layers(cfg, len(catalog.classes)))
 
+    # What works beside the loop: threads that save and copy, the profiler, the watchdog.
     saver = Saver(start.store, ctx, progress, tracker.note)
     mirror = Mirror(start.mirrored, start.store, tracker.note, tracker.alert) if start.mirrored else None
     if mirror:
@@ -109,6 +96,35 @@ def open_session(start: Start, opened: Callable[[], None]) -> Iterator[Session]:
     opened()
     with tracker, mirror or nullcontext(), trace, saver, watchdog:
         yield session
+
+
+def _model_to_start(start: Start) -> tuple[nn.Module, str | None]:
+    """Build the network, with the weights that a new run begins with, and a line on those that it was given. Collective."""
+    cfg, ctx, catalog = start.cfg, start.ctx, start.train.catalog
+    model, started = fresh_model(cfg, len(catalog.classes)), None
+    if start.newest:
+        return model, started  # the checkpoint has all of it
+    if cfg.model.weights:
+        started = load_weights_to_start(model, cfg.model, catalog.classes, ctx)
+    if cfg.model.whiten:
+        first_px = cfg.data.size_at(0, cfg.run.epochs)
+        ctx.raise_together(lambda: whiten_stem(model, catalog, cfg.data, first_px, ctx))
+    return model, started
+
+
+def _tracker_of(start: Start, total_steps: int) -> Tracker:
+    """Open the destinations of the run's metrics, without the rows of what is done anew. Raises `UserError`."""
+    cfg = start.cfg
+    return Tracker(
+        cfg.tracking,
+        cfg.folder,
+        name=cfg.name,
+        run_config=asdict(cfg),
+        total_steps=total_steps,
+        epochs=cfg.run.epochs,
+        resume_step=last_row(start.progress, len(start.train.catalog)),
+        primary=start.ctx.primary,
+    )
 
 
 def _fit_memory(start: Start, engine: Engine) -> Iterator[str]:
