@@ -10,38 +10,17 @@ A cache to which others may write is not used.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from data_pipeline.common.atomic_io import why_untrusted
-from data_pipeline.common.launcher import warn_on_rank0
+from data_pipeline.common.numba_cache import may_cache
 
-
-def _may_cache() -> bool:
-    """Return True where compiled code may be cached: numba runs what its cache holds, so nobody else may have written it."""
-    try:
-        folder = Path(FunctionCache(_may_cache).cache_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        untrusted = why_untrusted(folder, Path(__file__).stat().st_uid)
-    except (OSError, RuntimeError) as error:  # numba finds no folder that it can write
-        untrusted = str(error)
-    if untrusted:
-        warn_on_rank0(
-            f"compiling the CPU's resize anew each time, in some three seconds: {untrusted}; mend that, or set "
-            "NUMBA_CACHE_DIR to a folder of your own"
-        )
-    return not untrusted
-
-
-_OPTIONS: dict[str, Any] = {"cache": _may_cache(), "fastmath": True, "error_model": "numpy"}
 _LANES = ir.VectorType(ir.FloatType(), 4)
 
 Floats = NDArray[np.float32]
@@ -66,6 +45,13 @@ def compiled() -> Addresses:
 def _compile(signature: Any, function: Callable[..., None]) -> int:
     address: int = cfunc(signature, **_OPTIONS)(function).address
     return address
+
+
+_OPTIONS: dict[str, Any] = {
+    "cache": may_cache(_compile, "the CPU's resize"),
+    "fastmath": True,
+    "error_model": "numpy",
+}
 
 
 @njit(**_OPTIONS)

@@ -15,6 +15,7 @@ from nvidia.dali import pipeline_def
 from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.numba_cache import may_cache
 from data_pipeline.config import DataConfig
 from data_pipeline.dali import cpu_resize, graph
 from data_pipeline.dali.cpu_resize import Addresses
@@ -223,10 +224,10 @@ def test_a_cache_that_others_may_write_to_is_not_used(
 ) -> None:
     """Numba runs what it finds there."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    assert cpu_resize._may_cache()
+    assert may_cache(cpu_resize.compiled, "it")
     (folder,) = tmp_path.iterdir()
     folder.chmod(0o777)
-    assert not cpu_resize._may_cache()
+    assert not may_cache(cpu_resize.compiled, "it")
     assert capsys.readouterr().err.endswith(
         f"everybody may write to {folder}; mend that, or set NUMBA_CACHE_DIR to a folder of your own\n"
     )
