@@ -1,10 +1,14 @@
-"""A convolution that a CPU multiplies as a matrix where images have become small."""
+"""A convolution that a training CPU computes by Winograd's filters in fp32, and as a matrix where images have become small."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data_pipeline.common.launcher import warn_on_rank0
 
 FEW = 16  # positions of an output, 4 x 4: with more, copying the windows costs more than it saves
 MANY = 8  # images for each position of an output: with fewer, writing the matrix of a whole image does not pay
@@ -17,10 +21,14 @@ class Convolution(nn.Conv2d):
     of the speed that it has at 16 x 16, in the gradient of the weights less still. There, a training CPU has one matrix
     product: of whole images, where the kernel at each output position reaches all of the image, else of the windows around
     the output positions, gathered as rows. At 2 x 2 five ninths of a window would be padding.
+
+    In fp32 a kernel of 3 x 3 takes a quarter of the products where images are larger (see `winograd`).
     """
 
     def forward(self, images: Tensor) -> Tensor:
         """[B,outputs,H/stride,W/stride] of images [B,inputs,H,W], float in channels-last memory."""
+        if self._takes_winograd(images) and (winograd := _winograd()):
+            return winograd(images.permute(0, 2, 3, 1).contiguous(), self.weight).permute(0, 3, 1, 2)
         height, width = (_positions(side, self.stride[0]) for side in images.shape[2:])
         if height * width > FEW or images.device.type != "cpu" or not self.training:
             return super().forward(images)
@@ -32,6 +40,36 @@ class Convolution(nn.Conv2d):
             rows = _Windows.apply(pixels, self.kernel_size[0], self.stride[0])
             products = F.linear(rows, weight.flatten(1))
         return products.view(len(images), height, width, -1).permute(0, 3, 1, 2)
+
+    def _takes_winograd(self, images: Tensor) -> bool:
+        """True for a CPU's training in fp32, where tiles of 4 x 4 hold few positions beyond an image and pay for the filters."""
+        count, channels, height, width = images.shape
+        tiles = -(-height // 4) * -(-width // 4)
+        return (
+            self.training
+            and images.device.type == "cpu"
+            and images.dtype == self.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()  # a compiler sees no way through
+            and self.kernel_size == (3, 3)
+            and self.stride == (1, 1)
+            and channels % 8 == self.out_channels % 8 == 0
+            and 8 * tiles <= height * width
+            and 16 * count * tiles >= channels
+        )
+
+
+@cache
+def _winograd() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Load Winograd's convolution; None, and one line with the reason, where numba does not work."""
+    try:
+        from trainer.model.winograd import Winograd
+    except Exception as error:  # numba raises a hundred kinds of errors, and torch convolves too
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warn_on_rank0(f"numba does not work here, so torch convolves, which takes longer ({why})")
+        return None
+    convolve: Callable[[Tensor, Tensor], Tensor] = Winograd.apply
+    return convolve
 
 
 class _Whole(torch.autograd.Function):

@@ -1,0 +1,134 @@
+"""Winograd's convolutions against torch's in double precision."""
+
+import sys
+
+import pytest
+import torch
+import torchvision  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from trainer.model import conv_matmul
+from trainer.model.config import ModelConfig
+from trainer.model.conv_matmul import Convolution
+from trainer.model.resnet import build_resnet
+
+ROUNDING = 5e-6  # of the largest; torch's own convolutions in fp32 come to 2e-6
+
+
+def convolution(inputs: int, outputs: int) -> Convolution:
+    torch.manual_seed(0)
+    return Convolution(inputs, outputs, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+
+
+def images(count: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.randn(count, channels, height, width).contiguous(memory_format=torch.channels_last)
+
+
+def results(layer: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and the gradients of pixels and weights for a fixed gradient of the output."""
+    pixels = pixels.clone().requires_grad_()
+    output = layer(pixels)
+    output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
+    assert pixels.grad is not None and layer.weight.grad is not None
+    return output.detach(), pixels.grad, layer.weight.grad
+
+
+def backward_of(layer: nn.Conv2d, pixels: Tensor) -> str:
+    function = layer(pixels).grad_fn
+    before = function.next_functions[0][0]
+    return f"{type(function).__name__} {type(before).__name__}"
+
+
+def assert_equal(got: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> None:
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=rounding * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 3), (8, 4), (7, 6), (12, 16), (13, 15)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (64, 64)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_output_and_gradients_are_torchs_within_rounding(
+    inputs: int, outputs: int, size: tuple[int, int], threads: int
+) -> None:
+    ours, pixels = convolution(inputs, outputs), images(5, inputs, *size)
+    assert ours._takes_winograd(pixels)
+    theirs = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        mine = results(ours, pixels)
+    finally:
+        torch.set_num_threads(before)
+    for got, wanted in zip(mine, results(theirs, pixels.double()), strict=True):
+        assert_equal(got, wanted)
+    output, _, weight = mine
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_transform() -> None:
+    from trainer.model import winograd
+
+    pixels = images(5, 16, 12, 8).permute(0, 2, 3, 1)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        found.append(winograd._transformed(pixels, winograd._PIXELS).clone())
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    pixels = images(1, 8, 8, 8)
+    pixels[0, 0, 2, 2] = torch.nan
+    assert convolution(8, 8)(pixels)[0, :, 2, 2].isnan().all()
+
+
+def test_only_training_in_fp32_on_images_that_fill_the_tiles_takes_it() -> None:
+    layer, pixels = convolution(16, 16), images(4, 16, 8, 8)
+    assert backward_of(layer, pixels) == "PermuteBackward0 WinogradBackward"
+    for height, width in [(2, 2), (1, 9), (5, 5)]:
+        assert "Winograd" not in backward_of(layer, images(4, 16, height, width))
+    assert not layer._takes_winograd(images(4, 16, 8, 8).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer._takes_winograd(pixels)
+    assert not layer.eval()._takes_winograd(pixels)
+    assert not Convolution(16, 16, 3, 2, padding=1, bias=False)._takes_winograd(pixels)
+    assert not Convolution(12, 16, 3, padding=1, bias=False)._takes_winograd(images(4, 12, 8, 8))
+    few = images(1, 512, 4, 4)
+    assert not Convolution(512, 512, 3, padding=1, bias=False)._takes_winograd(
+        few
+    )  # transforming the filters costs more
+
+
+def test_a_network_has_torchvisions_gradients() -> None:
+    torch.manual_seed(0)
+    ours = build_resnet(ModelConfig(), 10).to(memory_format=torch.channels_last)
+    theirs = torchvision.models.resnet18(num_classes=10).double()
+    theirs.load_state_dict(ours.state_dict())
+    pixels, labels = images(8, 3, 64, 64), torch.arange(8)
+    mine, wanted = (
+        cross_entropy(network(inputs), labels) for network, inputs in ((ours, pixels), (theirs, pixels.double()))
+    )
+    mine.backward()
+    wanted.backward()
+    assert_equal(mine.detach(), wanted.detach())
+    for got, parameter in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert got.grad is not None and parameter.grad is not None
+        assert_equal(got.grad, parameter.grad, 2e-4)  # as far as a rectifier turns where it rounds
+
+
+def test_without_numba_torch_convolves_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conv_matmul._winograd.cache_clear()
+    monkeypatch.setitem(sys.modules, "trainer.model.winograd", None)
+    layer, pixels = convolution(16, 16), images(4, 16, 8, 8)
+    try:
+        for _ in range(2):
+            assert "Winograd" not in backward_of(layer, pixels)
+    finally:
+        conv_matmul._winograd.cache_clear()
+    assert capsys.readouterr().err.count("torch convolves") == 1

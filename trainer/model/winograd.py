@@ -1,0 +1,193 @@
+"""3x3 convolutions with a quarter of the products, for CPUs: Winograd's minimal filtering F(4x4, 3x3).
+
+Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308), section 4.3: an image is cut into
+tiles of 6 x 6 positions that overlap by two. Transformed, they are multiplied with transformed filters, at each of 36 points a
+product of matrices over the channels; transformed back, each is a tile of 4 x 4 results. oneDNN has no such kernels for x86.
+The transforms are compiled by Numba.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from data_pipeline.common.numba_cache import may_cache
+
+TILE = 4  # results along a side
+LANES = 8  # channels in a vector
+_LINE = 16  # floats in a line of the processor's cache
+
+# Where the polynomials are evaluated, beside infinity. The paper's 0, 1, -1, 2, -2 round three times as coarsely; powers of these
+# are exact, too. For the choice see Barabasz et al. 2020 (arXiv 1803.10986).
+_POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+_SIDE = len(_POINTS) + 1
+
+
+def _matrices() -> tuple[Any, Any, Any]:
+    """B^T [6,6], G [6,3] and A^T [4,6] of the paper's equation 8: transforms of image, filter and result, along one side."""
+    others = [[other for other in _POINTS if other != point] for point in _POINTS]
+    image = [[*np.poly(roots)[::-1], 0.0] for roots in others] + [[*np.poly(_POINTS)[::-1]]]
+    weights = [1 / np.prod(np.subtract(point, roots)) for point, roots in zip(_POINTS, others, strict=True)]
+    filters = np.vstack([np.multiply.outer(weights, np.ones(3)) * np.vander(_POINTS, 3, increasing=True), [0, 0, 1]])
+    result = np.hstack([np.vander(_POINTS, TILE, increasing=True).T, np.eye(TILE)[:, -1:]])
+    return np.array(image), filters, result
+
+
+_IMAGE, _FILTER, _RESULT = _matrices()
+
+
+class Winograd(torch.autograd.Function):
+    """Convolve images [B,H,W,inputs] with weights [outputs,inputs,3,3], zeros around them: [B,H,W,outputs].
+
+    All float32, the images contiguous; both numbers of channels are multiples of LANES.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return _convolve(images, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (images, weight), gradient = ctx.saved_tensors, gradients[0].contiguous()
+        of_images = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_images = _convolve(gradient, weight.flip(2, 3).transpose(0, 1))
+        if ctx.needs_input_grad[1]:
+            products = torch.bmm(_transformed(gradient, _GRADIENT).transpose(1, 2), _transformed(images, _PIXELS))
+            taps = _filter_matrix().T @ products.flatten(1)
+            of_weight = taps.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
+        return of_images, of_weight
+
+
+def _convolve(images: Tensor, weight: Tensor) -> Tensor:
+    (count, height, width, _), outputs = images.shape, len(weight)
+    filters = _filter_matrix() @ weight.permute(2, 3, 0, 1).reshape(9, -1)
+    tiles = _transformed(images, _PIXELS)
+    products = _planes(tiles.shape[1], outputs)
+    torch.bmm(tiles, filters.view(_SIDE**2, *weight.shape[:2]).transpose(1, 2), out=products)
+    results = images.new_empty(count, height + -height % TILE, width + -width % TILE, outputs)
+    _run(_PRODUCTS, products, results)
+    return results[:, :height, :width].contiguous()
+
+
+def _transformed(images: Tensor, kind: int) -> Tensor:
+    """[36,tiles,C] of images, or of gradients of results, [B,H,W,C]."""
+    (count, height, width, channels), edge = images.shape, 1 if kind == _PIXELS else 0
+    below, right = -height % TILE, -width % TILE
+    if edge or below or right:
+        images = F.pad(images, (0, 0, edge, edge + right, edge, edge + below))
+    planes = _planes(count * (height + below) // TILE * (width + right) // TILE, channels)
+    _run(kind, planes, images)
+    return planes
+
+
+def _planes(tiles: int, channels: int) -> Tensor:
+    """Memory for [36,tiles,C]. Planes lie a line apart, as a cache holds few lines whose addresses end alike."""
+    return torch.empty(_SIDE**2, tiles * channels + _LINE)[:, :-_LINE].view(-1, tiles, channels)
+
+
+@cache
+def _filter_matrix() -> Tensor:
+    """[36,9]: the transform of a filter along both sides."""
+    return torch.tensor(np.kron(_FILTER, _FILTER), dtype=torch.float32)
+
+
+def _run(kind: int, planes: Tensor, images: Tensor) -> None:
+    """Transform one into the other, an equal share of the images in each of torch's threads."""
+    flat = planes.as_strided((planes.stride(0) * len(planes) - _LINE,), (1,)).detach().numpy()
+    pixels, count, threads = images.detach().numpy(), len(images), torch.get_num_threads()
+    if threads == 1:
+        _transform(kind, flat, planes.stride(0), pixels, 0, count)
+        return
+    bounds = [count * thread // threads for thread in range(threads + 1)]
+    shares = [(kind, flat, planes.stride(0), pixels, *bounds[thread : thread + 2]) for thread in range(threads)]
+    list(_pool(threads).map(lambda share: _transform(*share), shares))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "winograd")
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+def _along_both_sides(matrix: Any) -> Any:
+    """Make a compiled function of tiles X that computes matrix @ X @ matrix.T, for LANES channels.
+
+    It takes the source, the place in it, the steps to the next row and column, and the same of the target. Written as LLVM code
+    because Numba leaves LLVM's vectoriser of straight-line code off.
+    """
+    lanes, index = ir.VectorType(ir.FloatType(), LANES), types.intp
+
+    def combine(builder: Any, factors: Any, values: list[Any]) -> Any:
+        """Add up the products of factors and vectors. Signs of zeros may change, but what is not finite stays so."""
+        flags = ["contract", "reassoc", "nsz"]
+        total = ir.Constant(lanes, [0.0] * LANES)
+        for factor, value in zip(factors, values, strict=True):
+            if factor:
+                product = builder.fmul(value, ir.Constant(lanes, [float(factor)] * LANES), flags=flags)
+                total = builder.fadd(total, product, flags=flags)
+        return total
+
+    @intrinsic
+    def transform(
+        _: Any, source: Any, start: Any, row: Any, column: Any, target: Any, at: Any, down: Any, right: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def vector(array: int, i: int, j: int) -> Any:
+                """Pointer to the channels at row i and column j of the tile in one of the two arrays."""
+                data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+                place, *steps = arguments[array + 1 : array + 4]
+                for number, step in zip((i, j), steps, strict=True):
+                    place = builder.add(place, builder.mul(step, step.type(number)))
+                return builder.bitcast(builder.gep(data, [place]), lanes.as_pointer())
+
+            size = range(matrix.shape[1])
+            tile = [[builder.load(vector(0, i, j), align=4, typ=lanes) for j in size] for i in size]
+            rows = [[combine(builder, factors, [tile[i][j] for i in size]) for j in size] for factors in matrix]
+            for i, values in enumerate(rows):
+                for j, factors in enumerate(matrix):
+                    builder.store(combine(builder, factors, values), vector(4, i, j), align=4)
+            return context.get_dummy_value()
+
+        return types.void(source, index, index, index, target, index, index, index), generate
+
+    return transform
+
+
+_PIXELS, _GRADIENT, _PRODUCTS = range(3)  # what is transformed
+_pixels, _gradient, _products = (_along_both_sides(matrix) for matrix in (_IMAGE, _RESULT.T, _RESULT))
+_FLOATS, _INT = types.float32, types.intp
+
+
+@njit(
+    types.void(_INT, _FLOATS[::1], _INT, _FLOATS[:, :, :, ::1], _INT, _INT),
+    nogil=True,
+    cache=may_cache(_run, "convolutions"),
+)
+def _transform(kind: int, planes: Any, step: int, images: Any, first: int, last: int) -> None:
+    """Transform images `first` to `last` into planes, of which the next is `step` further on, or products in them into images."""
+    _, height, width, channels = images.shape
+    edge = 2 if kind == _PIXELS else 0
+    down, across, row, flat = (height - edge) // TILE, (width - edge) // TILE, width * channels, images.reshape(-1)
+    for image in range(first, last):
+        for y in range(down):
+            for x in range(across):
+                start = (image * height + y * TILE) * row + x * TILE * channels
+                at = ((image * down + y) * across + x) * channels
+                for c in range(0, channels, LANES):
+                    if kind == _PIXELS:
+                        _pixels(flat, start + c, row, channels, planes, at + c, _SIDE * step, step)
+                    elif kind == _GRADIENT:
+                        _gradient(flat, start + c, row, channels, planes, at + c, _SIDE * step, step)
+                    else:
+                        _products(planes, at + c, _SIDE * step, step, flat, start + c, row, channels)
