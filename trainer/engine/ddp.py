@@ -20,7 +20,7 @@ from trainer.engine import gradient_compression
 from trainer.engine.compilation import check_device, compiled
 from trainer.engine.config import EngineConfig
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.optimizer_state import adopt, groups_of, loss_scale, read_whole
+from trainer.engine.optimizer_state import adopt, adopt_group_steps, groups_of, loss_scale, read_whole
 from trainer.engine.prediction import Predictor
 from trainer.optim.optimizer import OptimConfig, build_optimizer, state_share
 
@@ -116,6 +116,7 @@ class DdpEngine(DataParallel):
             groups = groups_of(self.module, self.optimizer)
             whole = read_whole(folder, state, groups, self.ctx.device)
             adopt(self.optimizer, whole, dict(self.module.named_parameters()))
+            adopt_group_steps(self.optimizer, state)
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         self.pieces = {(rows, size_px): number for rows, size_px, number in state.get("pieces", ())}

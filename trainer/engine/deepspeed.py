@@ -22,7 +22,17 @@ from trainer.distributed import DistContext
 from trainer.engine.compilation import compiled
 from trainer.engine.config import EngineConfig, check_deepspeed
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.optimizer_state import SHARD, Moments, adopt, groups_of, loss_scale, part_of, read_whole
+from trainer.engine.optimizer_state import (
+    SHARD,
+    Moments,
+    adopt,
+    adopt_group_steps,
+    group_steps,
+    groups_of,
+    loss_scale,
+    part_of,
+    read_whole,
+)
 from trainer.engine.precision import Autocast
 from trainer.engine.prediction import Predictor
 from trainer.optim.config import OptimConfig
@@ -88,6 +98,7 @@ class DeepSpeedEngine(DataParallel):
                     "world": self.ctx.world,
                     "scale": self.scale,
                     "clean_updates": self.clean_updates,
+                    "group_steps": group_steps(self.optimizer),
                 }
                 files = self._captured(state, metadata)
         if self.ctx.primary or self.stage > 0:
@@ -108,6 +119,7 @@ class DeepSpeedEngine(DataParallel):
                 self.optimizer.state[weights] = moments
         else:
             self._divide(read_whole(folder, state, self.groups, self.ctx.device))
+        adopt_group_steps(self.optimizer, state)
         scale = loss_scale(state)
         if self.autocast.precision == "fp16" and scale:
             self.scale, self.clean_updates = scale

@@ -116,6 +116,22 @@ def adopt(optimizer: torch.optim.Optimizer, moments: Moments, names: Mapping[str
         optimizer.state[names[name]] = {key: own(value, names[name]) for key, value in kept.items()}
 
 
+def group_steps(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
+    """List the steps that each group has counted, where an optimizer counts by groups, as LAMB does; else None."""
+    return [group.get("step") for group in optimizer.param_groups]
+
+
+def adopt_group_steps(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Let an optimizer go on from what a checkpoint's `state` has of `group_steps`."""
+    if state.get("engine") == "deepspeed":
+        steps = state.get("group_steps", ())  # older ones have none
+    else:
+        steps = [group.get("step") for group in state["optimizer"]["param_groups"]]
+    for group, step in zip(optimizer.param_groups, steps, strict=False):
+        if step is not None:
+            group["step"] = step.cpu()  # where it is read, so that no step waits for a GPU
+
+
 def loss_scale(state: Mapping[str, Any]) -> tuple[float, int] | None:
     """Return a checkpoint's loss scale and the optimizer steps since it changed; None where the run had none."""
     if state.get("engine") == "deepspeed":

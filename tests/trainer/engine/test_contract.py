@@ -27,6 +27,7 @@ from trainer.optim.optimizer import OptimConfig
 DDP = EngineConfig(precision="fp32")
 ZERO = [EngineConfig("deepspeed", stage, "fp32") for stage in (0, 1, 2, 3)]
 SGD, ADAMW = OptimConfig(lr=0.1, weight_decay=1e-2), OptimConfig(name="adamw", lr=1e-2, weight_decay=1e-2)
+LAMB = OptimConfig(name="lamb", lr=1e-2, weight_decay=1e-2)
 CLIPPED = OptimConfig(lr=0.1, clip_norm=0.2, accumulate=2)
 WEIGHTED = OptimConfig(lr=0.1, class_weights=[0.5 + number for number in range(CLASSES)])
 AVERAGED = OptimConfig(lr=0.05, ema_decay=0.9)
@@ -188,7 +189,7 @@ def check_average(ctx: DistContext, folder: Path) -> None:
 
 def check_resuming(ctx: DistContext, folder: Path) -> None:
     """A fresh engine that loads what another one saved goes on bit by bit, and saves the same bytes."""
-    cases = [(DDP, AVERAGED), (ZERO[0], SGD), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
+    cases = [(DDP, AVERAGED), (ZERO[0], LAMB), (ZERO[1], AVERAGED), (ZERO[2], ADAMW), (ZERO[3], SGD)]
     for number, (cfg, optim) in enumerate(cases):
         place = folder / f"resuming {number}"
         ctx.run_on_rank0(place.mkdir)
