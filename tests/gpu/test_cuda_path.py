@@ -148,6 +148,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DdpEngine, "_backward", backward)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # in a copy of a network
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_waits_for_nothing(name: str, pretended: None) -> None:
     """Of each variant that `trainer.check` makes on a GPU: every tensor is there, and none is asked for its values."""

@@ -14,6 +14,7 @@ from trainer.check.items import common, training
 from trainer.check.items.common import CLASSES, EAGER, MEAN, STD, noise
 from trainer.check.results import Found
 from trainer.distributed import DistContext, open_dist_context
+from trainer.engine.compilation import lacking
 from trainer.engine.config import EngineConfig, Precision
 from trainer.engine.ddp import DdpEngine
 from trainer.engine.prediction import Predictor
@@ -60,7 +61,7 @@ def networks_and_losses() -> Found:
     """Make some steps of each variant: finite in bf16 and fp16, without waits on a GPU, and there compiled as well."""
     told = []
     with open_dist_context() as ctx:
-        on_gpu = ctx.device.type == "cuda"
+        compiles = ctx.device.type == "cuda" and not lacking("cuda")
         for name, variant in VARIANTS.items():
             try:
                 losses = {one: loss_of(variant, replace(EAGER, precision=one), ctx, name) for one in PRECISIONS}
@@ -68,7 +69,7 @@ def networks_and_losses() -> Found:
                 told.append(f"{name} left out, as {missing.name} is not installed")
                 continue
             told.append(name)
-            if on_gpu and variant.compiles:
+            if compiles and variant.compiles:
                 compiled = loss_of(variant, EngineConfig(precision="bf16", compile="on"), ctx, f"{name}, compiled")
                 apart = abs(compiled / losses["bf16"] - 1)
                 assert apart < COMPILED_DIFFERS, f"{name}: compiled, its loss is {apart:.1%} from the eager one's"
