@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum, auto
@@ -61,7 +62,7 @@ def fit(cfg: Config, ctx: DistContext, stop: StopFlag, started: Callable[[], Non
             # Whoever sent the signal kills the process after a while, so the last copy gets what is left of that.
             if session.mirror and outcome is Outcome.STOPPED:
                 session.mirror.patience_s = max(grace_s() - stop.raised_for_s, 0)
-            say_end(session, outcome, follows)
+            say_end(session, outcome, stop, follows)
             return session.progress
 
 
@@ -166,12 +167,12 @@ def mark_stop(session: Session, stop: StopFlag, agent: Agent | None) -> str:
     )
 
 
-def say_end(session: Session, outcome: Outcome, follows: str) -> None:
-    """Print how the training ended, and what comes next."""
+def say_end(session: Session, outcome: Outcome, stop: StopFlag, follows: str) -> None:
+    """Print how the training ended, by which signal, and what comes next."""
     run, progress, tracker = session.cfg.run, session.progress, session.tracker
     best = f"best {progress.best}"
     if outcome is Outcome.STOPPED:
-        tracker.alert("asked to stop", f"saved step {progress.step}; {follows}")
+        tracker.alert("asked to stop", f"saved step {progress.step}{_by(stop)}; {follows}")
     elif outcome is Outcome.MAX_STEPS:
         tracker.note(
             f"stopped after run.max_steps: {progress.step} of {session.total_steps} steps, {best}, saved in "
@@ -186,6 +187,11 @@ def say_end(session: Session, outcome: Outcome, follows: str) -> None:
         tracker.note(
             f"{ended if early else f'trained {run.epochs} epochs'}: {best}, weights in {weights}; next: {command}"
         )
+
+
+def _by(stop: StopFlag) -> str:
+    """Name the signal that rank 0 got; nothing where only another rank was told, or somebody has pressed Stop at W&B."""
+    return f" on {signal.Signals(stop.signal).name}" if stop.signal else ""
 
 
 def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

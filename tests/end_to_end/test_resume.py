@@ -112,7 +112,7 @@ def test_stopped_and_shortened_run(base: Path, tmp_path: Path) -> None:
     assert job.wait() != 0
     stopped = Store(run).progress()
     assert 1 <= stopped.step < STEPS and not stopped.finished
-    assert f"asked to stop: saved step {stopped.step}; the same command goes on from there" in job.output()
+    assert f"asked to stop: saved step {stopped.step} on SIGTERM; the same command goes on from there" in job.output()
     assert rows(run)[-1]["step"] == stopped.step, "it went on after it had saved"
 
     job = train(2, base, run, max_steps=12)
