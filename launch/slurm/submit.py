@@ -13,10 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from submitit import SlurmExecutor
@@ -256,9 +256,11 @@ def _for_sbatch(value: str) -> str:
 
 
 def code_version() -> str:
-    """Commit of the source tree, marked where files were changed; else the installed version."""
+    """Commit of the source tree, marked where files were changed; else the installed version; unknown for an unpacked archive."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return version("sluice")
+        with suppress(PackageNotFoundError):
+            return version("sluice")
+        return "unknown"

@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,15 @@ def submitted(run: Path, number: str = "7") -> Submission:
     submission.folder.mkdir(parents=True)
     submission.write_job(Job(str(run), str(run.parent), {"max_crashes": 1}, "v", "2026-01-31 12:00:00", number))
     return submission
+
+
+def test_a_tree_without_git_can_be_submitted_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unpacked archive of the source, which need not be installed either."""
+    from launch.slurm import submit  # here, for submitit takes a second
+
+    monkeypatch.setattr(submit, "ROOT", tmp_path)
+    installed = next((one.version for one in distributions(name="sluice")), "unknown")
+    assert submit.code_version() == installed
 
 
 def test_the_newest_submission_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
