@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from launch.supervisor.record import record_restart
 from launch.supervisor.supervisor import Supervisor, follow
 from trainer.checkpoint.snapshot_home import forget
 from trainer.resilience.signals import AFTER_SIGNAL, RESTARTED, StopFlag
+
+SCRIPT = "SLUICE_SCRIPT"
+"""Variable with the process of the job's script, which is on the first node."""
 
 
 def train_node(folder: str) -> None:
@@ -44,17 +48,34 @@ def train_node(folder: str) -> None:
 
 
 def lead(submission: Submission, own: NodeRanks) -> int:
-    """Decide for all nodes until the training has ended. Returns the exit code."""
+    """Decide for all nodes until the training has ended. Returns the exit code, and does not return where a node was lost."""
     job = submission.job
     profile, run = Profile(**job.profile), Path(job.run)
     with listen(meeting_port(os.environ)) as listener:
         told = partial(record_restart, run)
-        end = Supervisor(own, profile.nodes, profile.restarts, told, listener, profile.spares).run()
+        supervisor = Supervisor(own, profile.nodes, profile.restarts, told, listener, profile.spares)
+        end = supervisor.run()
     if end.cause:
         print(printable(end.cause), flush=True)
     if end.lost:
         submission.write_outcome(restart_count(), LOST)
+    if supervisor.missing:
+        forget(run)
+        end_srun()
     return end.code
+
+
+def end_srun() -> None:
+    """End the srun of the job's script, and so this process, that the script goes on.
+
+    It would wait for ever for the task of a lost node that was back before SLURM had noticed (SlurmdTimeout).
+    """
+    script = os.environ.get(SCRIPT, "")
+    for children in Path(f"/proc/{script}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with suppress(OSError):  # it has just ended
+                if Path(f"/proc/{child}/comm").read_text() == "srun\n":
+                    os.kill(int(child), signal.SIGKILL)
 
 
 def enter(submission: Submission, log: Path) -> None:

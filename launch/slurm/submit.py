@@ -25,7 +25,7 @@ from submitit.core.utils import FailedJobError
 from data_pipeline.common.errors import UserError, printable
 from launch.slurm.commands import Queued, queue, run_slurm
 from launch.slurm.cores import cores_per_task
-from launch.slurm.job import train_node
+from launch.slurm.job import SCRIPT, train_node
 from launch.slurm.profile import Profile, Request, parse_request
 from launch.slurm.submission import SCRIPT_LOG, Job, Submission, find, fresh_folder, newest, short_name
 from trainer.checkpoint.run_folder import check_run, claim_run, record_run
@@ -227,6 +227,7 @@ def _before(submissions: list[Submission], profile: Profile) -> list[str]:
         "SLUICE_SUBMISSION=${submissions[${SLURM_ARRAY_TASK_ID:-0}]}",
         f'exec >>"$SLUICE_SUBMISSION"/{SCRIPT_LOG} 2>&1',
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export {SCRIPT}=$$",
         "export SUBMITIT_LOG_LEVEL=ERROR",  # otherwise submitit reports each signal that it ignores
         *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
         *profile.setup,

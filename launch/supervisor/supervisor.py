@@ -68,6 +68,8 @@ class Supervisor:
     ) -> None:
         self.own, self.wanted, self.limit, self.told, self.listener = own, wanted, restarts, told, listener
         self.spares = spares
+        self.missing: list[str] = []
+        """Names of the nodes that were lost before the end."""
         self._strangers: list[Link] = []
         self._links: dict[int, Link] = {}
         self._reports: dict[int, Report] = {}
@@ -169,6 +171,8 @@ class Supervisor:
                 link.close()
                 report = self._reports.pop(node)
                 self._lost.append(Failure(node, report.name))
+                if self._order.act != "end":
+                    self.missing.append(report.name)
 
     def _hear(self, link: Link, report: Report) -> None:
         known = self._links.setdefault(report.node, link)

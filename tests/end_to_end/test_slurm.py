@@ -342,6 +342,7 @@ def test_restarts_within_the_allocation(base: Path, undisturbed: Path) -> None:
         cluster.until(run, lambda: recorded_restarts(run).number == 1)
         wait_for_step(cluster, run, 6)
         cluster.script("kill-node", "127.0.1.3")
+        cluster.script("start-node", "127.0.1.3")  # SLURM does not notice, and its srun waits for the task that is gone
         cluster.until(run, lambda: recorded_restarts(run).number == 2)
         cluster.wait(run, "COMPLETED", "FAILED")
         said, submission = cluster.said(run), cluster.submission(run)

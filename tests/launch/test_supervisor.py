@@ -146,8 +146,9 @@ def test_a_spare_takes_the_place_of_a_lost_node(tmp_path: Path) -> None:
             links[0].close()
 
         threading.Thread(target=lose).start()
-        end = Supervisor(own, 2, 3, told.append, listener, spares=1).run()
-    assert end == End(0)
+        supervisor = Supervisor(own, 2, 3, told.append, listener, spares=1)
+        end = supervisor.run()
+    assert (end, supervisor.missing) == (End(0), ["n1"]), "n2 leaves at the end"
     assert told == [Restart(1, "node n1 is lost", ("n0", "n2"))]
     assert sorted((tmp_path / "1").read_text().split()) == ["0", "1"]
 
