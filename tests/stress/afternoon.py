@@ -70,7 +70,7 @@ class Told(NamedTuple):
 
 
 class Afternoon:
-    """What has happened so far, printed as it happens."""
+    """Record of all that has happened so far, printed as it happens."""
 
     def __init__(self) -> None:
         self.begin_s = time.monotonic()
@@ -175,7 +175,7 @@ def ended(cluster: Cluster, run: Path, last: int) -> list[str]:
 
 
 def compared(run: Path, whole: Path) -> list[str]:
-    """What the run lost beside one that was left alone."""
+    """Compare a run with one that was left alone. Returns its faults."""
     ours, theirs = (
         {(row["step"], name): row[name] for row in rows(one) for name in row if name.endswith("/loss")}
         for one in (run, whole)
@@ -188,7 +188,7 @@ def compared(run: Path, whole: Path) -> list[str]:
 
 
 def restored(run: Path, disk: Path, place: Path) -> list[str]:
-    """What a run folder that is restored from the mirror lacks."""
+    """Restore the run from its mirror, and compare. Returns what is not the same."""
     Mirrored(str(disk), run.name, Store(place)).restore(lambda saved: None)
     there = len(Store(run).folders()) == len(Store(place).folders())
     same = {name: (run / name).read_bytes() == (place / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}

@@ -83,7 +83,7 @@ def ended_well(backend: Backend, name: str) -> bool:
 
 
 def faults_of_trial(run: Path, backend: Backend, name: str, fate: str) -> list[str]:
-    """What a trial that has ended lacks, in its folder or at the server."""
+    """Look for faults of a trial that has ended, in its folder and at the server."""
     sent, progress, steps = backend.runs[name], Store(run).progress(), [row["step"] for row in rows(run)]
     found = {
         "its folder is not finished": progress.finished != (fate != "stopped"),
