@@ -22,7 +22,7 @@ class Convolution(nn.Conv2d):
     product: of whole images, where the kernel at each output position reaches all of the image, else of the windows around
     the output positions, gathered as rows. At 2 x 2 five ninths of a window would be padding.
 
-    In fp32 a kernel of 3 x 3 takes a quarter of the products where images are larger (see `winograd`).
+    In fp32 and one thread a kernel of 3 x 3 takes a quarter of the products, at most sizes (see `winograd`).
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -42,7 +42,10 @@ class Convolution(nn.Conv2d):
         return products.view(len(images), height, width, -1).permute(0, 3, 1, 2)
 
     def _takes_winograd(self, images: Tensor) -> bool:
-        """True for a CPU's training in fp32, where tiles of 4 x 4 hold few positions beyond an image and pay for the filters."""
+        """True for training in fp32 in one thread of a CPU, on images that fill the tiles and are many enough.
+
+        Tiles are of 4 x 4 positions, and each transformed filter must be used often enough to pay for itself.
+        """
         count, channels, height, width = images.shape
         tiles = -(-height // 4) * -(-width // 4)
         return (
@@ -51,6 +54,7 @@ class Convolution(nn.Conv2d):
             and images.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()  # a compiler sees no way through
+            and torch.get_num_threads() == 1  # several wait for each other: three times as long beside other work
             and self.kernel_size == (3, 3)
             and self.stride == (1, 1)
             and channels % 8 == self.out_channels % 8 == 0

@@ -6,7 +6,6 @@ product of matrices over the channels; transformed back, each is a tile of 4 x 4
 The transforms are compiled by Numba.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -101,20 +100,9 @@ def _filter_matrix() -> Tensor:
 
 
 def _run(kind: int, planes: Tensor, images: Tensor) -> None:
-    """Transform one into the other, an equal share of the images in each of torch's threads."""
+    """Transform one into the other."""
     flat = planes.as_strided((planes.stride(0) * len(planes) - _LINE,), (1,)).detach().numpy()
-    pixels, count, threads = images.detach().numpy(), len(images), torch.get_num_threads()
-    if threads == 1:
-        _transform(kind, flat, planes.stride(0), pixels, 0, count)
-        return
-    bounds = [count * thread // threads for thread in range(threads + 1)]
-    shares = [(kind, flat, planes.stride(0), pixels, *bounds[thread : thread + 2]) for thread in range(threads)]
-    list(_pool(threads).map(lambda share: _transform(*share), shares))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "winograd")
+    _transform(kind, flat, planes.stride(0), images.detach().numpy())
 
 
 # ---- compiled -------------------------------------------------------------------------------------------------------
@@ -169,17 +157,13 @@ _pixels, _gradient, _products = (_along_both_sides(matrix) for matrix in (_IMAGE
 _FLOATS, _INT = types.float32, types.intp
 
 
-@njit(
-    types.void(_INT, _FLOATS[::1], _INT, _FLOATS[:, :, :, ::1], _INT, _INT),
-    nogil=True,
-    cache=may_cache(_run, "convolutions"),
-)
-def _transform(kind: int, planes: Any, step: int, images: Any, first: int, last: int) -> None:
-    """Transform images `first` to `last` into planes, of which the next is `step` further on, or products in them into images."""
-    _, height, width, channels = images.shape
+@njit(types.void(_INT, _FLOATS[::1], _INT, _FLOATS[:, :, :, ::1]), nogil=True, cache=may_cache(_run, "convolutions"))
+def _transform(kind: int, planes: Any, step: int, images: Any) -> None:
+    """Transform images into planes, of which the next is `step` further on, or products in these into images."""
+    count, height, width, channels = images.shape
     edge = 2 if kind == _PIXELS else 0
     down, across, row, flat = (height - edge) // TILE, (width - edge) // TILE, width * channels, images.reshape(-1)
-    for image in range(first, last):
+    for image in range(count):
         for y in range(down):
             for x in range(across):
                 start = (image * height + y * TILE) * row + x * TILE * channels
