@@ -3,12 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.class_names import doubts
+from data_pipeline.common.address import Address
 from data_pipeline.common.errors import printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.sampling import quotas
 from data_pipeline.sources.catalog import Catalog
 from data_pipeline.sources.listing import TABLE_OPTIONS, counted
+from data_pipeline.sources.quarantine import relative_to_data
 
 _SMALL = 100  # validation images below which their small number is worth a line
 _SHOWN = 5  # classes that are named
@@ -20,7 +23,7 @@ def refuse_single_class(train: Catalog) -> None:
     require(
         len(there) > 1,
         f"data.path: {train.root} has images of one class only, {', '.join(there)}, and nothing to tell it from; give the "
-        "folder above it, or add another class",
+        "folder above it, add another class, or give a table of the images' classes",
     )
 
 
@@ -54,6 +57,7 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         *_balance(cfg, counts, train.classes),
         *_unread(cfg, train),
         *(f"data: {note}" for note in dict.fromkeys([*train.taken.notes, *val.taken.notes])),
+        *(f"data: {doubt}" for doubt in [*doubts(train.classes), *_repeated(cfg, train, val)]),
     ]
     for catalog, what in ((train, "training"), (val, "validation")):
         empty = [name for name, images in zip(train.classes, catalog.class_counts(), strict=True) if not images]
@@ -64,6 +68,38 @@ def summary(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         share = "" if train.multi_label else f": a single one is {100 / max(len(val), 1):.1f} % of top-1"
         lines.append(f"data: only {few}{share}")
     return [printable(line) for line in lines]
+
+
+def _repeated(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
+    """Say in a line each which images, byte by byte the same, are in both splits, and which have several classes."""
+    if not len(train.marks) or not len(val.marks):
+        return []
+
+    def named(row: int) -> str:
+        catalog, row = (train, row) if row < len(train) else (val, row - len(train))
+        path, root = catalog.paths[row], catalog.root
+        return path if isinstance(root, Address) else relative_to_data(cfg, root, path)
+
+    marks, lines = np.concatenate([train.marks, val.marks]), []
+    again = len(train) + np.flatnonzero(np.isin(val.marks, train.marks))
+    if len(again):
+        twin = int(np.flatnonzero(train.marks == marks[again[0]])[0])
+        lines.append(
+            "validation images that are training images too, byte by byte, so that scores are too good: "
+            f"{len(again):,} of {len(val):,}, as {named(int(again[0]))} and {named(twin)}; remove one of each, or list it in "
+            "data.quarantine"
+        )
+    labels = np.concatenate([train.labels, val.labels])
+    order = np.lexsort([labels, marks])
+    firsts = order[:-1][(np.diff(marks[order]) == 0) & (np.diff(labels[order]) != 0)]
+    if len(firsts):
+        one = int(firsts[0])
+        other = int(np.flatnonzero((marks == marks[one]) & (labels != labels[one]))[0])
+        lines.append(
+            f"images that are the same byte by byte, and of different classes: {counted(len(firsts), 'pair')}, as {named(one)} "
+            f"and {named(other)}; remove the wrong ones, or list them in data.quarantine"
+        )
+    return lines
 
 
 def _several(train: Catalog, counts: NDArray[np.int64]) -> str:

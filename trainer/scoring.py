@@ -94,6 +94,7 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
     The run's own set is recognised by its training images, even if it was moved. Raises `UserError`.
     """
     catalog = _open_scored(folder, cfg, trained)
+    warn_of_oddities(catalog)
     require(
         trained.multi_label or not catalog.multi_label,
         f"data.labels: images of {cfg.path} have several classes, and {folder} was trained on images of one class each; "
@@ -103,6 +104,12 @@ def open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:
         return catalog
     warn_on_rank0(f"images of {cfg.path} have one class each: each is scored as of that class and of no other")
     return replace(catalog, label_sets=np.eye(len(catalog.classes), dtype=np.bool_))
+
+
+def warn_of_oddities(catalog: Catalog) -> None:
+    """Print a line on stderr on each thing that was guessed or left out, once for all ranks."""
+    for note in catalog.taken.notes:
+        warn_on_rank0(printable(f"data: {note}"))
 
 
 def _open_scored(folder: Path, cfg: DataConfig, trained: Trained) -> Catalog:

@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.class_names import lacking
 from data_pipeline.common.address import Address, place
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
 from data_pipeline.common.errors import UserError, printable, require
@@ -26,7 +27,7 @@ from data_pipeline.label_sets import NO_SETS, LabelSets, class_counts, targets_o
 from data_pipeline.sources import pack_format
 from data_pipeline.sources.builtin import cache_root
 from data_pipeline.sources.held_out import refuse_division
-from data_pipeline.sources.image_headers import BadImage, inspect
+from data_pipeline.sources.image_headers import BadImage, inspect, mark
 from data_pipeline.sources.layouts import FILES, list_images, list_samples
 from data_pipeline.sources.listing import UNLABELLED, Listing, Taken, counted
 from data_pipeline.sources.published.stored_forms import read_form, read_plain
@@ -35,7 +36,7 @@ from data_pipeline.sources.remote_shards import find_shards, remote_shards
 from data_pipeline.sources.storage.lookahead import Lookahead
 from data_pipeline.sources.storage.objects import Objects, open_objects
 from data_pipeline.sources.torchvision_sets import NAMED, dataset_root
-from data_pipeline.sources.webdataset import is_shard
+from data_pipeline.sources.webdataset import is_archive, is_shard
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
@@ -70,6 +71,8 @@ class Catalog:
     forms: list[str] = field(default_factory=list)
     """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
     label_sets: LabelSets = field(default_factory=lambda: NO_SETS)
+    marks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """[N] number of each sample that only the same bytes have in common; empty where they were not looked into."""
 
     @property
     def multi_label(self) -> bool:
@@ -123,6 +126,7 @@ class Catalog:
             paths=[self.paths[row] for row in rows],
             labels=self.labels[rows],
             spans=self.spans[rows] if self.shards else self.spans,
+            marks=self.marks[rows] if len(self.marks) else self.marks,
         )
 
     def spread(self, count: int) -> list[int]:
@@ -159,8 +163,8 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     )
     if not there:
         raise UserError(
-            f"data.path: {cfg.path} is not a folder; give one with train/CLASS/ images, a table or archive ({', '.join(FILES)}), "
-            f"or a name ({', '.join(NAMED)})"
+            f"data.path: {cfg.path} is {_what_else(root)}; give one with train/CLASS/ images, a table or archive "
+            f"({', '.join(FILES)}), or a name ({', '.join(NAMED)})"
         )
     # A pack has its own index; anything else is scanned, or taken from the cache under all options that decide the scan.
     if pack_format.is_pack(root):
@@ -182,6 +186,13 @@ def open_catalog(cfg: DataConfig, split: str, classes: list[str] | None = None) 
     return _without(catalog, quarantined(cfg, catalog.root))
 
 
+def _what_else(root: Path) -> str:
+    if not root.is_file():
+        return "not a folder"
+    do = "unpack it" if is_archive(root.name) else "write labels that are in it into a table"
+    return f"not a folder, nor a file of a kind that is read, so {do}"
+
+
 def open_images(cfg: DataConfig) -> Catalog:
     """List the images below the folder `data.path` by their paths, or those that a table there names, in its order.
 
@@ -194,7 +205,8 @@ def open_images(cfg: DataConfig) -> Catalog:
             f"data.path: {root} is an address, where only packs and shards are read; copy the images to this machine"
         )
     listing = list_images(root, cfg)
-    return Catalog(listing.root, listing.paths, np.full(len(listing.paths), UNLABELLED), listing.classes, bad={})
+    unlabelled = np.full(len(listing.paths), UNLABELLED)
+    return Catalog(listing.root, listing.paths, unlabelled, listing.classes, bad={}, taken=listing.taken)
 
 
 def _from_store(root: Address, cfg: DataConfig, split: str, classes: list[str] | None) -> Catalog:
@@ -219,7 +231,10 @@ def _from_pack(root: Path, cfg: DataConfig, split: str, classes: list[str] | Non
     names = classes or index.classes
     unknown = sorted(set(index.classes) - set(names))
     if unknown:
-        raise UserError(f"data.path: {root} has a class that training lacks: {unknown[0]}; pack the same classes")
+        hint = lacking(unknown[0], names)
+        raise UserError(
+            f"data.path: {root} has a class that training lacks: {unknown[0]} ({hint}); pack the same classes"
+        )
     renumbered = np.array([names.index(name) for name in index.classes], np.int64)
     shards = [pack_format.shard_name(number) for number in range(index.shards)]
     spans = np.stack([index.shard, index.offset, index.length], axis=1).astype(np.int64)
@@ -299,7 +314,7 @@ def _dump(catalog: Catalog, watched: dict[str, list[int]]) -> bytes:
     names, ends = pack_format.joined(catalog.paths)
     about = np.frombuffer(json.dumps(text).encode(), np.uint8)
     stream = io.BytesIO()
-    arrays = {"labels": catalog.labels, "spans": catalog.spans, "label_sets": catalog.label_sets}
+    arrays = {name: getattr(catalog, name) for name in ("labels", "spans", "label_sets", "marks")}
     np.savez(stream, about=about, paths=names, path_ends=ends, allow_pickle=False, **arrays)
     return stream.getvalue()
 
@@ -322,6 +337,7 @@ def _load(file: Path) -> Catalog | None:
                 Taken(**about["taken"]),
                 forms=about["forms"],
                 label_sets=arrays["label_sets"],
+                marks=arrays["marks"],
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -344,12 +360,12 @@ def _scan(listing: Listing) -> Catalog:
     """Look into the first and last bytes of every image, and leave out those that must not be decoded."""
     pieces = [range(at, min(at + _CHUNK, len(listing.paths))) for at in range(0, len(listing.paths), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool, progress("scanning", len(listing.paths)) as advance:
-        faults: list[str | None] = []
-        for found in pool.map(lambda rows: [_fault(listing, row) for row in rows], pieces):
-            faults += found
+        looked: list[int | str] = []
+        for found in pool.map(lambda rows: [_looked_into(listing, row) for row in rows], pieces):
+            looked += found
             advance(len(found))
-    good = [row for row, why in enumerate(faults) if why is None]
-    bad = {path: why for path, why in zip(listing.paths, faults, strict=True) if why is not None}
+    good = [row for row, found in enumerate(looked) if isinstance(found, int)]
+    bad = {path: why for path, why in zip(listing.paths, looked, strict=True) if isinstance(why, str)}
     if not good:
         path, why = next(iter(bad.items()))
         raise UserError(
@@ -367,22 +383,23 @@ def _scan(listing: Listing) -> Catalog:
         listing.taken,
         forms=listing.forms,
         label_sets=listing.label_sets,
+        marks=np.array([looked[row] for row in good], np.int64),
     )
 
 
-def _fault(listing: Listing, row: int) -> str | None:
-    """Say why an image must not be decoded; None if it may."""
+def _looked_into(listing: Listing, row: int) -> int | str:
+    """Return an image's mark, or say why it must not be decoded."""
     try:
         # Locate the bytes: in a shard, or the whole file.
         if listing.shards:
             shard, start, length = listing.spans[row].tolist()
             if listing.objects:
-                inspect(listing.objects.read(shard, start, length))
-                return None
+                return _inspected(listing.objects.read(shard, start, length))
             path = listing.root / listing.shards[shard]
             if listing.forms and listing.forms[shard]:
-                inspect(read_form(listing.forms[shard], str(path), start, length))  # only the whole can be read
-                return None
+                return _inspected(
+                    read_form(listing.forms[shard], str(path), start, length)
+                )  # only the whole can be read
         else:
             path, start = listing.root / listing.paths[row], 0
             entry = path.stat()
@@ -400,9 +417,15 @@ def _fault(listing: Listing, row: int) -> str | None:
             inspect(data, length)
         except BadImage:
             inspect(read_bytes(path, start, length))  # a header beyond the first bytes, or much behind the image
+        return mark(data, length, (_HEAD, _TAIL))
     except BadImage as error:
         return str(error)
     except OSError as error:
         why = error.strerror or type(error).__name__
         return why if error.errno in _LASTING else _Unread(why)
-    return None
+
+
+def _inspected(data: bytes) -> int:
+    """Return the mark of a whole image. Raises `BadImage`."""
+    inspect(data)
+    return mark(data, len(data), (_HEAD, _TAIL))

@@ -2,14 +2,14 @@
 
 import errno
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.sources.listing import counted, is_foreign, is_image, is_unread
+from data_pipeline.sources.listing import LeftOut, counted, is_foreign, is_image
 
 
 class Entries(NamedTuple):
@@ -31,15 +31,11 @@ class Walk:
     """All folders that were read."""
     repeated: list[str] = field(default_factory=list)
     """Links to folders that were read already, or that lie above."""
-    unread: Counter[str] = field(default_factory=Counter)
-    """Suffix of images that are not read -> number of them."""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def notes(self) -> list[str]:
-        """Say in one line each what was left out."""
-        notes = []
-        if self.unread:
-            kinds = " and ".join(counted(count, f"{suffix} file") for suffix, count in sorted(self.unread.items()))
-            notes.append(f"of kinds that are not read, until converted to PNG or JPEG: {kinds}")
+        """Say in one line each which images and links were left out."""
+        notes = self.left_out.images()
         if self.repeated:
             links = counted(len(self.repeated), "link")
             notes.append(
@@ -111,7 +107,9 @@ def walk(base: Path, tops: list[Path]) -> Walk:
         # A folder named like an image is listed too, and so reported as bad: it is probably a mistake.
         names = [name for name in (*entries.files, *entries.folders) if is_image(name)]
         found.images[row] += names if path == "." else [f"{path}/{name}" for name in names]
-        found.unread.update(os.path.splitext(name)[1].lower() for name in entries.files if is_unread(name))
+        for name in entries.files:
+            if not is_image(name):
+                found.left_out.add(name if path == "." else f"{path}/{name}")
         for name in entries.folders:
             (links if name in entries.links else real).append((row, folder / name))
     for images in found.images:

@@ -6,6 +6,8 @@ compressed data is not seen here; DALI reports it as an error of the batch.
 """
 
 import struct
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"})
@@ -18,6 +20,19 @@ _SEGMENTS = _FRAMES | {0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # wit
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # bits, by kind of colour
+
+_OTHERS = {
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"<!doctype html": "a web page, as of a download that failed",
+    b"<html": "a web page, as of a download that failed",
+    b"version https://git-lfs": "a pointer of Git LFS, for which `git lfs pull` fetches the file",
+    b"PK\3\4": "a zip file, or a table of Excel",
+    b"\xd0\xcf\x11\xe0": "a table of Excel",
+    b"\x1f\x8b": "compressed by gzip",
+}
+"""First bytes of a file -> what it is."""
 
 
 class BadImage(Exception):
@@ -46,12 +61,42 @@ def inspect(data: bytes, length: int | None = None) -> Size:
         elif data[:2] == b"BM":
             size = _bmp(data, length)
         else:
-            raise BadImage("not a JPEG, PNG, BMP or WebP stream" if data else "the file is empty")
+            kind = other_kind(data)
+            stream = f"not a JPEG, PNG, BMP or WebP stream{f', but {kind}' * bool(kind)}"
+            raise BadImage(stream if data else "the file is empty")
     except (IndexError, struct.error):
         raise BadImage("cut off") from None
     if not 0 < size.height * size.width <= MAX_PIXELS:
         raise BadImage(f"claims {size.width} x {size.height} pixels")
     return size
+
+
+def other_kind(data: bytes) -> str:
+    """Name what a file is that has the name of another kind, by its first bytes; "" where they tell nothing."""
+    if data[4:8] == b"ftyp":
+        return "HEIC, AVIF or a video"
+    start = data[:512].lstrip().lower()
+    return next((kind for first, kind in _OTHERS.items() if start.startswith(first.lower())), "")
+
+
+def kind_of(file: Path) -> str:
+    """Name what a file is, as `other_kind` does; "" where it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return other_kind(stream.read(512))
+    except OSError:
+        return ""
+
+
+def mark(data: bytes, length: int, ends: tuple[int, int]) -> int:
+    """Compute a number below 2^63 that images of the same bytes have in common, from their length and their two ends.
+
+    `data` is the whole stream of `length` bytes, or its first `ends[0]` bytes and up to `ends[1]` of its last.
+    """
+    head, tail = ends
+    if len(data) == length > head:
+        data = data[:head] + data[max(head, length - tail) :]
+    return (length & 0x7FFFFFFF) << 32 | zlib.crc32(data)
 
 
 def _jpeg(data: bytes) -> Size:

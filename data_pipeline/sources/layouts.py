@@ -9,7 +9,6 @@ The splits' folders may have any of their usual names (see `splits`). The datase
 nothing beside it. Unlabelled images are all those below a folder, or those that a table names.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from pathlib import Path
 
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
-from data_pipeline.sources.class_folders import are_parts, class_folders, class_names
+from data_pipeline.sources.class_folders import are_parts, class_folders, class_names, is_whole_set
 from data_pipeline.sources.folder_walk import holds, holds_below, look_into, walk
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, is_image
+from data_pipeline.sources.listing import KINDS, UNLABELLED, Listing, Taken, is_image
 from data_pipeline.sources.published.huggingface_cache import is_repository, reference, snapshot
 from data_pipeline.sources.published.huggingface_tables import holds_images, huggingface_tables
 from data_pipeline.sources.published.ilsvrc_tars import ilsvrc_tars
@@ -38,6 +37,9 @@ PUBLISHED = (ilsvrc_tars, kaggle_imagenet, zip_archives, huggingface_tables)
 FILES = (*TABLES, ".zip", ".arrow")
 """Ends of the names of files that are a dataset by themselves."""
 _ONLY_FILES = "images without their classes are read from a folder of image files or a table of these"
+_LABELS = re.compile(r"\.(json|jsonl|ndjson|xlsx?|ods|txt|mat|pkl|pickle|npy|npz|xml|db|sqlite)$")
+_TEXTS = re.compile("readme|licen[cs]e|copying|requirements|citation")
+"""Ends of files that may have labels, and beginnings of those that have none."""
 _DEEPEST = 8  # folders that may be wrapped around a dataset
 
 
@@ -67,21 +69,19 @@ def list_samples(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
         if found := published(root, cfg, split, classes):
             return found
     if root.is_file():
-        return manifest(root, cfg, split, classes)
+        others = sorted(name for name in look_into(root.parent).files if name.lower().endswith(TABLES))
+        return _beside_table(manifest(root, cfg, split, classes), root, others)
     halves = _find_halves(root, only_val=split == "val" and classes is not None)
     tables = _tables_in(halves)
     table = None if shard_names(halves.train) or _are_classes(halves.train) else _only_table(tables, halves)
     if table:
-        listing = manifest(table, cfg, split, classes)
-        others = [other.name for other in tables if other != table]
-        notes = [f"left alone beside {table.name}: {few(others)}"] if others else []
-        taken = replace(listing.taken, notes=[*listing.taken.notes, *notes])
-        return replace(listing, watched=[*halves.watched, *listing.watched], taken=taken)
+        listing = _beside_table(manifest(table, cfg, split, classes), table, [other.name for other in tables])
+        return replace(listing, watched=[*halves.watched, *listing.watched])
     base = halves.val if split == "val" and halves.val else halves.train
     in_shards = bool(shard_names(base))
     listing = _of_shards(halves, base, split, classes) if in_shards else _of_folders(halves, base, classes, cfg)
     if not in_shards and base == halves.train:
-        listing = _beside(tables, listing)
+        listing = _beside(tables, _other_labels(halves), listing)
     taken = listing.taken
     where = "" if base == root else f" in {base.relative_to(root)}/"
     val_from = f"{halves.val.relative_to(root)}/" if halves.val else taken.val_from
@@ -105,18 +105,24 @@ def list_images(root: Path, cfg: DataConfig) -> Listing:
         return table_images(root, cfg)[1]
     found = walk(root, [root])
     paths = found.images[0]
-    require(len(paths) > 0, f"data.path: no images in {root}; put {KINDS} files into it, as {_ONLY_FILES}")
-    return Listing(root, paths, [UNLABELLED] * len(paths), [], found.folders)
+    notes = found.notes() + found.left_out.others()
+    also = f" ({'; '.join(notes)})" if notes else ""
+    require(len(paths) > 0, f"data.path: no images in {root}{also}; put {KINDS} files into it, as {_ONLY_FILES}")
+    taken = Taken(notes=notes)
+    return Listing(root, paths, [UNLABELLED] * len(paths), [], found.folders, taken=taken)
 
 
 def _of_folders(halves: _Halves, base: Path, classes: list[str] | None, cfg: DataConfig) -> Listing:
     if not look_into(base).folders:
         refuse_archives(base)
-    return class_folders(base, classes or class_names(halves.train, nested=cfg.group is not None))
+    beside = [table.name for table in _tables_in(halves)] + _other_labels(halves)
+    names = classes or class_names(halves.train, nested=cfg.group is not None, beside=beside)
+    return class_folders(base, names)
 
 
 def _are_classes(base: Path) -> bool:
-    return len(_full_folders(base, 2)) > 1 and not are_parts(look_into(base).folders)
+    folders = look_into(base).folders
+    return len(_full_folders(base, 2)) > 1 and not are_parts(folders) and not any(map(is_whole_set, folders))
 
 
 def _tables_in(halves: _Halves) -> list[Path]:
@@ -126,23 +132,37 @@ def _tables_in(halves: _Halves) -> list[Path]:
     ]
 
 
+def _other_labels(halves: _Halves) -> list[str]:
+    """List the files around the images that may have their labels, and are no tables."""
+    names = [name for folder in halves.watched for name in look_into(folder).files if _LABELS.search(name.lower())]
+    return [name for name in names if not _TEXTS.match(name.lower())]
+
+
 def _may_have_labels(table: Path) -> bool:
     """Return True unless the name is that of a table of tests or of a submission."""
     return not re.search(r"(?<![a-z])(sample|submission|test)", table.name.lower())
 
 
-def _beside(tables: list[Path], listing: Listing) -> Listing:
-    """Note the tables that lie beside class folders. Raises `UserError` where one has other classes."""
+def _beside(tables: list[Path], others: list[str], listing: Listing) -> Listing:
+    """Note the tables and `others` that lie beside class folders. Raises `UserError` where a table has other classes."""
     for table in filter(_may_have_labels, tables):
         check_agreement(table, listing)
-    if not tables:
+    names = [table.name for table in tables] + others
+    if not names:
         return listing
-    note = f"left alone, as the folders are the classes: {few([table.name for table in tables])}"
+    note = f"left alone, as the folders are the classes: {few(names)}"
     return replace(
         listing,
         watched=[*listing.watched, *tables],
         taken=replace(listing.taken, notes=[*listing.taken.notes, note]),
     )
+
+
+def _beside_table(listing: Listing, table: Path, names: list[str]) -> Listing:
+    """Note the other tables among `names`."""
+    others = [name for name in names if name != table.name]
+    notes = [f"left alone beside {table.name}: {few(others)}"] if others else []
+    return replace(listing, taken=replace(listing.taken, notes=[*listing.taken.notes, *notes]))
 
 
 def _only_table(tables: list[Path], halves: _Halves) -> Path | None:
@@ -151,7 +171,7 @@ def _only_table(tables: list[Path], halves: _Halves) -> Path | None:
     require(
         len(tables) < 2,
         f"data.path: {halves.watched[-1]} has no class folders, and several tables ({', '.join(map(str, tables[:5]))}); give "
-        "the one with the images' labels as data.path",
+        "the one with the images' labels as data.path, or write those of training and validation into one, with a column split",
     )
     return tables[0] if tables else None
 
@@ -202,12 +222,14 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
         there = splits.val or splits.test
         require(
             only_val and splits.val is not None,
-            f"data.path: {folder} has no train/ beside {there}/; add it, or give a folder of CLASS/ folders only",
+            f"data.path: {folder} has no train/ beside {there}/; add it, or give a folder of CLASS/ folders only, "
+            "or rename it if it is a class",
         )
         return _Halves(folder / str(splits.val), folder / str(splits.val), watched, notes)
     require(
         bool(splits.val or splits.test) or not others,
-        f"data.path: {folder} has {splits.train}/ and no val/ beside {_few(others)}; add it, or give {folder / splits.train}",
+        f"data.path: {folder} has {splits.train}/ and no val/ beside {_few(others)}; add it, or give {folder / splits.train}, "
+        f"or rename {splits.train}/ if it is a class",
     )
     # Splits may be wrapped in further folders.
     train = _unwrapped(folder / splits.train)
@@ -222,16 +244,7 @@ def _divided(folder: Path, splits: Splits, watched: list[Path], only_val: bool) 
             val = test
         else:
             notes.append(f"{splits.test}/ is left alone, as it has none of the class folders of {splits.train}/")
-    if val:
-        notes += _shared(train, val)
     return _Halves(train, val, watched, notes)
-
-
-def _shared(train: Path, val: Path) -> list[str]:
-    """Say in a line that folders of both splits are the same ones through links."""
-    names = [name for name in look_into(val).folders if os.path.isdir(train / name)]
-    same = [name for name in names if os.path.samefile(train / name, val / name)]
-    return [f"it validates on images that it trains on: {_few(same)} of {val} are those of {train}"] if same else []
 
 
 def _is_class(folder: Path, splits: Splits) -> bool:

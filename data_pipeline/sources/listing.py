@@ -1,6 +1,8 @@
 """Result of every layout: the samples of one split, before any file is opened."""
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +21,12 @@ KINDS = ", ".join(sorted(SUFFIXES))
 _UNREAD = frozenset(
     {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".psd", ".dcm"}
 )
+_SHOWN = 3  # files that are named
 _FOREIGN = frozenset(
-    {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+    {
+        *("__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+        *("Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini"),
+    }
 )
 
 
@@ -40,6 +46,35 @@ class Taken:
     """Options of `TABLE_OPTIONS` that this layout reads."""
     written: str = ""
     """Form of several classes of an image in a table: "columns" of 0 and 1, or the character between; "" where each has one."""
+
+
+class LeftOut:
+    """Files below the folders of images that are not read."""
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        self._unread: Counter[str] = Counter()
+        """Suffix of images of a kind that is not read -> number of them."""
+        self._others: Counter[str] = Counter()
+        """Suffix of other files -> number of them."""
+        self._one: dict[str, str] = {}
+        """Suffix -> path of a file."""
+        for path in paths:
+            self.add(path)
+
+    def add(self, path: str) -> None:
+        suffix = os.path.splitext(path)[1].lower()
+        (self._unread if suffix in _UNREAD else self._others)[suffix] += 1
+        self._one.setdefault(suffix, path)
+
+    def images(self) -> list[str]:
+        """Say in a line which images were left out."""
+        kinds = " and ".join(counted(count, f"{suffix} file") for suffix, count in sorted(self._unread.items()))
+        return [f"of kinds that are not read, until converted to PNG or JPEG: {kinds}"] if kinds else []
+
+    def others(self) -> list[str]:
+        """Say in a line which other files were left out."""
+        few = ", ".join(self._one[suffix] for suffix, _ in self._others.most_common(_SHOWN))
+        return [f"not named as images, so left out: {counted(self._others.total(), 'file')}, as {few}"] if few else []
 
 
 @dataclass(frozen=True)
@@ -74,11 +109,6 @@ def counted(count: int, noun: str) -> str:
 
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def is_unread(name: str) -> bool:
-    """Return True for an image file of a kind that is not read."""
-    return os.path.splitext(name)[1].lower() in _UNREAD
 
 
 def is_foreign(name: str) -> bool:

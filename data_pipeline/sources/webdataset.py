@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.class_names import lacking
 from data_pipeline.common.atomic_io import stays_below
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.sources.folder_walk import look_into
@@ -112,7 +113,8 @@ def tar_shards(base: Path, names: list[str], classes: list[str] | None, objects:
     for number, _, label in labelled:
         require(
             label in rows,
-            f"data.path: {base / names[number]} has class {label[:80]}, which training lacks; remove it",
+            f"data.path: {base / names[number]} has class {label[:80]}, which training lacks "
+            f"({'' if label in rows else lacking(label, classes)}); remove it, or write the same classes",
         )
     bare = next((f"{names[number]}/{sample.name}" for number, sample in samples if sample.label is None), None)
     note = f"without a .cls, so left out: {counted(len(samples) - len(labelled), 'image')}, as {bare}"
@@ -164,6 +166,12 @@ def _samples(shard: Path, opened: Callable[[], "_Small"]) -> Iterator[_Sample]:
                 images.sort(key=lambda member: PurePosixPath(member.name).name.count("."))
                 if images:
                     image = images[0]
+                    least = [its.name for its in images if its.name.count(".") == image.name.count(".")]
+                    require(
+                        len(least) < 2,
+                        f"data.path: the shard {shard} has several images for the key {_key(image.name)[:80]!r}, as "
+                        f"{', '.join(least[:2])[:160]}; call the one to train on KEY.jpg, and others KEY.mask.png or the like",
+                    )
                     yield _Sample(image.name, image.offset_data, image.size, _label(tar, sample))
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.path: the shard {shard} cannot be read ({error}); copy it again or remove it") from None

@@ -91,7 +91,8 @@ MISTAKES = {
     "trainer --optim.lr 1 --config builtin": "--config: it comes after other options and would undo them; put it first",
     # data
     "trainer --data.path nowhere": NO_DATA,
-    "trainer --data.path photos": "data.path: photos has no class folders; put the images of each class into photos/CLASS/",
+    "trainer --data.path photos": "data.path: photos has no class folders; put the images of each class into photos/CLASS/, or "
+    "give a CSV table of image names and labels",
     "trainer --data.path table.csv": "data.images: 1 of the 1 images that table.csv names are not in .: missing.jpg; "
     "give the folder that they are in as --data.images",
     "trainer --data.path IMAGES --data.quarantine nowhere": "data.quarantine: cannot read nowhere "

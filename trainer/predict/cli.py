@@ -32,7 +32,7 @@ from trainer.distributed import DistContext, open_dist_context
 from trainer.predict import kaggle_submission as sample
 from trainer.predict import several_classes
 from trainer.predict.class_columns import with_classes
-from trainer.scoring import NO_THRESHOLDS, Trained, open_trained
+from trainer.scoring import NO_THRESHOLDS, Trained, open_trained, warn_of_oddities
 
 BATCH = 64
 """Images that a rank predicts at once. Their grouping is the same at any number of ranks, because the last digits of a
@@ -265,6 +265,7 @@ def write_predictions(args: argparse.Namespace, runs: list[tuple[Path, Config]])
         )
         require(args.topk <= len(classes), f"--topk: {args.topk} is more than the {len(classes)} classes; lower it")
         catalog = ctx.raise_together(lambda: open_images(cfg.data))
+        warn_of_oddities(catalog)
         names = ctx.raise_together(lambda: _names(catalog, cfg.data))
         form = ctx.raise_together(lambda: _form(args, catalog, trained))
         found = predict_mean(runs, trained, catalog, ctx, views)

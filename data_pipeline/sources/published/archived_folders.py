@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from data_pipeline.class_names import lacking
 from data_pipeline.common.errors import require
-from data_pipeline.sources.class_folders import are_parts
+from data_pipeline.sources.class_folders import are_parts, doubtful_places, is_whole_set
 from data_pipeline.sources.listing import counted
 from data_pipeline.sources.splits import Splits, find_splits
 
@@ -100,7 +101,7 @@ def classes_in(tree: Tree, base: str, where: object) -> list[str]:
     place = f"{where}/{base}".rstrip("/")
     require(len(names) > 0, f"data.path: {place} has no class folders; unzip it, and give a table of its labels")
     require(
-        not are_parts(names),
+        not are_parts(names) and not any(map(is_whole_set, names)),
         f"data.path: the folders of {place} ({', '.join(names[:3])}, …) are named like parts of one set, not like classes; "
         "unzip it, and give a table of labels",
     )
@@ -126,9 +127,11 @@ def labelled(tree: Tree, base: str, classes: list[str], where: object) -> tuple[
     unknown = sorted(set(tree.folders.get(base, [])) - set(classes))
     require(
         not unknown,
-        f"data.path: {where}/{base} has a class that training lacks: {', '.join(unknown[:3])}; give one that has the same",
+        f"data.path: {where}/{base} has a class that training lacks: {', '.join(unknown[:3])} "
+        f"({lacking(unknown[0], classes) if unknown else ''}); give one that has the same",
     )
     rows = [(path, label) for label, name in enumerate(classes) for path in tree.below(posixpath.join(base, name))]
     stray = tree.images.get(base, [])
     notes = [f"in no class folder, so left out: {counted(len(stray), 'image')}, as {stray[0]}"] if stray else []
-    return rows, notes
+    below = len(f"{base}/".lstrip("/"))
+    return rows, notes + doubtful_places([path[below:] for path, _ in rows])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
+from data_pipeline.sources.image_headers import kind_of
 from data_pipeline.sources.published.arrow_images import arrow_schema
 from data_pipeline.sources.published.parquet_images import Column, parquet_schema
 from data_pipeline.sources.tables.text_table import few
@@ -119,5 +120,5 @@ def guarded(file: Path, read: Callable[[Path], Any]) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ArrowException) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        why = kind_of(file) or getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(f"data.path: {file} cannot be read ({why}); download it again") from None

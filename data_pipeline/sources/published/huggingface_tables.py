@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.class_names import lacking
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.held_out import divided
+from data_pipeline.sources.image_headers import kind_of
 from data_pipeline.sources.listing import Listing, Taken, counted, is_image
 from data_pipeline.sources.published.arrow_images import arrow_rows
 from data_pipeline.sources.published.huggingface_columns import Table, guarded, image_columns, schema_of, table_of
@@ -65,7 +67,7 @@ def holds_images(file: Path) -> bool:
     try:
         return bool(image_columns(guarded(file, schema_of)))
     except UserError:
-        if file.suffix.lower() == ".arrow":
+        if file.suffix.lower() == ".arrow" or kind_of(file):
             raise
         return False
 
@@ -166,7 +168,8 @@ def _listing(
     unknown = sorted({str(labels[row]) for row in kept} - {*numbers})
     require(
         not unknown,
-        f"data.path: {folder / files[0]} has a class that training lacks: {few(unknown, 3)}; remove its rows",
+        f"data.path: {folder / files[0]} has a class that training lacks: {few(unknown, 3)} "
+        f"({lacking(unknown[0], classes) if unknown else ''}); remove or mend its rows",
     )
     left = len(labels) - len(kept)
     notes = [f"without an image or a class, so left out: {counted(left, 'row')}"] if left else []

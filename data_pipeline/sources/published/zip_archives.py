@@ -5,7 +5,6 @@ Images are read from their places in the archive, without unpacking.
 
 import csv
 import posixpath
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import holds_below, look_into
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import Listing, Taken, counted, is_image, is_unread
+from data_pipeline.sources.listing import LeftOut, Listing, Taken, counted, is_image
 from data_pipeline.sources.published.archived_folders import Halves, Tree, classes_in, find_halves, labelled
 from data_pipeline.sources.published.kaggle_imagenet import INSIDE, SOLUTION, solution
 from data_pipeline.sources.published.zip_members import Member, inflated, members
@@ -50,7 +49,7 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     inside = f"/{folder}".rstrip("/") if len(files) == 1 else f", {folder}/"
     name = files[0].name if len(files) == 1 else counted(len(files), "zip file")
     val_from = f"{halves.val}/{f' by {SOLUTION}' * flat}" if halves.val is not None else ""
-    notes = [*halves.notes, *notes, *_unread(places), *_deflated(places, rows)]
+    notes = [*halves.notes, *notes, *_left_out(places, folder), *_deflated(places, rows)]
     listing = replace(listing, taken=Taken(f"class folders in {name}{inside}", val_from, notes=notes))
     return divided(listing, cfg, split)
 
@@ -144,10 +143,12 @@ def _listing(
     )
 
 
-def _unread(places: _Places) -> list[str]:
-    kinds = Counter(posixpath.splitext(path)[1].lower() for path in places if is_unread(path))
-    kinds_said = " and ".join(counted(count, f"{suffix} file") for suffix, count in sorted(kinds.items()))
-    return [f"of kinds that are not read, until converted to PNG or JPEG: {kinds_said}"] if kinds else []
+def _left_out(places: _Places, base: str) -> list[str]:
+    """Say in a line each which files in the class folders of `base` are not read."""
+    classes = f"{base}/".lstrip("/")
+    inside = (path for path in places if path.startswith(classes) and "/" in path[len(classes) :])
+    left_out = LeftOut(path for path in inside if not is_image(path))
+    return left_out.images() + left_out.others()
 
 
 def _deflated(places: _Places, rows: list[tuple[str, int]]) -> list[str]:

@@ -64,6 +64,12 @@ def check_classes(classes: list[str], rows: int, source: str, file: Path, table:
         f"data.label_column: {source} of {file} has {len(classes)} values for {rows} images, so it is hardly their class; "
         f"name another column, or the same to insist; {there(table)}",
     )
+    parts = next((name for name in classes if re.fullmatch(r"-?\d*\.0*[1-9]\d*", name)), None)
+    require(
+        insisted or parts is None or len(classes) <= FEW_CLASSES // 2 or not all(map(_NUMBER.fullmatch, classes)),
+        f"data.label_column: {source} of {file} has numbers such as {parts}, so it is a measure and hardly a class; name another "
+        f"column, or the same to insist; {there(table)}",
+    )
 
 
 def in_order(classes: set[str]) -> list[str]:

@@ -122,6 +122,12 @@ def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
             "val; write these, or rename the column",
         )
         if known or (all(split.roles) and len({*split.roles}) > 1):
+            val = sum(role == split.val_role for role in split.roles)
+            require(
+                not _flags(table, column) or 2 * val <= len(table),
+                f"data.split_column: by {shown(column)} of {file} {val} of {len(table)} rows would validate, which is more than "
+                "train; name it to insist, or rename it if it is about something else",
+            )
             return split
     return Split("", ["train"] * len(table), "test", [])
 

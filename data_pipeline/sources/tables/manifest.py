@@ -6,11 +6,12 @@ Columns and images are found with certainty or refused, and a run prints them at
 from dataclasses import replace
 from pathlib import Path
 
+from data_pipeline.class_names import lacking
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.label_sets import NO_SETS, as_sets
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import TABLE_OPTIONS, UNLABELLED, Listing, Taken, is_image
+from data_pipeline.sources.listing import TABLE_OPTIONS, UNLABELLED, Listing, Taken, counted, is_image
 from data_pipeline.sources.splits import role_of
 from data_pipeline.sources.tables.class_columns import check_classes, class_column, in_order
 from data_pipeline.sources.tables.columns import (
@@ -28,6 +29,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     """List the samples of `split` in a table; labels follow `classes`, or the classes of training. Raises `UserError`."""
     # Choose the rows of the split first: images and classes are then checked for these alone.
     whole, root = _read(file), _root(file, cfg)
+    everything = whole
     require_named(whole, file, cfg)
     parts = split_column(whole, file, cfg)
     if not parts.column:
@@ -58,7 +60,7 @@ def manifest(file: Path, cfg: DataConfig, split: str, classes: list[str] | None)
     taken = Taken(
         f"{_said(file, images)}, {'several ' * bool(found.written)}classes by {found.source}",
         val_from,
-        notes=[*_notes(table, images), *found.notes],
+        notes=[*_notes(table, images), *_in_no_row(everything, images, file), *found.notes],
         options=[*TABLE_OPTIONS],
         written=found.written,
     )
@@ -110,7 +112,11 @@ def _labelled(
             f"data.path: {file} gives {shown(path)} two classes, {few([*other])} and {few([*names])}; leave one of its rows",
         )
     unknown = sorted({name for names in rows for name in names} - {*classes})
-    require(not unknown, f"data.path: {file} has a class that training lacks: {few(unknown, 3)}; remove its rows")
+    hint = lacking(unknown[0], classes) if unknown else ""
+    require(
+        not unknown,
+        f"data.path: {file} has a class that training lacks: {few(unknown, 3)} ({hint}); remove or mend its rows",
+    )
     numbers = {name: number for number, name in enumerate(classes)}
     numbered = [[numbers[name] for name in names] for names in named.values()]
     labels, sets = as_sets(numbered, len(classes)) if taken.written else ([its[0] for its in numbered], NO_SETS)
@@ -148,6 +154,11 @@ def _check_apart(parts: Split, images: list[str], file: Path) -> None:
         f"data.split_column: {shown(parts.column)} of {file} puts {len(both)} images into both splits, as {few(both, 1)}; "
         "leave one row of each",
     )
+
+
+def _in_no_row(table: TextTable, images: Images, file: Path) -> list[str]:
+    beyond = images.located.beyond(table.columns[images.column])
+    return [f"in no row of {file.name}, so left out: {counted(len(beyond), 'image')}, as {beyond[0]}"] if beyond else []
 
 
 def _said(file: Path, images: Images) -> str:

@@ -32,12 +32,19 @@ class Located:
     """Folders in which the images lie, where the names do not say so."""
     foreign: list[str] = field(default_factory=list)
     """Names that begin with folders of another machine."""
+    around: list[str] = field(default_factory=list)
+    """All images in the folders of those that were found."""
     unread: str = ""
     """Files and links that were left out below the images' folder, in words."""
 
     @property
     def all_found(self) -> bool:
         return not self.missing and not self.several
+
+    def beyond(self, names: list[str]) -> list[str]:
+        """List the images around that none of `names` can mean."""
+        keys = {_key((_parts(name) or [""])[-1]) for name in names}
+        return [path for path in self.around if not keys & _names_of(path)]
 
     def check(self, names: int, file: Path, root: Path) -> None:
         """Raise `UserError` where an image is missing, or a name fits several."""
@@ -67,9 +74,8 @@ class NamedImages:
         self._paths = set(walked.images[0])
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for path in sorted(self._paths):
-            name = _key(os.path.basename(path))
-            self._by_name[name].append(path)
-            self._by_name[os.path.splitext(name)[0]].append(path)
+            for name in _names_of(path):
+                self._by_name[name].append(path)
 
     def locate(self, names: list[str]) -> Located:
         """Find the images that all of `names` together mean.
@@ -81,12 +87,14 @@ class NamedImages:
             fitting = _in_one_folder(fitting, self._role)
         found = {name: images[0] for name, images in fitting.items() if len(images) == 1}
         elsewhere = {_folder(name, path) for name, path in found.items()}
+        folders = {os.path.dirname(path) for path in found.values()}
         return Located(
             [found.get(name, name) for name in names],
             [name for name in names if not fitting[name]],
             {name: images for name, images in fitting.items() if len(images) > 1},
             sorted(elsewhere - {""}),
             [name for name in found if self._below(name) == name and _is_foreign(_parts(name))],
+            sorted(path for path in self._paths if os.path.dirname(path) in folders),
             self._unread,
         )
 
@@ -140,6 +148,12 @@ def _is_foreign(parts: list[str]) -> bool:
 def _key(text: str) -> str:
     """Reduce names that differ only in case, or in how accents are written, to one."""
     return unicodedata.normalize("NFC", text).lower()
+
+
+def _names_of(path: str) -> set[str]:
+    """Names that an image may have in a table, whatever its folders are."""
+    name = _key(os.path.basename(path))
+    return {name, os.path.splitext(name)[0]}
 
 
 def _common_end(one: list[str], other: list[str]) -> int:

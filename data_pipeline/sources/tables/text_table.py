@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.sources.image_headers import kind_of, other_kind
 
 TABLES = (".csv", ".tsv", ".parquet")
 
@@ -65,7 +66,8 @@ def read_table(file: Path, option: str, is_data: Callable[[str], bool] | None = 
     except UserError:
         raise
     except (ValueError, OSError, csv.Error) as error:
-        why = shown(" ".join(str(getattr(error, "strerror", None) or error).split()), 200)
+        why = f"it is {kind}" if (kind := kind_of(file)) else getattr(error, "strerror", None) or error
+        why = shown(" ".join(str(why).split()), 200)
         raise UserError(f"{option}: {file} is no table that can be read ({why}); give a CSV or Parquet file") from None
 
 
@@ -99,7 +101,10 @@ def few(texts: list[str], most: int = 5) -> str:
 
 def _read_csv(file: Path, option: str, is_data: Callable[[str], bool] | None) -> TextTable:
     # Encoding and delimiter are found in the text itself.
-    text, notes = _decoded(file.read_bytes())
+    data = file.read_bytes()
+    if kind := other_kind(data):
+        raise ValueError(kind)
+    text, notes = _decoded(data)
     first, _, rest = text.partition("\n")
     hint = re.fullmatch(r"sep=(.)\r?", first)  # a line that Excel writes
     delimiter = hint[1] if hint else _delimiter(text, "\t" if file.suffix.lower() == ".tsv" else ",")

@@ -133,7 +133,7 @@ def test_bad_files_are_listed_with_reasons_and_left_out(tmp_path: Path) -> None:
         "a/empty.jpg": "the file is empty",
         "a/half.jpg": "truncated JPEG",
         "b/a text.png": "not a JPEG, PNG, BMP or WebP stream",
-        "b/sub/animation.jpg": "not a JPEG, PNG, BMP or WebP stream",
+        "b/sub/animation.jpg": "not a JPEG, PNG, BMP or WebP stream, but GIF",
         "b/gone.jpg": "No such file or directory",
     }
 

@@ -20,7 +20,7 @@ TWIN = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(80)
 
 
 def lay(root: Path, files: dict[str, int | bytes]) -> Path:
-    """Folder -> so many images in it, or file -> content."""
+    """Folder -> so many images in it, each with other bytes, or file -> content."""
     for name, what in files.items():
         path = root / name
         if isinstance(what, bytes):
@@ -29,7 +29,7 @@ def lay(root: Path, files: dict[str, int | bytes]) -> Path:
             continue
         path.mkdir(parents=True, exist_ok=True)
         for number in range(what):
-            (path / f"{path.name}{number}.jpg").write_bytes(JPEG)
+            (path / f"{path.name}{number}.jpg").write_bytes(JPEG + f"{name}{number}".encode(errors="surrogateescape"))
     return root
 
 
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
         two("lungs/train", "lungs/val", "brains/train", "brains/val"),
         "ROOT/brains holds folders in place",
     ),
-    "folds": (two("fold_0", "fold_1"), "the folders of ROOT (fold_0, fold_1, …) are named like parts of one set"),
+    "folds": (two("fold_0", "fold_1"), "the folders of ROOT (fold_0, fold_1) are named like parts of one set"),
     "parts": ({"images_part_1": 3, "images_part_2": 3}, "are named like parts of one set"),
     "train twice": (two("train", "Training", "val"), "ROOT has Training and train, which both look like train/"),
     "validation twice": (two("train", "val", "valid"), "ROOT has val and valid, which both look like val/"),
@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     "several tables": ({"train": 3, "a.csv": b"x,y\n", "b.csv": b"x,y\n"}, "several tables (ROOT/a.csv, ROOT/b.csv)"),
     "pictures, and masks of them": (
         {f"{split}/{name}": 2 for split in ("train", "test") for name in ("images", "masks")},
-        "the folders of ROOT/train (images, masks, …) are named like parts of one set",
+        "the folders of ROOT/train (images, masks) are named like parts of one set",
     ),
     "kinds that are not read": (
         {"cat/a.gif": b"GIF8", "dog/b.tif": b"II"},
@@ -174,7 +174,10 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
     "pictures and their masks": (two("", "ill/images", "ill/masks"), "ROOT/ill holds folders in place of images"),
     "validation in training": (two("train", "val", "train/val"), "ROOT/train/val holds folders in place of images"),
     "another case of a class": ({**two("train"), "val/Cat": 1, "val/dog": 1}, "ROOT/val/Cat is a class that training"),
-    "validation without classes": ({**two("train"), "val/images": 3}, "ROOT/val/images is a class that training lacks"),
+    "validation without classes": (
+        {**two("train"), "val/images": 3},
+        "the folders of ROOT/val (images) are named like parts",
+    ),
     "classes that hold whole datasets": (
         {**two("a/a/train", "a/a/test"), **two("b/b")},
         "ROOT/a/a holds folders in place of images (test, train)",
@@ -192,7 +195,37 @@ REFUSED: dict[str, tuple[dict[str, int | bytes], str]] = {
             **{f"{name}/{n}.jpg": JPEG for name in ("images", "thumbs") for n in range(4)},
             "l.csv": b"id,kind\n0,a\n1,b\n2,a\n3,b\n",
         },
-        "ROOT/l.csv gives the images in the folders of ROOT classes that are not those folders",
+        "images that ROOT/l.csv names could be several files, as 0: images/0.jpg, thumbs/0.jpg; give the folder",
+    ),
+    "pictures beside parts of their annotation": (
+        {
+            "VOC/JPEGImages": 3,
+            "VOC/SegmentationClass": 2,
+            "VOC/Annotations/0.xml": b"",
+            "VOC/ImageSets/train.txt": b"0",
+        },
+        "the folders of ROOT/VOC (Annotations, ImageSets, JPEGImages, …) are named like parts of one set",
+    ),
+    "pictures beside labels that are no table": (
+        {"images": 3, "labels.xlsx": b"PK"},
+        "the folders of ROOT (images) are named like parts of one set, not like classes; give a CSV table of labels as "
+        "data.path (labels.xlsx may have them)",
+    ),
+    "pictures beside their metadata": (
+        {"train": 3, "train/metadata.jsonl": b"{}"},
+        "or give a CSV table of image names and labels (metadata.jsonl may have them)",
+    ),
+    "images without a suffix": (
+        {f"{name}/{number}": JPEG for name in ("cat", "dog") for number in range(2)},
+        "no images in ROOT (not named as images, so left out: 4 files, as cat/0)",
+    ),
+    "a class of other letters": (
+        {**two("train"), "train/caf\u00e9": 2, "val/cafe\u0301": 2},
+        "is a class that training lacks (training has 'caf\\xe9', perhaps the same); ",
+    ),
+    "classes from 1 on": (
+        {"train/0": 2, "train/1": 2, "val/1": 2, "val/2": 2},
+        "ROOT/val/2 is a class that training lacks (training has 0, 1)",
     ),
     "both shards and folders": ({**two(""), "0.tar": b""}, "ROOT holds both shards and folders of images (cat, dog)"),
 }
@@ -204,7 +237,7 @@ def test_what_could_be_misread_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         both(lay(tmp_path, files))
     message = str(caught.value).replace(str(tmp_path), "ROOT")
-    assert re.match(r"data\.path: ", message) and line in message and "; " in message, message
+    assert re.match(r"data\.(path|images): ", message) and line in message and "; " in message, message
 
 
 NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
@@ -245,6 +278,31 @@ NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
             "test.csv": b"",
         },
         "data: left alone beside train.csv: test.csv",
+    ),
+    "files of other names": (
+        {**two("train", "val"), "train/cat/a": JPEG, "train/cat/b": JPEG, "train/dog/a.jpg.1": JPEG, "val/x.txt": b""},
+        "data: not named as images, so left out: 3 files, as cat/a, dog/a.jpg.1",
+    ),
+    "hidden classes": (
+        {**two("train", "val"), "train/.net/a.jpg": JPEG, "train/.git/x": b""},
+        "data: hidden, so left out: .net/",
+    ),
+    "folders in class folders": (
+        {**two("train", "val"), "train/cat/fox": 2},
+        "data: in folders inside class folders, and of their classes: 2 images, as cat/fox/fox0.jpg",
+    ),
+    "masks of images": (
+        {**two("train", "val"), "train/cat/cat0_mask.png": JPEG, "train/cat/x_mask.png": JPEG},
+        "data: named like masks of other images, and taken for images: 1 file, as cat/cat0_mask.png; move them away unless "
+        "they are",
+    ),
+    "classes that differ in case": (
+        {**two("train", "val"), "train/Cat": 2, "train/DOG ": 1},
+        "data: classes that differ only in how they are written, and count as different ones: 'Cat' and 'cat', 'DOG ' and 'dog'",
+    ),
+    "labels in other files": (
+        {**two("train", "val"), "train/metadata.jsonl": b"", "readme.txt": b""},
+        "data: left alone, as the folders are the classes: metadata.jsonl",
     ),
     "few for validation": (two("train", "val"), "data: only 6 validation images: a single one is 16.7 % of top-1"),
 }
@@ -328,9 +386,9 @@ def test_validation_on_the_training_images_is_said(link: str, tmp_path: Path) ->
     if "/" in link:
         lay(tmp_path, {"val/cat": 2})
     (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
-    names = "dog/" if "/" in link else "cat/, dog/"
-    line = f"data: it validates on images that it trains on: {names} of {tmp_path / 'val'} are those of {tmp_path / 'train'}"
-    assert line in said(tmp_path).splitlines()
+    share = "3 of 5, as val/dog/dog0.jpg and train/dog" if "/" in link else "6 of 6, as val/cat/cat0.jpg and train/cat"
+    line = f"data: validation images that are training images too, byte by byte, so that scores are too good: {share}"
+    assert line in said(tmp_path)
 
 
 def test_links_to_each_other_end(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_scan_is_remembered_until_something_changes(folders: Path, monkeypatch
     (folders / "train" / "cat" / "broken.jpg").write_bytes(b"no image")
     first = open_catalog(cfg, "train")
     with monkeypatch.context() as patch:  # nothing is looked into again
-        patch.setattr("data_pipeline.sources.catalog._fault", lambda *_: pytest.fail("scanned anew"))
+        patch.setattr("data_pipeline.sources.catalog._looked_into", lambda *_: pytest.fail("scanned anew"))
         again = open_catalog(cfg, "train")
     assert (again.paths, again.bad, again.classes) == (first.paths, first.bad, first.classes)
     assert np.array_equal(again.labels, first.labels)

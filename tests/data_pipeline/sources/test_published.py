@@ -284,6 +284,15 @@ def test_a_table_beside_class_folders_in_a_zip_file_is_told(tmp_path: Path) -> N
     assert "data: left alone, as the folders are the classes: labels.csv\n" in said(file)
 
 
+def test_files_in_a_zip_file_that_are_left_out_are_told(tmp_path: Path) -> None:
+    file = archive(
+        tmp_path / "set.zip", [*some("train", "val"), "train/a/x", "train/b/y.jpg.1", "train/a/c/z.jpg", "LICENSE"]
+    )
+    text = said(file)
+    assert "data: not named as images, so left out: 2 files, as train/a/x, train/b/y.jpg.1\n" in text
+    assert "data: in folders inside class folders, and of their classes: 1 image, as a/c/z.jpg\n" in text
+
+
 def test_an_archive_a_split(tmp_path: Path) -> None:
     for name in ("train", "val"):
         archive(tmp_path / f"{name}.zip", some(name) if name == "train" else ["a/0.jpg", "b/1.jpg"])
@@ -309,6 +318,7 @@ def test_kaggles_imagenet_in_a_zip_file(deflated: bool, folders: Path, tmp_path:
         (["0.jpg", "1.jpg"], "has no class folders; unzip it, and give a table"),
         (["0.jpg", "labels.csv"], "PATH has no class folders, and a table, labels.csv; unzip it"),
         (["images_1/0.jpg", "images_2/0.jpg"], "are named like parts of one set, not like classes"),
+        (["VOC/JPEGImages/0.jpg", "VOC/SegmentationClass/0.png"], "are named like parts of one set, not like classes"),
         (["a/x/0.jpg", "a/y/0.jpg", "b/0.jpg"], "PATH/a holds folders in place of images (x, y, …)"),
         ([*some("train"), "val/c/0.jpg"], "PATH/val has a class that training lacks: c"),
         (some("val", "other"), "PATH has val/ and not both train/ and val/"),

@@ -149,6 +149,18 @@ def test_latin_1_is_read_and_said(data: Path) -> None:
             "image,label\n" + "x" * 200_000 + ",a\n",
             "data.path: FILE is no table that can be read (line 2: field larger",
         ),
+        (
+            "PK\x03\x04" + "\0\n" * 99,
+            "data.path: FILE is no table that can be read (it is a zip file, or a table of Excel)",
+        ),
+        (
+            "\n<!DOCTYPE html>\n<a,b>",
+            "data.path: FILE is no table that can be read (it is a web page, as of a download that",
+        ),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid a\n",
+            "data.path: FILE is no table that can be read (it is a pointer",
+        ),
         ("0000,a\n0001,b\n", "data.path: the first row of FILE names an image, 0000, and so is no header; give it one"),
     ],
 )
@@ -251,6 +263,16 @@ NO_IMAGES = (
             lambda n: f"{n % 20:04},{n // 3}",
             "data.path: FILE gives images/0000.jpg two classes, 0 and 6;",
         ),
+        (
+            "image,target",
+            lambda n: f"{n:04},{n % 8 / 10}",
+            "data.label_column: target of FILE has numbers such as 0.1, so it is a measure and hardly a class; name another",
+        ),
+        (
+            "image,label,valid",
+            lambda n: f"{n:04},{n % 2},{int(n > 3)}",
+            "data.split_column: by valid of FILE 20 of 24 rows would validate, which is more than train; name it to insist",
+        ),
         ("pixel0,pixel1,label", lambda n: f"{n},{n},{n % 2}", f"{NO_IMAGES} pixel0, pixel1, label"),
         (",".join(f"p{n}" for n in range(784)), lambda n: ",".join(["0"] * 784), f"{NO_IMAGES} p0, p1, p2"),
         (
@@ -262,6 +284,19 @@ NO_IMAGES = (
 )
 def test_what_is_not_certain_is_refused(data: Path, head: str, row: Callable[[int], str], says: str) -> None:
     assert refused(write(data, lines(head, row))).startswith(says)
+
+
+def test_images_and_tables_that_are_left_aside_are_said(data: Path) -> None:
+    write(data, "image,label\n0,1\n", "val.csv")
+    put(data, "test/9999.jpg")
+    table = write(
+        data, lines("image,label,split", lambda n: f"{n:04},{n % 2},{'val' if n % 3 == 0 else 'train'}", COUNT - 4)
+    )
+    notes = open_catalog(DataConfig(path=str(table)), "train").taken.notes
+    assert notes == [
+        "in no row of train.csv, so left out: 4 images, as images/0020.jpg",
+        "left alone beside train.csv: val.csv",
+    ]
 
 
 def test_a_column_that_is_named_is_taken(data: Path) -> None:
@@ -337,7 +372,10 @@ def test_rows_that_name_an_image_again_count_once(data: Path) -> None:
     text = lines("filename,class,xmin", lambda n: f"{n // 2:04}.jpg,{'ab'[n // 2 % 2]},{n}")
     catalog, found = opened(write(data, text))
     assert len(found) == 12
-    assert catalog.taken.notes == ["12 rows name an image again and are left out"]
+    assert catalog.taken.notes == [
+        "in no row of train.csv, so left out: 12 images, as images/0012.jpg",
+        "12 rows name an image again and are left out",
+    ]
 
 
 # ---- where the images are -----------------------------------------------------------------------------------------------

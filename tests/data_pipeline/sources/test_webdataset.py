@@ -162,6 +162,13 @@ def test_images_without_labels_are_counted_and_left_out(tmp_path: Path) -> None:
     assert train.taken.notes == ["without a .cls, so left out: 2 images, as 0.tar/006.jpg"]
 
 
+def test_two_images_of_a_sample_are_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "train/0.tar", {"a.png": JPEG, "a.jpg": JPEG, "a.cls": b"0", **samples(0, 4)})
+    shard(tmp_path / "val/0.tar", samples(0, 4))
+    said = "data.path: the shard ROOT/train/0.tar has several images for the key '/a', as a.png, a.jpg; call the one"
+    assert complaint(tmp_path).startswith(said)
+
+
 def test_the_image_goes_before_other_pictures_of_its_sample(tmp_path: Path) -> None:
     mask = KINDS["rgb.png"](picture(8, 8))
     members = {f"{n}.{kind}": data for n in range(4)

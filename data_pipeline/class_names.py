@@ -1,0 +1,54 @@
+"""Compare the names of classes: the same word written in two ways, and words that stand for no class, are probably mistakes."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+
+_NO_CLASS = frozenset(
+    ["nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat", "?", "-1", "undefined", "unlabeled", "unlabelled"]
+)
+"""Words for a missing class, in small letters."""
+_SHOWN, _WIDTH = 3, 40
+
+
+def lacking(name: str, classes: list[str]) -> str:
+    """Say what `classes` has in place of `name`, which it lacks: the same word written otherwise, or its first classes."""
+    same = next((other for other in classes if _written_alike(other) == _written_alike(name)), None)
+    if same is None:
+        few = ", ".join(other[:_WIDTH] for other in classes[:_SHOWN])
+        return f"training has {few}{', …' * (len(classes) > _SHOWN)}"
+    return f"training has {_quoted([name, same])[1][:_WIDTH]}, perhaps the same"
+
+
+def doubts(classes: list[str]) -> list[str]:
+    """Say in a line each which classes are probably one, and which none."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike[_written_alike(name)].append(name)
+    groups = [" and ".join(_quoted(names)) for names in alike.values() if len(names) > 1]
+    lines = [f"classes that differ only in how they are written, and count as different ones: {_few(groups)}"] * bool(
+        groups
+    )
+    missing = [name for name in classes if name.lower() in _NO_CLASS]
+    lines += [f"named as if it were missing, and taken for a class: {_few(missing)}"] * bool(missing)
+    lists = [name for name in classes if (parts := re.split(r"[|;, ]+", name))[1:] and {*parts} <= {*classes}]
+    return lines + [f"named like a list of other classes, and taken for one of its own: {_few(lists)}"] * bool(lists)
+
+
+def _written_alike(name: str) -> str:
+    """Reduce names that differ only in case, spaces, the form of characters or of a whole number to one."""
+    text = unicodedata.normalize("NFKC", name).casefold().strip()
+    number = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text, re.ASCII)
+    return number[1] + number[2] if number else re.sub(r"[\s_-]+", " ", text).strip()
+
+
+def _quoted(names: list[str]) -> list[str]:
+    """Quote names; with escapes where they look the same."""
+    looks = {unicodedata.normalize("NFKC", name) for name in names}
+    return [repr(name) if len(looks) == len(names) else ascii(name) for name in names]
+
+
+def _few(texts: Iterable[str]) -> str:
+    found = [text[: 2 * _WIDTH] for text in texts]
+    return ", ".join(found[:_SHOWN]) + f" and {len(found) - _SHOWN} more" * (len(found) > _SHOWN)
