@@ -26,14 +26,17 @@ def doubts(classes: list[str]) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[_written_alike(name)].append(name)
-    groups = [" and ".join(_quoted(names)) for names in alike.values() if len(names) > 1]
-    lines = [f"classes that differ only in how they are written, and count as different ones: {_few(groups)}"] * bool(
-        groups
-    )
-    missing = [name for name in classes if name.lower() in _NO_CLASS]
-    lines += [f"named as if it were missing, and taken for a class: {_few(missing)}"] * bool(missing)
-    lists = [name for name in classes if (parts := re.split(r"[|;, ]+", name))[1:] and {*parts} <= {*classes}]
-    return lines + [f"named like a list of other classes, and taken for one of its own: {_few(lists)}"] * bool(lists)
+    known = {*classes}
+    found = {
+        "classes that differ only in how they are written, and count as different ones": [
+            " and ".join(_quoted(names)) for names in alike.values() if len(names) > 1
+        ],
+        "named as if it were missing, and taken for a class": [name for name in classes if name.lower() in _NO_CLASS],
+        "named like a list of other classes, and taken for one of its own": [
+            name for name in classes if (parts := re.split(r"[|;, ]+", name))[1:] and {*parts} <= known
+        ],
+    }
+    return [f"{what}: {_few(names)}" for what, names in found.items() if names]
 
 
 def _written_alike(name: str) -> str:

@@ -35,7 +35,7 @@ class Form(NamedTuple):
     the sorted classes, from 0."""
     classes: list[str]
     certain: str = ""
-    """Of two classes the one that a probability of 1 stands for."""
+    """Of two classes the one that a probability or a number of 1 stands for."""
 
     @property
     def meaning(self) -> str:
@@ -43,6 +43,8 @@ class Form(NamedTuple):
         column = str(self.table.columns[1])
         if self.shows == "probability":
             return f"{column} is the probability of {printable(self.certain)}"
+        if self.shows == "numbers" and self.certain:
+            return f"{column} is 1 for {printable(self.certain)}, else 0"
         if self.shows == "numbers":
             return f"{column} is the class's number: {few([f'{at} {name}' for at, name in enumerate(self.classes)])}"
         return ""
@@ -60,6 +62,8 @@ class Form(NamedTuple):
         if self.shows == "probability":
             return filled.assign(**{columns[0]: probabilities[self.rows, self.classes.index(self.certain)]})
         texts = self.classes if self.shows == "names" else [str(number) for number in range(len(self.classes))]
+        if self.certain:
+            texts = [str(int(name == self.certain)) for name in self.classes]
         filled[columns[0]] = [" ".join(texts[place] for place in places) for places in ranked[self.rows]]
         return filled
 
@@ -69,9 +73,11 @@ def read(file: Path, paths: list[str], classes: list[str], topk: int) -> Form:
     table = pd.DataFrame(read_table(file, "--sample").columns, dtype=str)
     require(table.shape[1] > 1, f"--sample: {file} has no column beside its ids; give one with ids and predictions")
     rows = matched(file, table.iloc[:, 0].tolist(), paths)
-    if len(classes) == 2 and topk == 1 and table.shape[1] == 2 and _are_probabilities(set(table.iloc[:, 1])):
-        return Form(table, rows, "probability", classes, _certain(str(table.columns[1]), classes))
-    return Form(table, rows, _shown(file, table, classes, topk), classes)
+    meant = _meant(str(table.columns[1]), classes) if len(classes) == 2 and topk == 1 and table.shape[1] == 2 else ""
+    if meant and _are_probabilities(set(table.iloc[:, 1])):
+        return Form(table, rows, "probability", classes, meant)
+    shows = _shown(file, table, classes, topk)
+    return Form(table, rows, shows, classes, meant if shows == "numbers" and meant != classes[1] else "")
 
 
 def _are_probabilities(values: set[str]) -> bool:
@@ -81,9 +87,18 @@ def _are_probabilities(values: set[str]) -> bool:
     return any(0 < float(value) < 1 for value in values)
 
 
-def _certain(column: str, classes: list[str]) -> str:
-    """The class that a column is named after, or else the second, as 1 is of 0 and 1."""
-    return column if column in classes else classes[1]
+def _meant(column: str, classes: list[str]) -> str:
+    """Choose of two classes the one that a column is named after, as is_cat is, or else the second, as 1 is of 0 and 1.
+
+    Of "cactus" and "no cactus" it is the one with more words in the column.
+    """
+    words = {name: _words(name) for name in classes}
+    there = [name for name in reversed(classes) if words[name] and words[name] <= _words(column)]
+    return max(there, key=lambda name: len(words[name]), default=classes[1])
+
+
+def _words(text: str) -> set[str]:
+    return {*re.findall(r"[^\W_]+", text.lower())}
 
 
 def matched(file: Path, ids: list[str], paths: list[str]) -> NDArray[np.int64]:

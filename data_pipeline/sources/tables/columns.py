@@ -22,7 +22,10 @@ CLASSES = re.compile(
 _SPLITS = re.compile("(data)?(sub)?(set|split)s?|partition")
 _FLAGS = re.compile("(is|in)?(train|training|val|valid|validation|test|testing)(set)?")
 """Usual names of columns, in small letters and nothing else."""
-MARKS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
+_NUMBER = re.compile(r"\d+(\.0)?", re.ASCII)
+MARKS = {
+    **{"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1, "FALSE": 0, "TRUE": 1},
+}
 _COLUMNS_SHOWN, _WIDTH_SHOWN = 20, 30  # of a table that has many, or long ones
 FEW_CLASSES = 10  # classes that may have a single image, as in a first try with few images
 
@@ -115,7 +118,8 @@ def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
     few_cells = [name for name in table.columns if len({*table.columns[name]}) <= FEW_CLASSES]
     others = [name for name in few_cells if name not in named(table, _IMAGES) + named(table, CLASSES)]
     for column in [*named(table, _SPLITS), *others]:
-        split, known = _split(table, column), plain(column) in ("split", "splits")
+        split = _split(table, column)
+        known = _is_certain(table, column) and column not in (cfg.label_column, cfg.group)
         require(
             any(split.roles) or not known,
             f"data.split_column: {shown(column)} of {file} has {few(table.different(column))}, none of which is train or "
@@ -130,6 +134,13 @@ def split_column(table: TextTable, file: Path, cfg: DataConfig) -> Split:
             )
             return split
     return Split("", ["train"] * len(table), "test", [])
+
+
+def _is_certain(table: TextTable, column: str) -> bool:
+    """Return True for a column that can only be one of splits, whatever is in it: by its name, and in doubt by numbers in it."""
+    if column in named(table, _SPLITS):
+        return plain(column) in ("split", "splits") or all(map(_NUMBER.fullmatch, table.different(column)))
+    return bool(_FLAGS.fullmatch(plain(column))) and plain(column).startswith("is")
 
 
 def split_by_folder(paths: list[str]) -> Split:

@@ -32,8 +32,8 @@ class Located:
     """Folders in which the images lie, where the names do not say so."""
     foreign: list[str] = field(default_factory=list)
     """Names that begin with folders of another machine."""
-    around: list[str] = field(default_factory=list)
-    """All images in the folders of those that were found."""
+    there: set[str] = field(default_factory=set)
+    """All images below the images' folder."""
     unread: str = ""
     """Files and links that were left out below the images' folder, in words."""
 
@@ -42,9 +42,12 @@ class Located:
         return not self.missing and not self.several
 
     def beyond(self, names: list[str]) -> list[str]:
-        """List the images around that none of `names` can mean."""
+        """List the images in the folders of those that were found that none of `names` can mean."""
         keys = {_key((_parts(name) or [""])[-1]) for name in names}
-        return [path for path in self.around if not keys & _names_of(path)]
+        folders = {os.path.dirname(path) for path in self.paths}
+        return sorted(
+            path for path in self.there if os.path.dirname(path) in folders and keys.isdisjoint(_names_of(path))
+        )
 
     def check(self, names: int, file: Path, root: Path) -> None:
         """Raise `UserError` where an image is missing, or a name fits several."""
@@ -87,14 +90,13 @@ class NamedImages:
             fitting = _in_one_folder(fitting, self._role)
         found = {name: images[0] for name, images in fitting.items() if len(images) == 1}
         elsewhere = {_folder(name, path) for name, path in found.items()}
-        folders = {os.path.dirname(path) for path in found.values()}
         return Located(
             [found.get(name, name) for name in names],
             [name for name in names if not fitting[name]],
             {name: images for name, images in fitting.items() if len(images) > 1},
             sorted(elsewhere - {""}),
             [name for name in found if self._below(name) == name and _is_foreign(_parts(name))],
-            sorted(path for path in self._paths if os.path.dirname(path) in folders),
+            self._paths,
             self._unread,
         )
 

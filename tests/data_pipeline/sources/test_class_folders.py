@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.config import Balance, DataConfig
-from data_pipeline.sources.catalog import Catalog, open_catalog
+from data_pipeline.sources.catalog import Catalog, open_catalog, open_images
 from data_pipeline.summary import refuse_single_class, summary
 from tests.conftest import KINDS, picture
 
@@ -312,6 +312,14 @@ NOTED: dict[str, tuple[dict[str, int | bytes], str]] = {
 def test_what_is_left_aside_is_said_in_a_line(case: str, tmp_path: Path) -> None:
     files, line = NOTED[case]
     assert line in said(lay(tmp_path, files)).replace(str(tmp_path), "ROOT").splitlines()
+
+
+def test_files_beside_images_without_labels_are_said(tmp_path: Path) -> None:
+    lay(tmp_path, {"a": 2, "b.gif": b"GIF8", "a/c": JPEG})
+    assert open_images(DataConfig(str(tmp_path))).taken.notes == [
+        "of kinds that are not read, until converted to PNG or JPEG: 1 .gif file",
+        "not named as images, so left out: 1 file, as a/c",
+    ]
 
 
 def test_names_cannot_reach_the_terminal(tmp_path: Path) -> None:

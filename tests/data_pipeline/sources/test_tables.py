@@ -269,6 +269,16 @@ NO_IMAGES = (
             "data.label_column: target of FILE has numbers such as 0.1, so it is a measure and hardly a class; name another",
         ),
         (
+            "image,partition",
+            lambda n: f"{n:04},{n % 3}",
+            "data.split_column: partition of FILE has 0, 1, 2, none of which is train or val; write these, or rename the",
+        ),
+        (
+            "image,label,is_test",
+            lambda n: f"{n:04},{n % 2},{'yes' if n % 3 else 'no'}",
+            "data.split_column: is_test of FILE has no, yes, none of which is train or val; write these",
+        ),
+        (
             "image,label,valid",
             lambda n: f"{n:04},{n % 2},{int(n > 3)}",
             "data.split_column: by valid of FILE 20 of 24 rows would validate, which is more than train; name it to insist",
@@ -329,6 +339,7 @@ def test_long_and_strange_cells_are_cut_and_escaped(data: Path) -> None:
         ("split", ("trainval", "test", "trainval"), 16, 8, "rows with split = test"),
         ("is_train", ("1", "0", "1"), 16, 8, "rows with is_train = 0"),
         ("is_valid", ("False", "False", "True"), 16, 8, "rows with is_valid = True"),
+        ("is_valid", ("FALSE", "FALSE", "TRUE"), 16, 8, "rows with is_valid = TRUE"),
         ("test", ("0", "0", "1"), 16, 8, "rows with test = 1"),
         ("fold", ("0", "1", "2"), None, None, ""),
     ],

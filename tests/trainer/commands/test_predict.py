@@ -232,6 +232,19 @@ def test_a_sample_is_filled_in(content: str, topk: int, wanted: str, tmp_path: P
             "cat is the probability of cat",
         ),
         (
+            "id,Is_Cat\n3,.5\n1,.5\n2,.5\n",
+            ["cat", "dog"],
+            "id,Is_Cat\n3,0.5\n1,0.75\n2,0.25\n",
+            "Is_Cat is the probability of cat",
+        ),
+        (
+            "id,no_cactus\n3,.5\n1,.5\n2,.5\n",
+            ["cactus", "no cactus"],
+            "id,no_cactus\n3,0.5\n1,0.25\n2,0.75\n",
+            "no_cactus is the probability of no cactus",
+        ),
+        ("id,cat\n3,0\n1,0\n2,0\n", ["cat", "dog"], "id,cat\n3,1\n1,1\n2,0\n", "cat is 1 for cat, else 0"),
+        (
             "id,cat,dog\n3,.5,.5\n1,.5,.5\n2,.5,.5\n",
             ["cat", "dog"],
             "id,cat,dog\n3,0.5,0.5\n1,0.75,0.25\n2,0.25,0.75\n",
