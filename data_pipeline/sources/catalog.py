@@ -40,7 +40,7 @@ from data_pipeline.sources.webdataset import is_archive, is_shard
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 8  # of the cache: raise it when a scan would give another result
+_VERSION = 9  # of the cache: raise it when a scan would give another result
 _LASTING = (
     errno.ENOENT,
     errno.EISDIR,
