@@ -26,29 +26,43 @@ def doubts(classes: list[str]) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[_written_alike(name)].append(name)
-    known = {*classes}
+    known = {_bare(name) for name in classes}
     found = {
         "classes that differ only in how they are written, and count as different ones": [
             " and ".join(_quoted(names)) for names in alike.values() if len(names) > 1
         ],
         "named as if it were missing, and taken for a class": [name for name in classes if name.lower() in _NO_CLASS],
         "named like a list of other classes, and taken for one of its own": [
-            name for name in classes if (parts := re.split(r"[|;, ]+", name))[1:] and {*parts} <= known
+            name for name in classes if len(parts := _parts(name)) > 1 and {*parts} <= known
         ],
     }
     return [f"{what}: {_few(names)}" for what, names in found.items() if names]
 
 
 def _written_alike(name: str) -> str:
-    """Reduce names that differ only in case, spaces, the form of characters or of a whole number to one."""
-    text = unicodedata.normalize("NFKC", name).casefold().strip()
+    """Reduce names that differ only in case, spaces, quotes, the form of characters or of a whole number to one."""
+    text = _visible(name).casefold().strip(" \t\r\n'\"`")
     number = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text, re.ASCII)
-    return number[1] + number[2] if number else re.sub(r"[\s_-]+", " ", text).strip()
+    return number[1] + number[2] if number else re.sub(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])", "", text)
+
+
+def _visible(name: str) -> str:
+    """Reduce names that look the same to one."""
+    return "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+
+
+def _bare(name: str) -> str:
+    """Cut brackets, quotes and separators from the ends of a name, as of "['cat']"."""
+    return name.strip(" []{}()'\"|;,")
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in map(_bare, re.split(r"[|;, ]+", _bare(name))) if part]
 
 
 def _quoted(names: list[str]) -> list[str]:
     """Quote names; with escapes where they look the same."""
-    looks = {unicodedata.normalize("NFKC", name) for name in names}
+    looks = {*map(_visible, names)}
     return [repr(name) if len(looks) == len(names) else ascii(name) for name in names]
 
 

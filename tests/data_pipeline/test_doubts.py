@@ -24,9 +24,12 @@ LIST = "named like a list of other classes, and taken for one of its own: "
         (["Cat", "cat", "dog"], [f"{ALIKE}'Cat' and 'cat'"]),
         (["0", "0.0", "01", "1", "10"], [f"{ALIKE}'0' and '0.0', '01' and '1'"]),
         (["caf\u00e9", "cafe\u0301"], [f"{ALIKE}'caf\\xe9' and 'cafe\\u0301'"]),
-        (["hot dog", "hot_dog", "hot  dog", "x"], [f"{ALIKE}'hot dog' and 'hot_dog' and 'hot  dog'"]),
+        (["hot dog", "hot_dog", "hotdog", "1 2", "12"], [f"{ALIKE}'hot dog' and 'hot_dog' and 'hotdog'"]),
+        (["cat", "cat\u200b", "'dog'", "dog"], [f"{ALIKE}'cat' and 'cat\\u200b', \"'dog'\" and 'dog'"]),
         (["-1", "1", "NaN", "?"], [f"{NONE}-1, NaN, ?"]),
         (["0", "0 1", "1"], [f"{LIST}0 1"]),
+        (["['cat']", "['cat', 'dog']", "['dog']"], [f"{LIST}['cat', 'dog']"]),
+        (["cat;", "cat;dog;", "dog;"], [f"{LIST}cat;dog;"]),
         ([*"abcdABCD"], [f"{ALIKE}'a' and 'A', 'b' and 'B', 'c' and 'C' and 1 more"]),
     ],
 )
