@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.class_names import doubts
 from data_pipeline.common.address import Address
+from data_pipeline.common.class_names import doubts
 from data_pipeline.common.errors import printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig

@@ -16,9 +16,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.class_names import lacking
 from data_pipeline.common.address import Address, place
 from data_pipeline.common.atomic_io import MOST_BYTES, read_bytes, replace_file, why_untrusted
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.common.worker_pool import progress

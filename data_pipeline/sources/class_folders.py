@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from data_pipeline.class_names import lacking
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import require
 from data_pipeline.sources.folder_walk import Entries, holds, holds_below, leads_back, look_into, walk
 from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, is_image

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.class_names import lacking
 from data_pipeline.common.atomic_io import stays_below
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.sources.folder_walk import look_into
 from data_pipeline.sources.listing import Listing, Taken, counted, is_foreign, is_image

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.class_names import doubts, lacking
+from data_pipeline.common.class_names import doubts, lacking
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.catalog import open_catalog
 from data_pipeline.summary import summary

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from data_pipeline.class_names import lacking
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import require
 from data_pipeline.sources.class_folders import are_parts, doubtful_places, is_whole_set
 from data_pipeline.sources.listing import counted

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.class_names import lacking
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import look_into

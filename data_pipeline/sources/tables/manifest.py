@@ -6,7 +6,7 @@ Columns and images are found with certainty or refused, and a run prints them at
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.class_names import lacking
+from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.label_sets import NO_SETS, as_sets
