@@ -1,4 +1,4 @@
-"""What makes labels doubtful is said at the start: names of classes that are alike, and images that are there twice."""
+"""Doubtful labels are told at the start: names of classes that are alike, and images that are there twice."""
 
 import zipfile
 from pathlib import Path
