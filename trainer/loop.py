@@ -183,10 +183,9 @@ def say_end(session: Session, outcome: Outcome, stop: StopFlag, follows: str) ->
         command = shlex.join(["python", "-m", "trainer.report", str(session.cfg.folder)])
         weights = session.store.folder / which / WEIGHTS
         early = progress.cursor.epoch < run.epochs
+        whole = f"trained {run.epochs} epoch{'s' * (run.epochs > 1)}"
         ended = f"ended early after {session.epoch:.4g} epochs ({out_of_patience(progress)})"
-        tracker.note(
-            f"{ended if early else f'trained {run.epochs} epochs'}: {best}, weights in {weights}; next: {command}"
-        )
+        tracker.note(f"{ended if early else whole}: {best}, weights in {weights}; next: {command}")
 
 
 def _by(stop: StopFlag) -> str:

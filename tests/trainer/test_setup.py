@@ -157,7 +157,7 @@ def test_a_finished_run_is_trained_on(base: Path, tmp_path: Path, capsys: pytest
     train(base, run)
     said = capsys.readouterr().out
     file = run / "checkpoints/best/model.safetensors"
-    assert said.splitlines()[-1].startswith("trained 1 epochs: best val top-1 ") and file.is_file()
+    assert said.splitlines()[-1].startswith("trained 1 epoch: best val top-1 ") and file.is_file()
     assert said.endswith(f"%, weights in {file}; next: python -m trainer.report {run}\n")
     train(base, run)
     assert (
