@@ -252,7 +252,7 @@ def mounted(place: Path, *how: str) -> Iterator[Path]:
 
 def fill(disk: Path) -> None:
     """Leave 2 MB; a checkpoint that takes room meanwhile makes it try again."""
-    with (disk / "filler").open("wb") as filler:
+    with (disk / "filler").open("ab") as filler:
         while (more := shutil.disk_usage(disk).free - 2_000_000) > 0:
             with suppress(OSError):
                 os.posix_fallocate(filler.fileno(), filler.seek(0, os.SEEK_END), more)

@@ -98,22 +98,24 @@ class Trouble:
 
     def mirror_full(self) -> tuple[str, str]:
         with self._full_mirror():
-            self.expect(FULL)
             time.sleep(self.draw.uniform(0, 20))
         self.expect("mirrored again to")
         return "mirror full, and emptied", FULL
 
     def mirror_full_rank_killed(self) -> tuple[str, str]:
         with self._full_mirror():
-            self.expect(FULL)
             done, cause = self.rank_killed()
             self.await_training()
         return f"mirror full, {done}", cause
 
     @contextmanager
     def _full_mirror(self) -> Iterator[None]:
-        fill(self.disk)
+        def told() -> str | None:
+            fill(self.disk)  # again, as the mirror may have removed a checkpoint meanwhile
+            return self._line(FULL)
+
         try:
+            self._until(told, f"the log does not say {FULL!r}")
             yield
         finally:
             (self.disk / "filler").unlink()
