@@ -1,5 +1,7 @@
 """Describe the data of a command in a few lines at its start, and check what only its classes and shards show."""
 
+from contextlib import suppress
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,11 +12,13 @@ from data_pipeline.common.launcher import warn_on_rank0
 from data_pipeline.config import DataConfig
 from data_pipeline.sampling import quotas
 from data_pipeline.sources.catalog import Catalog
+from data_pipeline.sources.image_headers import BadImage, digest
 from data_pipeline.sources.listing import TABLE_OPTIONS, counted
 from data_pipeline.sources.quarantine import relative_to_data
 
 _SMALL = 100  # validation images below which their small number is worth a line
 _SHOWN = 5  # classes that are named
+_COMPARED = 100  # images that are read to see whether they are the same
 
 
 def refuse_single_class(train: Catalog) -> None:
@@ -80,16 +84,15 @@ def _repeated(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
         path, root = catalog.paths[row], catalog.root
         return path if isinstance(root, Address) else relative_to_data(cfg, root, path)
 
-    marks, lines = np.concatenate([train.marks, val.marks]), []
-    again = len(train) + np.flatnonzero(np.isin(val.marks, train.marks))
+    marks, labels, lines = _compared(train, val), np.concatenate([train.labels, val.labels]), []
+    again = len(train) + np.flatnonzero(np.isin(marks[len(train) :], marks[: len(train)]))
     if len(again):
-        twin = int(np.flatnonzero(train.marks == marks[again[0]])[0])
+        twin = int(np.flatnonzero(marks == marks[again[0]])[0])
         lines.append(
             "validation images that are training images too, byte by byte, so that scores are too good: "
             f"{len(again):,} of {len(val):,}, as {named(int(again[0]))} and {named(twin)}; remove one of each, or list it in "
             "data.quarantine"
         )
-    labels = np.concatenate([train.labels, val.labels])
     order = np.lexsort([labels, marks])
     firsts = order[:-1][(np.diff(marks[order]) == 0) & (np.diff(labels[order]) != 0)]
     if len(firsts):
@@ -100,6 +103,26 @@ def _repeated(cfg: DataConfig, train: Catalog, val: Catalog) -> list[str]:
             f"and {named(other)}; remove the wrong ones, or list them in data.quarantine"
         )
     return lines
+
+
+def _compared(train: Catalog, val: Catalog) -> NDArray[np.int64]:
+    """Return marks [N + M] of both splits that only the same bytes have in common.
+
+    Large images whose ends are alike, as of scans without compression, are read. Beyond _COMPARED such images, each counts as
+    one that is there once.
+    """
+    marks = np.concatenate([train.marks, val.marks])
+    groups = 2 * np.concatenate([train.labels, val.labels]) + (np.arange(len(marks)) >= len(train))
+    order = np.lexsort([groups, marks])
+    told = marks[order[:-1]][(np.diff(marks[order]) == 0) & (np.diff(groups[order]) != 0)]
+    for number, row in enumerate(order[np.isin(marks[order], told[told % 2 == 1])].tolist()):
+        marks[row] = -1 - row
+        if number < _COMPARED:
+            catalog, its_row = (train, row) if row < len(train) else (val, row - len(train))
+            with suppress(OSError, BadImage):
+                data = catalog.read(its_row)
+                marks[row] = digest(data, len(data)) << 1
+    return marks
 
 
 def _several(train: Catalog, counts: NDArray[np.int64]) -> str:

@@ -9,6 +9,12 @@ _NO_CLASS = frozenset(
     ["nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat", "?", "-1", "undefined", "unlabeled", "unlabelled"]
 )
 """Words for a missing class, in small letters."""
+_SIGNS = frozenset(["-1", "0", "1"])
+"""Classes of which -1 is one."""
+_ALPHABET = 20
+"""Classes of one character from which on they are characters, of which no two are the same."""
+_LISTS = 0.1
+"""Share of the classes from which on names of several words are lists of others; below, there is "ski mask" beside "ski"."""
 _SHOWN, _WIDTH = 3, 40
 
 
@@ -23,25 +29,34 @@ def lacking(name: str, classes: list[str]) -> str:
 
 def doubts(classes: list[str]) -> list[str]:
     """Say in a line each which classes are probably one, and which none."""
+    alphabet = sum(len(name) == 1 for name in classes) >= _ALPHABET
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        alike[_written_alike(name)].append(name)
-    known = {_bare(name) for name in classes}
+        alike[name if alphabet and len(name) == 1 else _written_alike(name)].append(name)
+    missing = _NO_CLASS - ({"?"} if alphabet else set()) - ({"-1"} if {*classes} <= _SIGNS else set())
     found = {
         "classes that differ only in how they are written, and count as different ones": [
             " and ".join(_quoted(names)) for names in alike.values() if len(names) > 1
         ],
-        "named as if it were missing, and taken for a class": [name for name in classes if name.lower() in _NO_CLASS],
-        "named like a list of other classes, and taken for one of its own": [
-            name for name in classes if len(parts := _parts(name)) > 1 and {*parts} <= known
-        ],
+        "named as if it were missing, and taken for a class": [name for name in classes if name.lower() in missing],
+        "named like a list of other classes, and taken for one of its own": _lists(classes),
     }
     return [f"{what}: {_few(names)}" for what, names in found.items() if names]
 
 
+def _lists(classes: list[str]) -> list[str]:
+    """Return the names that consist of other classes' names."""
+    known = {_bare(name) for name in classes}
+    lists = [name for name in classes if len(parts := _parts(name)) > 1 and {*parts} <= known]
+    if len(lists) < _LISTS * len(classes):
+        return [name for name in lists if re.search(r"[|;,]", _bare(name))]
+    return lists
+
+
 def _written_alike(name: str) -> str:
     """Reduce names that differ only in case, spaces, quotes, the form of characters or of a whole number to one."""
-    text = _visible(name).casefold().strip(" \t\r\n'\"`")
+    text = _visible(name).casefold()
+    text = text.strip(" \t\r\n'\"`") or text
     number = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text, re.ASCII)
     return number[1] + number[2] if number else re.sub(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])", "", text)
 

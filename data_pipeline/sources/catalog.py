@@ -40,7 +40,7 @@ from data_pipeline.sources.webdataset import is_archive, is_shard
 
 _HEAD, _TAIL = 1 << 16, 1 << 12  # bytes of a large file that are enough to recognise it
 _CHUNK, _THREADS = 256, 8  # files that a thread looks into at a time; more threads than processors, for network storage
-_VERSION = 9  # of the cache: raise it when a scan would give another result
+_VERSION = 10  # of the cache: raise it when a scan would give another result
 _LASTING = (
     errno.ENOENT,
     errno.EISDIR,
@@ -72,7 +72,7 @@ class Catalog:
     """Form of the samples in each of `shards`, see `stored_forms`; empty where all are plain bytes."""
     label_sets: LabelSets = field(default_factory=lambda: NO_SETS)
     marks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """[N] number of each sample that only the same bytes have in common; empty where they were not looked into."""
+    """[N] number of each sample, see `image_headers.mark`; empty where they were not looked into."""
 
     @property
     def multi_label(self) -> bool:

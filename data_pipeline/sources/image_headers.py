@@ -5,8 +5,8 @@ cut PNG). So they get nothing that `inspect` refuses, and `inspect` refuses what
 compressed data is not seen here; DALI reports it as an error of the batch.
 """
 
+import hashlib
 import struct
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,12 +91,19 @@ def kind_of(file: Path) -> str:
 def mark(data: bytes, length: int, ends: tuple[int, int]) -> int:
     """Compute a number below 2^63 that images of the same bytes have in common, from their length and their two ends.
 
-    `data` is the whole stream of `length` bytes, or its first `ends[0]` bytes and up to `ends[1]` of its last.
+    It is odd where there is more than the ends, in which alone images with equal marks may differ. `data` is the whole stream
+    of `length` bytes, or its first `ends[0]` bytes and up to `ends[1]` of its last.
     """
     head, tail = ends
     if len(data) == length > head:
         data = data[:head] + data[max(head, length - tail) :]
-    return (length & 0x7FFFFFFF) << 32 | zlib.crc32(data)
+    return digest(data, length) << 1 | (length > head + tail)
+
+
+def digest(data: bytes, length: int) -> int:
+    """Compute a number below 2^62 from data and a length."""
+    found = hashlib.sha1(data + length.to_bytes(8, "big"), usedforsecurity=False).digest()
+    return int.from_bytes(found[:8], "big") >> 2
 
 
 def _jpeg(data: bytes) -> Size:

@@ -3,7 +3,9 @@
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.common.class_names import doubts, lacking
 from data_pipeline.config import DataConfig
@@ -30,6 +32,11 @@ LIST = "named like a list of other classes, and taken for one of its own: "
         (["0", "0 1", "1"], [f"{LIST}0 1"]),
         (["['cat']", "['cat', 'dog']", "['dog']"], [f"{LIST}['cat', 'dog']"]),
         (["cat;", "cat;dog;", "dog;"], [f"{LIST}cat;dog;"]),
+        ([*"abcdefghijABCDEFGHIJ?'\" ", "mm", "Mm"], [f"{ALIKE}'mm' and 'Mm'"]),
+        (["-1", "0", "1"], []),
+        (["'", '"', " "], []),
+        (["ski", "mask", "ski mask", *map(str, range(20))], []),
+        (["ski", "mask", "ski, mask", *map(str, range(20))], [f"{LIST}ski, mask"]),
         ([*"abcdABCD"], [f"{ALIKE}'a' and 'A', 'b' and 'B', 'c' and 'C' and 1 more"]),
     ],
 )
@@ -73,6 +80,20 @@ def test_images_that_are_there_twice(layout: str, tmp_path: Path) -> None:
     assert line.startswith(f"{CLASSES}2 pairs, as ")
     if layout == "folders":
         assert "train/a/0.png and train/b/x.png" in line or "val/a/y.png and val/b/1.png" in line
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_large_images_that_begin_and_end_alike_are_compared_whole(same: bool, tmp_path: Path) -> None:
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    other = pixels.copy()
+    other[80:90] = 0 if same else 255  # beyond the first 64 KiB and the last 4
+    small = [f"{split}/{name}/0.bmp" for split in ("train", "val") for name in ("a", "b")]
+    files = {path: encode(picture(9, 9, seed=seed), "BMP") for seed, path in enumerate(small)}
+    files |= {
+        "train/a/x.bmp": encode(Image.fromarray(pixels), "BMP"),
+        "val/b/x.bmp": encode(Image.fromarray(other), "BMP"),
+    }
+    assert len(said(lay(tmp_path / "set", files, "folders"))) == 2 * same
 
 
 def lay(root: Path, files: dict[str, bytes], layout: str) -> Path:
