@@ -78,7 +78,7 @@ def _quote(node: yaml.Node, path: str, kinds: Mapping[str, Any], around: Contain
 def check_base(option: str, kind: Any, written: Any) -> None:
     """Raise `UserError` where an option for numbers, or for lists of them, is given one that YAML reads to base sixty."""
     wrong = [part for part in re.split(r"[\[\],\s'\"]+", str(written)) if _SIXTIES.fullmatch(part)]
-    text = any(one is str or get_origin(one) is Literal for one in _alternatives(kind))
+    text = get_origin(kind) is Literal or str in _alternatives(kind)
     require(text or not wrong, f"{option}: {''.join(wrong[:1])} does not fit; give a number without colons")
 
 

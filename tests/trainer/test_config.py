@@ -118,6 +118,10 @@ def test_run_folder_is_the_name_or_what_is_given() -> None:
         (b"run: {epochs: 1e3}", "run.epochs: 1000.0 does not fit; give a whole number"),
         (b"optim: {lr: 1:30.5}", "FILE: optim.lr: 1:30.5 does not fit; give a number without colons"),
         (b"data: {size_px: [64, 1:30]}", "FILE: data.size_px: 1:30 does not fit; give a number without colons"),
+        (
+            b"optim: {class_weights: [1:30, 2]}",
+            "FILE: optim.class_weights: 1:30 does not fit; give a number without colons",
+        ),
         (b"optim:\n  lr: fast\n", "optim.lr: fast does not fit; give a number"),
         (b"optim:\n  lr: -1\n", "optim.lr: -1.0 is not positive; give a learning rate above 0"),
         (b"", f"FILE: it holds no options; write them as in {RECIPES / 'builtin.yaml'}"),

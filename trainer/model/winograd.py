@@ -13,11 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from data_pipeline.common.numba_cache import may_cache
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 TILE = 4  # results along a side
 LANES = 8  # channels in a vector

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+import numba
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,16 @@ def test_only_training_in_fp32_on_images_that_fill_the_tiles_takes_it() -> None:
     assert not Convolution(512, 512, 3, padding=1, bias=False)._takes_winograd(
         few
     )  # transforming the filters costs more
+
+
+def test_where_numba_may_not_compile_torch_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.delitem(sys.modules, "trainer.model.winograd", raising=False)
+    conv_matmul._winograd.cache_clear()
+    try:
+        assert "Winograd" not in backward_of(convolution(16, 16), images(4, 16, 8, 8))
+    finally:
+        conv_matmul._winograd.cache_clear()
 
 
 def test_without_numba_torch_convolves_and_a_line_says_so(
