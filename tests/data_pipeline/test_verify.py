@@ -101,7 +101,7 @@ def test_command_tells_kinds_and_writes_the_list(odd_folder: Path, tmp_path: Pat
     done = run(odd_folder, "--quarantine", tmp_path / "bad files.txt")
     assert (done.returncode, done.stderr) == (1, "")
     rows = [line for line in done.stdout.splitlines() if line.startswith("not a JPEG, PNG, BMP or WebP stream")]
-    assert len(rows) == 1 and "8" in rows[0].split()
+    assert len(rows) == 2 and "6" in rows[0].split() and ", but GIF      2 " in rows[1]
     assert "claims … x … pixels" in done.stdout
     listed = read_quarantine(tmp_path / "bad files.txt")
     assert {path for path in listed if not path.endswith("/folder.jpg")} == wanted.keys()

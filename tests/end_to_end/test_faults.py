@@ -115,7 +115,7 @@ def test_mistaken_options(name: str, base: Path, tmp_path: Path, monkeypatch: py
     ("recipe", "line"),
     [
         ("broken.yaml", "broken.yaml: it is no YAML: "),
-        ("imagenet", "--config: imagenet is neither a file nor a recipe; the recipes are builtin"),
+        ("imagenet", "--config: imagenet is neither a file nor a recipe; the recipes are board_20, board_5, builtin"),
     ],
 )
 def test_mistaken_recipes(recipe: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

@@ -187,7 +187,8 @@ def test_new_draws_compile_nothing_anew() -> None:
     for start in (0, 8, 16):
         draw_paths(drop_paths(network), places(*range(start, start + 8)), CPU)
         expected = network(torch.ones(8, 3, 32, 32))
-        torch.testing.assert_close(compiled(torch.ones(8, 3, 32, 32)), expected)
+        # Their kernels may differ; a path that is dropped in one of them alone changes more than rounding does.
+        torch.testing.assert_close(compiled(torch.ones(8, 3, 32, 32)), expected, rtol=1e-3, atol=1e-3)
     assert counter.frame_count == 1
 
 
