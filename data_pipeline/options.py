@@ -2,15 +2,13 @@
 
 from dataclasses import fields
 
-import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
-from data_pipeline.common.option_files import quoted
+from data_pipeline.common.option_files import read_as_meant
 from data_pipeline.config import DataConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-_load = get_loader("yaml")
-set_loader("yaml", lambda text: _load(quoted(text, {})), (yaml.YAMLError,))  # for values that are lists or numbers
+read_as_meant({})  # there are no files of options; for values that are lists or numbers
 
 CHOOSING = (
     "val_share",

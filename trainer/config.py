@@ -16,16 +16,14 @@ from jsonargparse import (
     ActionConfigFile,
     ArgumentError,
     ArgumentParser,
-    get_loader,
     set_dumper,
-    set_loader,
     set_parsing_settings,
 )
 
 from data_pipeline.common.cli import remedy
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.common.launcher import launched_rank
-from data_pipeline.common.option_files import check_base, option_kinds, quoted
+from data_pipeline.common.option_files import check_base, option_kinds, quoted, read_as_meant
 from data_pipeline.common.safe_yaml import load_yaml, read_text
 from data_pipeline.config import FREE, DataConfig
 from trainer.engine.config import EngineConfig, check_deepspeed
@@ -328,8 +326,7 @@ def as_meant(text: str, around: Container[str] = ()) -> str:
     return quoted(text, option_kinds(Config), around)
 
 
-_load = get_loader("yaml")
-set_loader("yaml", lambda text: _load(as_meant(text)), (yaml.YAMLError,))  # for --config; text that is no YAML is text
+read_as_meant(option_kinds(Config))  # for --config
 set_dumper("yaml", _dump)  # for --print_config
 
 

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import get_loader, set_loader
 
 from data_pipeline.common.errors import require
 from data_pipeline.common.safe_yaml import compose_yaml
@@ -27,6 +28,19 @@ _ZEROS = re.compile(r"[-+]?0[0-9_]+")
 """Whole numbers that YAML 1.1 reads to base eight, or as text where they have an 8 or 9."""
 _SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 """Numbers that it reads to base sixty."""
+
+
+_plain = get_loader("yaml")
+_known: dict[str, Any] = {}
+
+
+def read_as_meant(kinds: Mapping[str, Any]) -> None:
+    """Let command lines and their files be read by `quoted`, with these options beside those of earlier calls.
+
+    A process has one such reader, so parts that each set their own would undo what the other keeps.
+    """
+    _known.update(kinds)
+    set_loader("yaml", lambda text: _plain(quoted(text, _known)), (yaml.YAMLError,))  # text that is no YAML is text
 
 
 @cache

@@ -1,5 +1,6 @@
 """Configuration: what wins over what, what is refused and in which words, and that it is read back as it was written."""
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import data_pipeline.options
 from data_pipeline.common.errors import UserError
 from tests.support import warm
 from tests.support.runs import environment
@@ -52,10 +54,11 @@ def test_any_text_reloads_equal(value: str, tmp_path: Path) -> None:
         ("data: {augment: {policy: null}}", "data.augment.policy", "none"),
         *(
             (f"run:\n  name: {word}\n", "run.name", word)
-            for word in ("1e3", "0x10", "12:30", "2024-01-01", "1_000", ".5", "on", "No", "true", ".nan")
+            for word in ("007", "1e3", "0x10", "12:30", "2024-01-01", "1_000", ".5", "on", "No", "true", ".nan")
         ),
         ("run: {name: a, dir: null}", "run.dir", None),
         ("data: {images: ~}", "data.images", None),
+        ("data: {label_column: 007}", "data.label_column", "007"),
         ("optim: {nesterov: off}", "optim.nesterov", False),
         ("optim: {class_weights: balanced}", "optim.class_weights", "balanced"),
         ("optim: {class_weights: null}", "optim.class_weights", "none"),
@@ -79,6 +82,13 @@ def test_a_file_means_what_is_written_in_it(text: str, option: str, value: objec
         found = getattr(found, name)
     assert found == value and type(found) is type(value)
     assert reload(cfg, tmp_path) == cfg
+
+
+def test_parts_that_read_options_in_one_process_do_not_undo_each_other(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run: {name: 007}\ndata: {batch: 064}\n")
+    importlib.reload(data_pipeline.options)  # as if a command on data were imported after the trainer
+    cfg = load(["--config", str(tmp_path / "recipe.yaml")])
+    assert (cfg.run.name, cfg.data.batch) == ("007", 64)
 
 
 def test_the_last_wins(tmp_path: Path) -> None:
