@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 MINUTES = 5.0
 """Longest time of a benchmark, besides its preparation and one round."""
@@ -30,12 +31,12 @@ def rounds_within(
 def reported(report: Callable[[str], None]) -> Iterator[None]:
     """Call `report` when the measurement within ends: with "", or with the signal or crash that broke it off."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised as an exception
+    signal.signal(signal.SIGTERM, _break_off)
     why = ""
     try:
         yield
     except BaseException as error:
-        for number in before:  # a launcher sends more than one
+        for number in before:
             signal.signal(number, signal.SIG_IGN)
         why = f"broken off by {type(error).__name__}; what was measured until then is kept"
         raise
@@ -43,3 +44,9 @@ def reported(report: Callable[[str], None]) -> Iterator[None]:
         report(why)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _break_off(number: int, frame: FrameType | None) -> None:
+    """Raise SystemExit, once: a launcher sends more than one signal, and clearing up shall come to its end."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)

@@ -1,11 +1,16 @@
 """Several numbers of processes in turn, each measured by the benchmark under torchrun."""
 
+import ctypes
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from data_pipeline.bench.budget import rounds_within
 from data_pipeline.common.errors import UserError
@@ -13,6 +18,8 @@ from data_pipeline.common.worker_pool import progress
 from trainer.bench.turns import Measured
 
 REPEATS = 3  # times that each number of processes is started
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def measure_worlds(worlds: list[int], options: list[str], minutes: float, into: Measured) -> None:
@@ -48,14 +55,19 @@ def _measure_world(world: int, repeat: int, options: list[str], into: Measured) 
 
 def _torchrun(world: int, options: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*command, "-m", "trainer.bench", *options], stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            _, said = process.communicate()
-        except BaseException:
-            process.terminate()  # it ends its own processes, which a kill would not
-            process.communicate()
-            raise
+    with TemporaryFile("w+") as file:
+        with _no_orphans():
+            process = subprocess.Popen(
+                [*command, "-m", "trainer.bench", *options], stdout=subprocess.DEVNULL, stderr=file
+            )
+            try:
+                process.wait()
+            except BaseException:
+                process.terminate()  # its ranks then write their results
+                process.wait()
+                raise
+        file.seek(0)
+        said = file.read()
     if process.returncode:
         for line in said.splitlines():
             if line.startswith("error: "):
@@ -63,3 +75,33 @@ def _torchrun(world: int, options: list[str]) -> None:
         print(said, file=sys.stderr)
         processes = f"{world} process" + "es" * (world > 1)
         raise UserError(f"--worlds: {processes} ended with exit code {process.returncode}, as said above")
+
+
+@contextmanager
+def _no_orphans() -> Iterator[None]:
+    """Kill at the end what was started within: torchrun leaves ranks behind if it is killed, or stopped while it starts one.
+
+    Linux only.
+    """
+    _adopt_orphans(True)
+    before = set(_children())
+    try:
+        yield
+    finally:
+        # Those that a killed process leaves behind come next.
+        while left := set(_children()) - before:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            for pid in left:
+                os.waitpid(pid, 0)
+        _adopt_orphans(False)
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """Have the kernel make this process, in place of the first one, the parent of those below it whose parent has ended."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
+
+
+def _children() -> list[int]:
+    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]

@@ -1,7 +1,9 @@
 """Measurements of the benchmark, their order and report, and the command on one process and on two."""
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -396,14 +398,17 @@ def test_a_mistake_that_only_the_processes_find_is_told(options: list[str], monk
         call(monkeypatch, *options, "--worlds", "1", "--optim.accumulate", "3")
 
 
-def test_whoever_ends_it_ends_what_it_has_started(options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_torchrun", [False, True])
+def test_whoever_ends_it_ends_what_it_has_started(options: list[str], tmp_path: Path, of_torchrun: bool) -> None:
+    """Also where torchrun cannot end its worker: one that is killed, or gets a signal before it knows of the worker."""
     job = Job(1, tmp_path / "log", "trainer.bench", *options, "--worlds", "1", "--rounds", "999")
     try:
         while len(family := list(descendants(job.process.pid))) < 2:  # torchrun and its worker
             assert job.process.poll() is None, job.output()
-            time.sleep(0.05)
-        job.process.terminate()
-        assert job.process.wait(60) == 143
+            time.sleep(0.01)
+        os.kill(family[0], signal.SIGKILL) if of_torchrun else job.process.terminate()
+        assert job.process.wait(60) == (2 if of_torchrun else 143)
         assert all(state_of(pid) in "ZX" for pid in family)
+        assert not of_torchrun or "error: --worlds: 1 process ended with exit code -9" in job.output()
     finally:
         job.kill()
