@@ -15,7 +15,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import holds_below, look_into
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import LeftOut, Listing, Taken, counted, is_image
+from data_pipeline.sources.listing import LeftOut, Listing, Taken, counted, is_foreign, is_image
 from data_pipeline.sources.published.archived_folders import Halves, Tree, classes_in, find_halves, labelled
 from data_pipeline.sources.published.kaggle_imagenet import INSIDE, SOLUTION, solution
 from data_pipeline.sources.published.zip_members import Member, inflated, members
@@ -33,7 +33,8 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
         return None
     base = files[0].parent
     where = root if len(files) == 1 else base
-    places = _places(files)
+    all_places = _places(files)
+    places = {path: place for path, place in all_places.items() if not any(map(is_foreign, path.split("/")))}
     tree = Tree(filter(is_image, places))
     require(len(tree.images) > 0, f"data.path: no images in {where}; unzip it, and give the folder of the images")
     tables = [path for path in places if path.lower().endswith(TABLES)]
@@ -49,7 +50,7 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     inside = f"/{folder}".rstrip("/") if len(files) == 1 else f", {folder}/"
     name = files[0].name if len(files) == 1 else counted(len(files), "zip file")
     val_from = f"{halves.val}/{f' by {SOLUTION}' * flat}" if halves.val is not None else ""
-    notes = [*halves.notes, *notes, *_left_out(places, folder), *_deflated(places, rows)]
+    notes = [*halves.notes, *notes, *_left_out(places, folder), *_hidden([*all_places]), *_deflated(places, rows)]
     listing = replace(listing, taken=Taken(f"class folders in {name}{inside}", val_from, notes=notes))
     return divided(listing, cfg, split)
 
@@ -149,6 +150,14 @@ def _left_out(places: _Places, base: str) -> list[str]:
     inside = (path for path in places if path.startswith(classes) and "/" in path[len(classes) :])
     left_out = LeftOut(path for path in inside if not is_image(path))
     return left_out.images() + left_out.others()
+
+
+def _hidden(paths: list[str]) -> list[str]:
+    """Say in a line which hidden folders have images: a class may be called .net."""
+    images = (path for path in paths if is_image(path) and not is_foreign(posixpath.basename(path)))
+    folders = {posixpath.dirname(path) for path in images}
+    hidden = sorted(f"{folder}/" for folder in folders if posixpath.basename(folder).startswith("."))
+    return [f"hidden, so left out: {', '.join(hidden[:5])}"] if hidden else []
 
 
 def _deflated(places: _Places, rows: list[tuple[str, int]]) -> list[str]:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from data_pipeline.common.atomic_io import MOST_BYTES, stays_below
 from data_pipeline.common.errors import UserError, require
 from data_pipeline.sources.image_headers import BadImage
-from data_pipeline.sources.listing import is_foreign
 
 _HEADER = struct.Struct("<4s22xHH")  # in front of each member: signature, then lengths of its name and of other fields
 _ENCRYPTED = 0x1
@@ -26,13 +25,13 @@ class Member(NamedTuple):
 
 
 def members(file: Path) -> list[Member]:
-    """List the files of other programs left out. Raises `UserError` for a file of which not every member can be read."""
+    """List all files in a zip file. Raises `UserError` for one of which not every member can be read."""
     try:
         with _opened(file) as archive, open(file, "rb") as stream:
             infos = [info for info in archive.infolist() if not info.is_dir()]
             _use_slashes(infos)
             _check(infos, file)
-            return [_located(info, stream.fileno()) for info in infos if not _is_foreign(info.filename)]
+            return [_located(info, stream.fileno()) for info in infos]
     except (OSError, zipfile.BadZipFile, struct.error, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(
@@ -94,7 +93,3 @@ def _located(info: zipfile.ZipInfo, descriptor: int) -> Member:
         raise zipfile.BadZipFile(f"no file at byte {info.header_offset:,}, where its index has {info.filename!r}")
     start = info.header_offset + _HEADER.size + name + other
     return Member(info.filename, start, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
-
-
-def _is_foreign(name: str) -> bool:
-    return any(is_foreign(part) for part in name.split("/"))

@@ -285,10 +285,10 @@ def test_a_table_beside_class_folders_in_a_zip_file_is_told(tmp_path: Path) -> N
 
 
 def test_files_in_a_zip_file_that_are_left_out_are_told(tmp_path: Path) -> None:
-    file = archive(
-        tmp_path / "set.zip", [*some("train", "val"), "train/a/x", "train/b/y.jpg.1", "train/a/c/z.jpg", "LICENSE"]
-    )
-    text = said(file)
+    stray = ["train/a/x", "train/b/y.jpg.1", "train/a/c/z.jpg", "LICENSE"]
+    hidden = ["train/.net/0.jpg", "__MACOSX/train/a/._0.jpg", "train/a/.thumbs/x", "train/a/._0.jpg"]
+    text = said(archive(tmp_path / "set.zip", [*some("train", "val"), *stray, *hidden]))
+    assert "data: hidden, so left out: train/.net/\n" in text
     assert "data: not named as images, so left out: 2 files, as train/a/x, train/b/y.jpg.1\n" in text
     assert "data: in folders inside class folders, and of their classes: 1 image, as a/c/z.jpg\n" in text
 
