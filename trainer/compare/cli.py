@@ -7,7 +7,7 @@ runs.csv              a row for each run: epochs, best top-1, last losses and tr
 settings.csv          a row for each setting: mean and standard deviation of the same figures over its runs
 targets.csv           epochs and minutes until validation top-1 first reaches each target
 options.csv           the options in which the settings differ
-epochs.csv            the data of the curves, a row for each epoch of a run
+epochs.csv            the data of the curves, a row for each epoch and validation of a run
 classes.csv           the first setting against each other one, class by class, where both have predictions
 curves-epochs.png, curves-minutes.png, classes.png
 """
@@ -106,20 +106,21 @@ def run_table(settings: list[Setting]) -> pd.DataFrame:
 
 
 def _last(epochs: pd.DataFrame, metric: str) -> float:
-    values = epochs[metric].to_numpy()
+    values = epochs[metric].dropna().to_numpy()
     return float(values[-1]) if len(values) else math.nan
 
 
 def epoch_table(run: Run) -> pd.DataFrame:
-    """Make a row for each evaluation of a run: `epoch`, `minutes`, and `metrics_of` it, NaN where a row has none.
+    """Make a row for each epoch and evaluation of a run: `epoch`, `minutes`, and `metrics_of` it, NaN where a row has none.
 
     The learning rate is that of the last optimizer step reported before it, as rows of whole epochs have none.
     """
     table = pd.DataFrame(run.rows, columns=["epoch", "time", *metrics_of(run)], dtype=float)
     table.insert(1, "minutes", run.minutes)
     table["train/lr"] = table["train/lr"].ffill()
-    validated = pd.Series([f"val/{run.score}" in row for row in run.rows], dtype=bool)
-    return table[validated].drop(columns="time").drop_duplicates("epoch", keep="last").reset_index(drop=True)
+    told = {f"val/{run.score}", "perf/epoch_s"}
+    wanted = pd.Series([not told.isdisjoint(row) for row in run.rows], dtype=bool)
+    return table[wanted].drop(columns="time").drop_duplicates("epoch", keep="last").reset_index(drop=True)
 
 
 def rate_table(run: Run) -> pd.DataFrame:

@@ -230,7 +230,7 @@ def lines(panel: Panel, epochs: pd.DataFrame, steps: pd.DataFrame, over: str) ->
     """Draw a line for each setting over "epoch" or "minutes": the mean of its runs as far as all have come, over the runs."""
     source = steps if panel.metric in steps else epochs
     found = []
-    for number, (setting, rows) in enumerate(source.groupby("setting", sort=False)):
+    for number, (setting, rows) in enumerate(source.dropna(subset=panel.metric).groupby("setting", sort=False)):
         runs = list(rows.groupby("folder", sort=False))
         curve = Curve(str(setting), [], number, number)
         if len(runs) > 1:

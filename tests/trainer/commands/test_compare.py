@@ -131,6 +131,21 @@ def test_tables_of_a_study(study: list[Path]) -> None:
     assert compare.option_table(settings).to_numpy().tolist() == [["optim.lr", "0.1", "0.01"]]
 
 
+def test_epochs_without_validation_are_on_the_curves_of_training(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", [40.0, 70.0, 80.0, 85.0])
+    rows = [json.loads(line) | {"perf/epoch_s": 1.0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if row["epoch"] in (1, 3) or not k.startswith("val/")} for row in rows]
+    for row in kept[::2]:
+        del row["perf/epoch_s"]  # the middle of an epoch
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    settings = compare.settings_of([read_run(run)])
+    epochs = compare._stacked(settings, compare.epoch_table)
+    drawn = {panel.metric: compare_report.lines(panel, epochs, epochs, "epoch") for panel in compare_report.PANELS}
+    assert drawn["val/top1_pct"][0].points == [(1, 40), (3, 80)]
+    assert drawn["train/top1_pct"][0].points == [(1, 41), (2, 71), (3, 81), (4, 86)]
+    assert compare.run_table(settings)[["val_loss", "train_loss"]].to_numpy().tolist() == [[2 / 3, 1 / 4]]
+
+
 def test_names_tell_settings_apart(tmp_path: Path) -> None:
     folders = [
         made(tmp_path / f"{kind}/{n}", [50.0], seed=n, lr=lr) for kind, lr in (("a", 0.1), ("b", 0.2)) for n in (0, 1)
