@@ -131,7 +131,7 @@ def nodes(script: str, count: int) -> Iterator[tuple[NodeRanks, socket.socket, l
         with NodeRanks(0, "n0", 1, shell(script)) as own:
             yield own, listener, links
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -95,7 +95,7 @@ def hang_while_asked(rank: int, port: int, folder: Path) -> None:
     """Hold the interpreter's lock, as torch does while it asks a GPU that does not answer."""
     os.environ |= variables(rank, port)
     watchdog._REPORT_S = 1.0
-    torch._C._distributed_c10d._dump_fr_trace = lambda: ctypes.PyDLL(None).sleep(60)  # type: ignore[attr-defined]
+    torch._C._distributed_c10d._dump_fr_trace = lambda: ctypes.PyDLL(None).sleep(300)  # type: ignore[attr-defined]
     with open_dist_context() as ctx:
         Watchdog(60, folder, ctx, print)._write_collectives()
 
@@ -104,7 +104,7 @@ def test_a_record_that_cannot_be_had_keeps_no_process(tmp_path: Path) -> None:
     start_s = time.monotonic()
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGALRM"):
         warm.start_ranks(hang_while_asked, (free_port(), tmp_path), 2)
-    assert time.monotonic() - start_s < 50
+    assert time.monotonic() - start_s < 200
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ def test_one_rank_fails_in_mid_epoch(kind: str, code: int, line: str, base: Path
     ]
     try:
         assert ranks[1].wait(100) == code, logs[1].read_text()
-        assert ranks[0].wait(30) == 1, logs[0].read_text()
-        assert time.time() - (tmp_path / "raised").stat().st_mtime < 20
+        assert ranks[0].wait(60) == 1, logs[0].read_text()
+        assert time.time() - (tmp_path / "raised").stat().st_mtime < 60
     except subprocess.TimeoutExpired:
         pytest.fail("\n".join(log.read_text() for log in logs))
     finally:

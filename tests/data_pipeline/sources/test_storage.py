@@ -228,7 +228,7 @@ def blocks_asked(server: RangeServer, count: int) -> list[tuple[str, int]]:
     def asked() -> list[tuple[str, int]]:
         return [(path[-10:], int(span[6:].split("-")[0]) // 8192) for _, path, span in server.seen if span]
 
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while len(asked()) < count and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)

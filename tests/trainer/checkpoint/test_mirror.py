@@ -85,7 +85,7 @@ def restore(place: Path | str, store: Store, name: str = NAME) -> None:
 
 
 def wait_for(holds: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end_s
         time.sleep(0.01)
@@ -215,19 +215,20 @@ def test_a_mirror_that_is_down_holds_nothing_up(
         start_s = time.monotonic()
         save(store, 6, best=True)
         mirror.saved()
-        assert time.monotonic() - start_s < 0.5
+        assert time.monotonic() - start_s < 2
         wait_for(lambda: len(copying.lines) > 1)
-        mirror.patience_s, start_s = 0.3, time.monotonic()
-    assert time.monotonic() - start_s < 1
+        mirror.patience_s, end_s = 0.3, time.monotonic()
+    assert time.monotonic() - end_s < 5
     said = [line.partition(":")[0] for line in copying.lines]
-    assert said[:2] == ["not mirrored", "not mirrored"] and len(said) < 6, "one, and then at most one every 0.2 s"
+    most = 2 + (time.monotonic() - start_s) / 0.2
+    assert said[:2] == ["not mirrored", "not mirrored"] and len(said) <= most, "one, and then at most one every 0.2 s"
     last = copying.lines[-1]
     assert last.startswith(f"not in the mirror s3://b/{NAME}: checkpoints/step-00000006, checkpoints/")
     assert last.endswith("; the same command copies it") and "answer 503" in last
     half = server.root / "b" / NAME / "checkpoints/step-00000006"
     assert (half / "training.pt").exists() and not (half / "manifest.json").exists()
 
-    mirror._thread.join(20)  # its last attempt may be under way
+    mirror._thread.join(60)  # its last attempt may be under way
     server.fault = lambda method, path: None
     shutil.copytree(tmp_path / "run", tmp_path / "kept", symlinks=True)
     shutil.rmtree(tmp_path / "run")
@@ -249,12 +250,12 @@ def test_a_slow_mirror_gets_whole_checkpoints(server: RangeServer, tmp_path: Pat
     def hold(method: str, path: str) -> str | None:
         if method == "PUT" and "step-00000001/training.pt" in path:
             holding.set()
-            go_on.wait(10)
+            go_on.wait(60)
         return None
 
     server.fault = hold
     with (copying := Copying("s3://b", store)) as mirror:
-        assert holding.wait(10)
+        assert holding.wait(60)
         for step in range(2, 6):
             save(store, step)
             mirror.saved()

@@ -431,7 +431,7 @@ def of_gloo():
 
 @atexit.register  # before trainer's own, so it runs after them
 def last():
-    end_s = time.monotonic() + 5
+    end_s = time.monotonic() + 60
     while of_gloo():  # the kernel lists a thread for a moment after it has been joined
         if time.monotonic() > end_s:
             os._exit(3)
