@@ -67,6 +67,8 @@ class Session:
     steps_back: Counter[int] = field(default_factory=Counter)
     """Steps back, by the number of steps in the checkpoint that they led to."""
 
+    _failed_saves: int = 0
+    """Saves that were given up, as far as the best was put back for them."""
     _thresholds: dict[str, str] = field(default_factory=dict)
     """Metadata that a validation has just found for the present weights, where images have several classes."""
 
@@ -219,8 +221,10 @@ class Session:
 
     def wait_for_checkpoint(self) -> None:
         """Wait for the current checkpoint. Where it failed, the best is again the one on disk. Collective."""
-        if self.saver.wait():
-            saved = self.saver.saved
+        self.saver.wait()
+        # Once for each failure: by the next save a validation may have found a better one.
+        if self.saver.failed > self._failed_saves:
+            self._failed_saves, saved = self.saver.failed, self.saver.saved
             self.progress = replace(
                 self.progress,
                 best_top1_pct=saved.best_top1_pct,

@@ -32,6 +32,7 @@ from trainer.engine.ddp import DdpEngine
 from trainer.model.normalize import Normalise
 from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.optim.optimizer import OptimConfig
+from trainer.session import Session
 
 
 def ignore(line: str) -> None:
@@ -183,6 +184,19 @@ def test_failed_save_is_told_counted_and_tried_again(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best", "last", "step-00000003"], "its room is given back"
     one.start(progress(9), writer(9), best=False)
     assert one.wait() is None and Store(tmp_path).progress() == progress(9)
+
+
+def test_the_best_after_a_save_that_failed(tmp_path: Path) -> None:
+    """It is that on disk, until a later validation finds a better one: else worse weights would take the place of those."""
+    session = Session.__new__(Session)  # of its many parts these two alone are asked
+    session.saver, session.progress = saver(tmp_path), progress(6)
+    with no_room():
+        session.saver.start(progress(6), writer(6), best=True)
+        session.wait_for_checkpoint()
+    assert session.progress.best_top1_pct == -1, "there is none on disk"
+    session.progress = progress(9)  # as a validation leaves it
+    session.wait_for_checkpoint()
+    assert session.progress == progress(9)
 
 
 def test_our_own_mistake_ends_the_training(tmp_path: Path) -> None:
