@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_origin
 
 LOST_S = 30.0
-"""Silence after which the other side counts as lost."""
+"""Silence after which the other side counts as lost. Time in which nobody looked does not count: the job was suspended."""
 BEAT_S = 1.0
 """Longest time between two messages of a supervisor."""
 _MOST_BYTES = 1 << 16  # of a message; longer ones are none of ours
@@ -22,12 +22,13 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self._received = b""
-        self._sent, self._sent_s, self._heard_s = b"", 0.0, time.monotonic()
+        self._sent, self._sent_s = b"", 0.0
+        self._looked_s, self._silent_s = time.monotonic(), 0.0
         self._closed = False
 
     @property
     def lost(self) -> bool:
-        return self._closed or time.monotonic() - self._heard_s > LOST_S
+        return self._closed or self._silent_s > LOST_S
 
     def close(self) -> None:
         self._closed = True
@@ -48,6 +49,8 @@ class Link:
 
     def receive(self, kind: type) -> Any:
         """Return the last message that has arrived, made a `kind`; None where there is none."""
+        before_s, self._looked_s = self._looked_s, time.monotonic()
+        self._silent_s += min(self._looked_s - before_s, BEAT_S)
         with suppress(BlockingIOError):
             try:
                 while not self._closed:
@@ -67,7 +70,7 @@ class Link:
         except (ValueError, TypeError, AttributeError):
             self.close()
             return None
-        self._heard_s = time.monotonic()
+        self._silent_s = 0.0
         return message
 
 

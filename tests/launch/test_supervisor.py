@@ -186,6 +186,20 @@ def test_messages_arrive_as_they_were_sent() -> None:
     assert ends[1].receive(Order) is None and ends[1].lost
 
 
+def test_a_suspended_job_loses_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both sides were suspended for is no silence: SLURM suspends all nodes of a job together."""
+    monkeypatch.setattr("launch.supervisor.link.LOST_S", 0.3)
+    ends = pair()
+    ends[0].send(Order())
+    time.sleep(0.6)  # nobody looks
+    assert not ends[1].lost and ends[1].receive(Order) == Order() and not ends[1].lost
+    start_s = time.monotonic()
+    while not ends[1].lost:
+        assert ends[1].receive(Order) is None and time.monotonic() - start_s < 30
+        time.sleep(0.05)
+    assert time.monotonic() - start_s >= 0.3
+
+
 def pair() -> tuple[Link, Link]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
