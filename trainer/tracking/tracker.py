@@ -195,7 +195,7 @@ class Tracker:
             try:
                 act(sink)
             except Exception as error:
-                del self._sinks[name]
+                self._sinks.pop(name, None)  # another thread may have dropped it
                 with contextlib.suppress(Exception):
                     sink.close(failed=True)
                 self._say_dropped(name, error)

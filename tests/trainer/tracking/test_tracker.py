@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from trainer.model.resnet import ModelConfig, build_resnet
 from trainer.report.run_reader import read_run
 from trainer.tracking.config import TrackingConfig, wandb_mode
 from trainer.tracking.model_summary import Layer, layers
+from trainer.tracking.row_file import RowFile
 from trainer.tracking.tracker import Tracker
 
 OFF = TrackingConfig(wandb="off", tensorboard=False)
@@ -320,6 +322,37 @@ def test_a_disk_full_for_a_while_loses_no_row(folder: Path, capfd: pytest.Captur
         waits = f"{name}: No space left on device; its rows wait in memory until they can be written\n"
         assert output.count(waits) == output.count(f"{name}: written again, with all rows that had waited\n") == times
     assert errors == ""
+
+
+def test_rows_of_two_threads_meet_on_a_slow_disk() -> None:
+    """The mirror's thread tells of a failure while a row is being written: none is lost, torn or written twice."""
+    read, write = os.pipe()  # as slow as its reader
+    told: list[str] = []
+    rows = RowFile("rows", lambda: write, told.append)
+    failures: list[BaseException] = []
+
+    def add(row: bytes) -> None:
+        try:
+            rows.write(row)
+            rows.flush()
+        except BaseException as error:
+            failures.append(error)
+
+    first, second = (threading.Thread(target=add, args=(letter * 500_000,)) for letter in (b"a", b"b"))
+    first.start()
+    while not select.select([read], [], [], 1)[0]:
+        pass
+    second.start()
+    second.join(0.2)  # it waits, or has failed
+    got = b""
+    while len(got) < 1_000_000 and select.select([read], [], [], 5)[0]:
+        got += os.read(read, 1 << 20)
+    first.join()
+    second.join()
+    rows.close()
+    os.close(read)
+    assert (failures, told) == ([], [])
+    assert got == b"a" * 500_000 + b"b" * 500_000
 
 
 def test_rows_that_are_lost_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
