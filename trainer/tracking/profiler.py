@@ -5,12 +5,15 @@ and within it data, forward, backward and update.
 """
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from data_pipeline.common.errors import printable
 from trainer.distributed import DistContext
 
 # Otherwise the profiler's library reports each start, and a missing GPU, on stderr.
@@ -27,7 +30,7 @@ class Trace:
 
     `steps` are counted from 1, and none of them profile nothing; `done` is the number of steps made before. If the
     file exists, as after a resume, nothing is profiled again. A run that ends earlier, or is resumed between
-    the chosen steps, leaves a file of those that it made.
+    the chosen steps, leaves a file of those that it made. A disk that does not take the file ends no training.
     """
 
     def __init__(self, steps: range, folder: Path, ctx: DistContext, done: int = 0) -> None:
@@ -79,10 +82,16 @@ class Trace:
         if self._done < self._first:
             return
         path = self._path(range(self._first, self._done + 1))
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".partial-{path.name}")  # it must have the same suffix to be compressed
-        recorded.export_chrome_trace(str(beside))
-        os.replace(beside, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(beside))
+            os.replace(beside, path)
+        except OSError as error:
+            line = f"no profile is written: {self._folder}: {error.strerror}"
+            print(printable(line), file=sys.stderr, flush=True)
+            with suppress(OSError):
+                beside.unlink()
 
     def _path(self, steps: range) -> Path:
         named = f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"

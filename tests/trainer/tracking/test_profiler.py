@@ -93,6 +93,14 @@ def test_a_failing_run_leaves_the_updates_before(tmp_path: Path) -> None:
     assert named(tmp_path / "rank0-1-2.pt.trace.json.gz", "mark ") == ["mark 1", "mark 2"]
 
 
+def test_a_disk_that_takes_no_trace_ends_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile").touch()
+    with Trace(range(1, 2), tmp_path / "profile", SOLO) as trace:
+        train(trace, 1, 2)
+    line = f"no profile is written: {tmp_path / 'profile'}: File exists\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize(("text", "steps"), [("10-12", [10, 11, 12]), ("7", [7]), ("3-3", [3])])
 def test_updates_are_counted_from_one_with_both_ends(text: str, steps: list[int]) -> None:
     assert list(chosen_steps(text)) == steps
