@@ -70,16 +70,24 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before the command was there
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if child:
+            child.send_signal(number)
+        else:
+            early.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        if signal.getsignal(number) != signal.SIG_IGN:  # the command ignores it, too, as under nohup
+            signal.signal(number, forward)
     try:
         child = subprocess.Popen(sys.argv[1:])
     except OSError as error:
         raise UserError(f"COMMAND: {sys.argv[1]} cannot be run ({error.strerror})") from None
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, forward)
+    for came in early:
+        child.send_signal(came)
     threading.Thread(target=_watch, args=(child,), daemon=True).start()
     code = child.wait()
     sys.exit(code if code >= 0 else 128 - code)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -229,6 +230,29 @@ def test_a_command_ends_as_without_it(command: list[str], code: int) -> None:
         text=True,
     )
     assert ran.returncode == code and "Traceback" not in ran.stderr
+
+
+def test_a_signal_while_the_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the command all the same, which would go on alone otherwise."""
+    popen, missed = subprocess.Popen, list[int]()
+
+    def start(command: list[str]) -> "subprocess.Popen[bytes]":
+        child = popen(command)
+        signal.raise_signal(signal.SIGTERM)
+        return child
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda number, frame: missed.append(number)) for number in numbers}
+    monkeypatch.setattr(spot_notice.subprocess, "Popen", start)
+    monkeypatch.setattr(spot_notice, "noticed", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["spot_notice", "sleep", "5"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            spot_notice.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (end.value.code, missed) == (128 + signal.SIGTERM, [])
 
 
 @pytest.mark.slow
