@@ -187,7 +187,7 @@ def test_messages_arrive_as_they_were_sent() -> None:
 
 
 def test_a_suspended_job_loses_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What both sides were suspended for is no silence: SLURM suspends all nodes of a job together."""
+    """Time in which both sides were suspended is no silence: SLURM suspends all nodes of a job together."""
     monkeypatch.setattr("launch.supervisor.link.LOST_S", 0.3)
     ends = pair()
     ends[0].send(Order())
