@@ -113,6 +113,7 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
     run, step = session.cfg.run, session.progress.step
     save_due, last_step, validation_due = step % run.save_every == 0, step == run.max_steps, run.validation_due(step)
     snapshot_due = run.snapshot_every is not None and step % run.snapshot_every == 0
+    # All of this depends on the step alone, so every rank comes to the same calls, which are collective.
     if not (step % run.log_every == 0 or save_due or snapshot_due or last_step or validation_due):
         return Outcome.CONTINUE
     # A signal may reach one rank alone, or each at another step. They agree here and not in every step, because the reduction

@@ -147,8 +147,10 @@ class Session:
         self.progress = replace(self.progress, sums=self.meter.epoch_sums, train_s=self.meter.train_s)
         limit_bad(self.loader, int(bad_images))
         scalars |= {"data/bad_images": bad_images + len(self.loader.catalog.bad)}
+        # What came up between two rows goes into the next one: `next_row` holds what a restart and each save cost.
         scalars |= {**self.next_row, **self.saver.take_scalars(), **self._mfu(scalars)}
         self.next_row = {}
+        # They are told by whoever writes the row, after it, so that a reader finds the figures that an alert names.
         self._alerts += self.slow_ranks.look(self.meter.rank_times)
         if self.ctx.world > 1:
             scalars |= {"perf/slow_ranks": len(self.slow_ranks.named)}

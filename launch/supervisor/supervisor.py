@@ -3,6 +3,10 @@
 Each starts the ranks of its node and tells the first how they are. When a rank has ended too early, or a node is silent,
 the first has all ranks ended and started again from the last checkpoint, within the same allocation: at most so many times,
 and where a node is lost, on a spare one.
+
+The first says what is to be done by an order, "run" on these nodes or "stop", and sends it again and again. The others answer
+with reports of their ranks. A start has a number, the generation, in its orders and in the reports of its ranks: a report of
+an earlier start, which was under way when the order changed, does not count.
 """
 
 import socket

@@ -42,6 +42,7 @@ class Turn(NamedTuple):
     per_step: int = 1
     """Calls that count, for each step of a turn."""
     skipped: int = 1
+    """Calls before them that do not count, since they use what was fetched before."""
 
     def of(self, steps: int) -> Timed:
         return self.run(self.per_step * steps, self.skipped)

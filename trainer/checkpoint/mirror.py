@@ -43,6 +43,8 @@ class Mirror:
         self._there: dict[str, str] = {}  # checksum of each file that was compared there in this process
         self._damaged: set[str] = set()  # checkpoints of the run folder that were told
         self._last: str | None = None  # the newest checkpoint, at the beginning of this round
+        # Numbers of requests: the newest, the newest when the round under way began, and that of the last round which copied all.
+        # Whatever is asked meanwhile is thus left for one more round; `_over` ends the thread after this one.
         self._asked, self._begun, self._done, self._over = 1, 0, 0, False
         self._changed = threading.Condition()
         self._closing, self._foreign, self._why = False, False, ""

@@ -150,6 +150,8 @@ class Watchdog:
             return
 
     def _watch(self) -> None:
+        # Three things are known of each rank: when it was last heard (its beat went on), when any rank last moved (its position
+        # changed), and when this one last exchanged positions at all, without which it cannot blame another.
         clock_s = moved_s = 0.0
         last: dict[int, tuple[int, Position]] = {}
         heard_s = dict.fromkeys(range(self.ctx.world), 0.0)

@@ -152,8 +152,8 @@ class Meter:
 
     def reduce(self, *counts: float) -> tuple[dict[str, float], list[float]]:
         """Compute scores and speed since the last call, and add `counts` up over the ranks along the way. Collective."""
-        # The only time that the host waits for the device: first for the marks, then for the one reduction that serves scores,
-        # times and the caller's counts.
+        # The only place where the host waits for the device: for the marks, for the sum of images, whose value says that all
+        # steps are done, and in the one reduction that serves scores, times and the caller's counts.
         if self._ends[1:]:
             self._clock.settle(self._ends[-1])
         steps = len(self._ends) - 1
@@ -163,6 +163,7 @@ class Meter:
         own = (*self._times(images), *self._usage.read())
         ranks = table.new_zeros(self.ctx.world, len(own))  # with a row for each rank the sum gathers, too
         ranks[self.ctx.rank] = table.new_tensor(own)
+        # One vector: sums of the steps, the caller's counts, 1 where a loss was lost, then the rows of the ranks' own figures.
         values = torch.cat([table.sum(dim=0), table.new_tensor(counts), lost.any()[None], ranks.flatten()])
         summed = self.ctx.sum(values)  # on a GPU this waits for the steps of the interval
         totals = summed[: -ranks.numel()].tolist()
