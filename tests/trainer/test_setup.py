@@ -198,6 +198,15 @@ def test_batches_that_would_have_come_in_another_order(base: Path, tmp_path: Pat
     assert tree(run) == before
 
 
+@pytest.mark.parametrize("option", ["model__weights", "optim__teacher"])
+def test_a_start_that_is_refused_late_leaves_no_run(base: Path, tmp_path: Path, option: str) -> None:
+    """The networks that a run begins with are read when its folder has been claimed."""
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"nothing (does not exist|is neither)"):
+        train(base, run, **{option: str(tmp_path / "nothing")})
+    assert not run.exists()
+
+
 def test_one_value_a_channel_is_refused(base: Path, tmp_path: Path) -> None:
     """And nothing is begun; one image of more pixels is enough."""
     with pytest.raises(UserError, match=r"data\.batch: 1 is one image of 32 px for each rank .* give 2 or more"):

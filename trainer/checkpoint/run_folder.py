@@ -127,3 +127,13 @@ def record_run(run: Path, config: str) -> None:
         partial.replace(run / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run} ({error.strerror}); give another --run.dir") from None
+
+
+def forget_run(run: Path) -> None:
+    """Remove what the start of a new run has recorded in `run`, if nothing was trained in it and nothing else lies there."""
+    with suppress(OSError):
+        (run / "checkpoints").rmdir()  # it fails where anything is in it
+        recorded = {"config.yaml", JOB}
+        if {entry.name for entry in run.iterdir()} <= {*recorded, LOCK}:
+            for name in recorded:
+                (run / name).unlink(missing_ok=True)

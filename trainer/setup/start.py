@@ -20,7 +20,7 @@ from trainer.checkpoint.async_writer import check_room
 from trainer.checkpoint.files import read_metadata
 from trainer.checkpoint.mirror_restore import Mirrored, open_mirror
 from trainer.checkpoint.progress import Progress, read_progress
-from trainer.checkpoint.run_folder import check_run, claim_run, record_job, record_run
+from trainer.checkpoint.run_folder import check_run, claim_run, forget_run, record_job, record_run
 from trainer.checkpoint.snapshots import Snapshots
 from trainer.checkpoint.store import Store
 from trainer.config import Config, to_yaml
@@ -138,7 +138,7 @@ def start_run(cfg: Config, ctx: DistContext) -> Iterator[Start]:
         if ctx.device.type == "cpu":
             torch.set_num_threads(arithmetic.threads[ctx.rank])
 
-        ctx.run_on_rank0(lambda: _record(cfg, mirrored))
+        held.enter_context(_recorded(cfg, mirrored, ctx))
         ctx.run_on_rank0(store.prepare)
         if snapshots:
             snapshots.open()
@@ -211,6 +211,19 @@ def _check_room(cfg: Config, store: Store, classes: int, ctx: DistContext) -> No
         model = fresh_model(cfg, classes)
     size = checkpoint_bytes(model, cfg.optim, cfg.engine.compression, ctx.world)
     check_room(store, size, cfg.run.epochs)
+
+
+@contextmanager
+def _recorded(cfg: Config, mirrored: Mirrored | None, ctx: DistContext) -> Iterator[None]:
+    """Record a run in its folder. A new one that is refused before it has trained anything leaves nothing there. Collective."""
+    new = ctx.primary and not (cfg.folder / "config.yaml").exists()
+    ctx.run_on_rank0(lambda: _record(cfg, mirrored))
+    try:
+        yield
+    except UserError:  # as of weights that do not fit: the mended command is not that of another run
+        if new:
+            forget_run(cfg.folder)
+        raise
 
 
 def _record(cfg: Config, mirrored: Mirrored | None) -> None:
