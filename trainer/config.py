@@ -4,9 +4,11 @@ import difflib
 import io
 import os
 import re
+import shlex
 from collections.abc import Container, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -112,9 +114,27 @@ def load(arguments: list[str]) -> Config:
         added = [f"--{option}={value}" for option, value in of_trial.items() if value]
         arguments, asked = arguments + added, asked + added
         cfg = _parse(asked, defaults)
+    _refuse_moved(asked, cfg)
     if cfg.model.weights is None and asked == arguments:
         return cfg
     return _parse(arguments, defaults | (_preprocessing(cfg.model.weights) if cfg.model.weights else {}))
+
+
+def _refuse_moved(arguments: list[str], cfg: Config) -> None:
+    """Check that the config.yaml of a trained run leads to that run: its folder may be moved or a copy. Raises `UserError`."""
+    if any(argument.split("=")[0] in ("--run.name", "--run.dir") for argument in arguments):
+        return
+    for file in (Path(value) for option, value in pairwise(arguments) if option == "--config"):
+        run = file.parent
+        if file.name != "config.yaml" or not os.path.lexists(run / "checkpoints/last"):
+            continue
+        saved = flat(tree_of(_text_of(file), str(file)))
+        require(
+            run.resolve() == cfg.folder.resolve()
+            or (saved.get("run.name"), saved.get("run.dir")) != (cfg.run.name, cfg.run.dir),
+            f"--config: {file} is of a run that was moved or copied from {cfg.folder}, and would train there; "
+            f"give --run.dir {shlex.quote(str(run))} to go on with it, or another --run.name to train anew",
+        )
 
 
 def _of_agent(arguments: list[str]) -> list[str]:

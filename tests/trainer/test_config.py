@@ -315,6 +315,24 @@ def test_a_number_on_the_command_line_is_to_base_ten(arguments: str, batch: obje
         assert load(["--data.batch", arguments]).data.batch == batch
 
 
+def test_the_options_of_a_moved_run_do_not_lead_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They name the folder that it was started in, where another run, or none, would be trained."""
+    monkeypatch.chdir(tmp_path)
+    saved = Path("runs/first/config.yaml")
+    (saved.parent / "checkpoints/last").mkdir(parents=True)
+    saved.write_text(to_yaml(load(["--run.name", "first"])))
+    assert load(["--config", str(saved)]).folder == saved.parent
+    moved = saved.parent.rename("runs/my run") / "config.yaml"
+    with pytest.raises(UserError, match=r"copied from runs/first, .* give --run\.dir 'runs/my run' to go on with it"):
+        load(["--config", str(moved), "--run.extend_to", "9"])
+    for option in (["--run.dir", "runs/my run"], ["--run.name", "first"], ["--run.name", "second"]):
+        load(["--config", str(moved), *option])
+    (moved.parent / "checkpoints/last").rmdir()
+    assert load(["--config", str(moved)]).folder == saved.parent, "options that were copied alone are a recipe"
+
+
 def test_load_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml; give one such as"):
         load_run(tmp_path, [])
