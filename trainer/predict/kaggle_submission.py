@@ -43,6 +43,8 @@ class Form(NamedTuple):
         column = str(self.table.columns[1])
         if self.shows == "probability":
             return f"{column} is the probability of {printable(self.certain)}"
+        if self.shows == "names" and not any(self.table.iloc[:, 1]):
+            return f"{column} is empty in the sample, and has the classes' names"
         if self.shows == "numbers" and self.certain:
             return f"{column} is 1 for {printable(self.certain)}, else 0"
         if self.shows == "numbers":

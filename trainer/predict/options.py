@@ -50,6 +50,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         _check_images(args)
     if args.oof is not None:
         _check_file("--oof", args.oof, args)
+        require(
+            args.out is None or args.out.resolve() != args.oof.resolve(),
+            f"--oof: {args.oof} is the file of --out, too, and would be replaced by it; give another file",
+        )
     return args, rest
 
 

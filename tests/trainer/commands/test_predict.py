@@ -214,6 +214,12 @@ def test_a_sample_is_filled_in(content: str, topk: int, wanted: str, tmp_path: P
         ("id,x\n3,0\n1,0\n2,0\n", NAMES, "id,x\n3,1\n1,0\n2,2\n", "x is the class's number: 0 cat, 1 dog, 2 fish"),
         ("id;label\n3;dog\n1;dog\n2;dog\n", NAMES, "id,label\n3,dog\n1,cat\n2,fish\n", ""),
         (
+            "id,x\n3,\n1,\n2,\n",
+            NAMES,
+            "id,x\n3,dog\n1,cat\n2,fish\n",
+            "x is empty in the sample, and has the classes' names",
+        ),
+        (
             "id,label\n3,.5\n1,.5\n2,.5\n",
             ["cat", "dog"],
             "id,label\n3,0.5\n1,0.25\n2,0.75\n",
@@ -396,6 +402,7 @@ def test_the_out_of_fold_table_has_every_image_once_by_the_run_that_held_it_out(
         (["--out", "x.csv"], "IMAGES: they are missing"),
         (["FOLDER", "FOLDER", "--out", "x.csv"], "FOLDER is not a run folder"),
         (["--oof", "nowhere/x.csv"], "--oof: nowhere is not a folder"),
+        (["FOLDER", "--oof", "x.csv", "--out", "./x.csv"], "--oof: x.csv is the file of --out, too"),
         (["FOLDER"], "--out: it is missing"),
         (["FOLDER", "--out", "no such folder/x.csv"], "--out: no such folder is not"),
         (["FOLDER", "--out", "x.csv", "--topk", "0"], "--topk: 0"),
