@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_pipeline.common.atomic_io import replace_file
 from data_pipeline.common.errors import UserError, printable, require
@@ -70,12 +71,13 @@ def calibration_error_pct(bins: pd.DataFrame) -> float:
 
 
 class Report:
-    """Evaluation of `probabilities` [N, C] of N counted images with their `labels` [N]."""
+    """Evaluation of N counted images with their `labels` [N], by the logarithms [N, C] of their probabilities."""
 
     def __init__(
-        self, images: list[str], labels: NDArray[np.int64], probabilities: NDArray[np.float32], classes: list[str]
+        self, images: list[str], labels: NDArray[np.int64], log_probabilities: NDArray[np.float32], classes: list[str]
     ) -> None:
-        self.images, self.labels, self.probabilities, self.classes = images, labels, probabilities, classes
+        self.images, self.labels, self.classes = images, labels, classes
+        self.log_probabilities, self.probabilities = log_probabilities, (probabilities := np.exp(log_probabilities))
         self.predicted = probabilities.argmax(axis=1)
         self.confidence = probabilities.max(axis=1)
         self.right = self.predicted == labels
@@ -84,9 +86,8 @@ class Report:
         self.bins = calibration(self.confidence, self.right)
 
     def total(self) -> Scores:
-        own = self.probabilities[np.arange(len(self.labels)), self.labels]
-        # Float32 has probabilities of at most 1e-45 as 0.
-        losses = -np.log(np.maximum(own, np.finfo(np.float32).smallest_subnormal).astype(np.float64))
+        # Of logarithms, as float32 has probabilities of at most 1e-45 as 0.
+        losses = -self.log_probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
         top5 = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :5] == self.labels[:, None]
         hits = self.right.mean(), top5.any(axis=1).mean()
         return Scores(float(losses.mean()), 100 * float(hits[0]), 100 * float(hits[1]), len(self.labels))
@@ -193,7 +194,11 @@ def report_run(folder: Path, cfg: Config, out: Path) -> None:
                 title = printable(f"{trained.checkpoint} on {scored_on(catalog, len(several.rows))}")
                 label_report.print_report(several, trained, title, out)
             return
-        found = predict_all(trained.probabilities, len(classes), catalog, cfg.data, ctx, View())
+
+        def log_probabilities(shown: Tensor) -> Tensor:
+            return trained.predict(shown).log_softmax(dim=1)
+
+        found = predict_all(log_probabilities, len(classes), catalog, cfg.data, ctx, View())
         rows = np.flatnonzero(found.readable)
         require(len(rows) > 0, "data.path: none of the validation images could be read")
         images = [catalog.paths[row] for row in rows]
