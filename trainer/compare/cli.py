@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -200,9 +201,11 @@ def class_table(settings: list[Setting]) -> tuple[pd.DataFrame, list[str]]:
         )
         if found:
             chosen.append((setting.name, *found))
-        else:
-            folder = printable(str(setting.runs[0].folder))
+        elif saved := next((run for run in setting.runs if run.saved_step), None):
+            folder = printable(str(saved.folder))
             notes.append(f"{setting.name} has no {PREDICTIONS}; to compare classes: python -m trainer.report {folder}")
+        else:
+            notes.append(f"{setting.name} has no {PREDICTIONS}, and no checkpoint to make it from")
     parts = []
     for name, _, predictions in chosen[1:]:
         compared = per_class(chosen[0][2], predictions)
@@ -240,7 +243,13 @@ def parse(arguments: list[str]) -> tuple[list[Run], Path, list[float], bool]:
         all(0 < target <= 100 for target in targets),
         f"--targets: {args.targets} are no percentages; give some as 75,84.2,90",
     )
-    return [read_run(folder) for folder in folders], Path(args.out), targets, args.force
+    runs = [read_run(folder) for folder in folders]
+    for first, second in combinations(runs, 2):
+        require(
+            not first.rows or first.rows != second.rows,
+            f"RUN: {second.folder} is a copy of {first.folder}, by their metrics.jsonl, and would count twice; leave one out",
+        )
+    return runs, Path(args.out), targets, args.force
 
 
 def main() -> None:

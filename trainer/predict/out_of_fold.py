@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.common.errors import UserError, printable, require
 from data_pipeline.common.worker_pool import progress
+from data_pipeline.sources.listing import counted
 from trainer.config import Config
 from trainer.distributed import open_dist_context
 from trainer.predict.class_columns import with_classes
@@ -59,7 +60,7 @@ def write_held_out(args: argparse.Namespace, runs: list[tuple[Path, Config]]) ->
         top1_pct, macro_pct = 100 * (table.predicted == table.label).mean(), 100 * right.mean()
         print(
             printable(
-                f"{args.oof}: {len(table)} images held out by {len(runs)} runs: top-1 {top1_pct:.2f} %  "
+                f"{args.oof}: {len(table)} images held out by {counted(len(runs), 'run')}: top-1 {top1_pct:.2f} %  "
                 f"macro recall {macro_pct:.2f} %"
             )
         )

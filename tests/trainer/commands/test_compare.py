@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def made(folder: Path, top1_pct: list[float], seed: int = 0, name: str | None = 
         )
     lines = [json.dumps({"step": number, **row}) + "\n" for number, row in enumerate(rows, start=1)]
     (folder / "metrics.jsonl").write_text("".join(lines))
+    if rows:
+        (folder / "checkpoints/last").mkdir(parents=True)
+        (folder / "checkpoints/last/progress.json").write_text(json.dumps({"step": len(rows), "finished": True}))
     return folder
 
 
@@ -190,12 +194,15 @@ def test_report_holds_everything(
         assert grey.min() < 64 and grey[-3:].min() == 255  # dark lines on paper, nothing cut at the edge
 
 
-def test_runs_without_figures_and_names_that_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_without_figures_and_names_that_are_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [made(tmp_path / "one", [], name=HOSTILE), made(tmp_path / "two", [50.0], name="_two $", lr=0.5)]
     run_command(monkeypatch, *runs, "--out", tmp_path / "out")
     assert "<b>" not in (tmp_path / "out/report.html").read_text()
     run_command(monkeypatch, runs[0], made(tmp_path / "three", []), "--out", tmp_path / "none")
     assert not list((tmp_path / "none").glob("*.png"))
+    assert f"has no {PREDICTIONS}, and no checkpoint to make it from" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_one_line(study: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +213,10 @@ def test_mistakes_are_told_in_one_line(study: list[Path], tmp_path: Path, monkey
         ([], "required: RUN; see"),
         ([study[0], study[0]], "is the only one; give two"),
         ([study[0], tmp_path / "none"], "none is no run folder"),
+        (
+            [*study, shutil.copytree(study[1], tmp_path / "b")],
+            "b is a copy of .*seed1, by their metrics.jsonl, .*; leave",
+        ),
         ([*study, "--targets", "75,much"], "--targets: 75,much are no percentages"),
         ([*study, "--targets", "175"], "--targets: 175 are no percentages"),
         ([*study, "--out", mine, "--force"], "mine exists; give another folder$"),
