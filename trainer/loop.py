@@ -131,6 +131,7 @@ def after_step(session: Session, lr: float, stop: StopFlag) -> Outcome:
 
 def validate_within_epoch(session: Session) -> bool:
     """Evaluate, report, save. Returns True where `run.patience` has ended the run."""
+    session.save_before_validation()
     session.average()
     scores, best = session.validate()
     session.tracker.log(scores, session.progress.step, session.epoch)

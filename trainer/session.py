@@ -33,6 +33,9 @@ from trainer.tracking.meter import Meter, beats, named
 from trainer.tracking.profiler import Trace
 from trainer.tracking.tracker import Tracker
 
+LONG_S = 5.0
+"""Time of a validation above which it is worth a checkpoint of its own."""
+
 
 @dataclass
 class Session:
@@ -62,8 +65,8 @@ class Session:
     meter: Meter = field(init=False)
     next_row: dict[str, float] = field(default_factory=dict)
     """Figures for the next row of metrics: the duration of the last checkpoint, or the cost of an interruption."""
-    validated: bool = False
-    """True once this process has begun to score the validation images."""
+    validation_s: float = math.inf
+    """Time of this process's latest validation."""
     steps_back: Counter[int] = field(default_factory=Counter)
     """Steps back, by the number of steps in the checkpoint that they led to."""
 
@@ -263,15 +266,28 @@ class Session:
             yield batch
             heartbeat("average", fresh=False)
 
+    def save_before_validation(self) -> None:
+        """Save before a validation that may not come to its end; a run that is resumed here validates at once. Collective.
+
+        The first of a process takes memory for images of its own, and reads files that nobody has read. A long one may outlast
+        the patience of whoever asks the run to stop: a signal is looked at after it.
+        """
+        doubtful = self.ctx.broadcast_from_rank0(lambda: self.validation_s > LONG_S)
+        step = self.progress.step
+        # A run that has reached `run.max_steps` would not validate when it is resumed.
+        if doubtful and step != self.cfg.run.max_steps and self.saver.saved.step != step:
+            self.save()
+
     def validate(self) -> tuple[dict[str, float], bool]:
         """Score the validation images; returns the metrics, and True where they are the best so far. Collective."""
         heartbeat("save")
         self.wait_for_checkpoint()
-        self.validated = True
         heartbeat("evaluate", fresh=True)
+        start = time.perf_counter()
         # Each rank has statistics of its own; scored are those that are saved.
         self.engine.sync_buffers()
         scores = evaluate(self._predict, self.val_loader, self.ctx)
+        self.validation_s = time.perf_counter() - start
         heartbeat("report")
         self.name_bad(self.val_loader)
         unread = len(self.val_loader.catalog) - scores.images
@@ -313,12 +329,9 @@ class Session:
     def close_epoch(self, rest: dict[str, float]) -> None:
         """Evaluate where due, report with the `rest` of the metrics, move on to the next epoch and save. Collective."""
         epoch, run = self.progress.cursor.epoch + 1, self.cfg.run
-        # The first validation of a process takes memory for images of its own, and reads files that nobody has read: it may
-        # fail. A run that has been resumed here validates at once.
-        last_step = self.progress.step == run.max_steps
-        due = last_step or run.validation_due(self.progress.step, epoch)
-        if due and not self.validated and not last_step and self.saver.saved.step != self.progress.step:
-            self.save()
+        due = self.progress.step == run.max_steps or run.validation_due(self.progress.step, epoch)
+        if due:
+            self.save_before_validation()
         self.average()
         scalars, best = self.validate() if due else ({}, False)
         perf = {name: value for name, value in rest.items() if not name.startswith("train/")}  # of the last steps

@@ -6,7 +6,9 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from trainer.checkpoint.store import Store
 from trainer.config import load
 from trainer.loop import fit
 from trainer.resilience.signals import StopFlag
+from trainer.scoring import evaluate
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +181,34 @@ def test_stop_at_the_end_of_an_epoch(base: Path, tmp_path: Path) -> None:
     assert checkpoint(run) == checkpoint(reference(base, 1))
     wanted = {key: value for key, value in scores(reference(base, 1)).items() if key[0] in (5, 10, 15)}
     assert scores(run) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("every", ["1", "3 steps"])
+def test_broken_off_in_a_long_validation(
+    every: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps until then are saved before, and the run that goes on validates at once."""
+    run = tmp_path / "a run"
+    rarely = {"run.log_every": "100", "run.save_every": "100", "run.validate_every": every, "engine.threads": "1"}
+    cfg = load(dotted(settings_of(base, run) | rarely))
+    calls = count(1)
+
+    def broken_off_in_the_second(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.session.LONG_S", 0.0)
+        patch.setattr("trainer.session.evaluate", broken_off_in_the_second)
+        with pytest.raises(MemoryError):
+            fit(cfg, SOLO, StopFlag())
+    saved = Store(run).progress()
+    assert (saved.step, saved.cursor.epoch) == ((10, 1) if every == "1" else (6, 1))
+    assert fit(cfg, SOLO, StopFlag()).finished
+    assert [row["step"] for row in rows(run) if "val/loss" in row][:2] == ([5, 10] if every == "1" else [3, 6])
+    assert checkpoint(run)["model.safetensors"] == checkpoint(reference(base, 1))["model.safetensors"]
 
 
 def test_two_ranks_log_what_the_table_of_metrics_says(base: Path) -> None:
