@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -170,8 +171,7 @@ def test_imagenet_without_its_validation_images_or_its_kit(folders: Path, tmp_pa
         f"data.path: PATH has ILSVRC2012_img_val.tar and no {KIT}.tar.gz, which holds the classes of its images; put the kit "
         "beside it, or move ILSVRC2012_img_val.tar elsewhere to validate on a share of ILSVRC2012_img_train.tar"
     )
-    with tarfile.open(tmp_path / "kit") as tar:
-        tar.extractall(root, filter="data")
+    subprocess.run(["tar", "-xzf", tmp_path / "kit", "-C", root], check=True)
     assert len(both(root)[1]) == 6  # the kit's own folder
     (root / "ILSVRC2012_img_val.tar").unlink()
     assert "9 images to train on, 3 to validate on (10 % of each class, by a hash of the names)" in said(root)
