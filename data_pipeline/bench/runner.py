@@ -15,6 +15,7 @@ import torch
 from data_pipeline.bench.peers import CONTESTANTS, Task
 from data_pipeline.bench.sources import SOURCES
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.processes import children
 
 # Imported once by the process that the contestants are forked from, not by each of them.
 _PRELOADED = ["pandas", "data_pipeline.common.cli", "data_pipeline.bench.peers"]
@@ -108,10 +109,8 @@ def _serve(name: str, task: Task, orders: Connection) -> None:
 def _family(pid: int) -> Iterator[int]:
     """Yield the process and all its descendants."""
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in children.read_text().split():
-                yield from _family(int(child))
+    for child in children(pid):
+        yield from _family(child)
 
 
 def _cpu_s(pid: int) -> float:

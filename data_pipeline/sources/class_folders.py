@@ -7,7 +7,7 @@ from pathlib import Path
 from data_pipeline.common.class_names import lacking
 from data_pipeline.common.errors import require
 from data_pipeline.sources.folder_walk import Entries, holds, holds_below, leads_back, look_into, walk
-from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, is_image
+from data_pipeline.sources.listing import KINDS, Listing, Taken, counted, hidden_note, is_image
 
 _OF_ONE_IMAGE = {
     *("image", "images", "img", "imgs", "mask", "masks", "label", "labels", "annotation", "annotations", "depth", "gt"),
@@ -40,9 +40,7 @@ def class_folders(base: Path, classes: list[str]) -> Listing:
     found.repeated += back
     notes = found.notes() + found.left_out.others()
     notes += doubtful_places([path for path, _ in rows])
-    hidden = [f"{name}/" for name in _hidden(base)]
-    if hidden:
-        notes.append(f"hidden, so left out: {', '.join(hidden[:5])}")
+    notes += hidden_note(_hidden(base))
     if stray:
         notes.append(f"in no class folder of {base}, so left out: {counted(len(stray), 'image')}, as {stray[0]}")
     also = f" ({'; '.join(notes)})" if notes else ""
@@ -107,7 +105,7 @@ def _parts_of(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _hidden(base: Path) -> list[str]:
-    """List the hidden folders of BASE with images in them: a class may be called .net."""
+    """List the hidden folders of BASE with images in them."""
     with os.scandir(base) as entries:
         names = sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
     return [name for name in names if holds(base / name, is_image)]

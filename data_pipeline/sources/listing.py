@@ -102,6 +102,11 @@ class Listing:
     """Sets of classes, where images have several; else empty."""
 
 
+def hidden_note(folders: list[str]) -> list[str]:
+    """Say in a line which hidden folders with images were left out: a class may be called .net."""
+    return [f"hidden, so left out: {', '.join(f'{folder}/' for folder in folders[:5])}"] if folders else []
+
+
 def counted(count: int, noun: str) -> str:
     """Write a count, as "1 image" or "1,200 images"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

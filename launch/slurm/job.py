@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_pipeline.common.entry_point import keep_printing, run_command
 from data_pipeline.common.errors import UserError, printable
+from data_pipeline.common.processes import children
 from launch.slurm.commands import first_host, own_job
 from launch.slurm.profile import Profile
 from launch.slurm.submission import LOST, Submission, restart_count, short_name
@@ -70,12 +71,10 @@ def end_srun() -> None:
 
     It would wait for ever for the task of a lost node that was back before SLURM had noticed (SlurmdTimeout).
     """
-    script = os.environ.get(SCRIPT, "")
-    for children in Path(f"/proc/{script}/task").glob("*/children"):
-        for child in children.read_text().split():
-            with suppress(OSError):  # it has just ended
-                if Path(f"/proc/{child}/comm").read_text() == "srun\n":
-                    os.kill(int(child), signal.SIGKILL)
+    for child in children(os.environ.get(SCRIPT, "")):
+        with suppress(OSError):  # it has just ended
+            if Path(f"/proc/{child}/comm").read_text() == "srun\n":
+                os.kill(child, signal.SIGKILL)
 
 
 def enter(submission: Submission, log: Path) -> None:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 
 from data_pipeline.bench.budget import rounds_within
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.processes import children
 from data_pipeline.common.worker_pool import progress
 from trainer.bench.turns import Measured
 
@@ -84,12 +85,12 @@ def _no_orphans() -> Iterator[None]:
     Linux only.
     """
     _adopt_orphans(True)
-    before = set(_children())
+    before = set(children("self"))
     try:
         yield
     finally:
         # Those that a killed process leaves behind come next.
-        while left := set(_children()) - before:
+        while left := set(children("self")) - before:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             for pid in left:
@@ -101,7 +102,3 @@ def _adopt_orphans(wanted: bool) -> None:
     """Have the kernel make this process, in place of the first one, the parent of those below it whose parent has ended."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
-
-
-def _children() -> list[int]:
-    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]

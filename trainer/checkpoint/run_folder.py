@@ -132,8 +132,8 @@ def record_run(run: Path, config: str) -> None:
 def forget_run(run: Path) -> None:
     """Remove what the start of a new run has recorded in `run`, if nothing was trained in it and nothing else lies there."""
     with suppress(OSError):
-        (run / "checkpoints").rmdir()  # it fails where anything is in it
         recorded = {"config.yaml", JOB}
-        if {entry.name for entry in run.iterdir()} <= {*recorded, LOCK}:
+        if {entry.name for entry in run.iterdir()} <= {*recorded, LOCK, "checkpoints"}:
+            (run / "checkpoints").rmdir()  # it fails where anything is in it
             for name in recorded:
                 (run / name).unlink(missing_ok=True)

@@ -77,9 +77,9 @@ class Report:
         self, images: list[str], labels: NDArray[np.int64], log_probabilities: NDArray[np.float32], classes: list[str]
     ) -> None:
         self.images, self.labels, self.classes = images, labels, classes
-        self.log_probabilities, self.probabilities = log_probabilities, (probabilities := np.exp(log_probabilities))
-        self.predicted = probabilities.argmax(axis=1)
-        self.confidence = probabilities.max(axis=1)
+        self.log_probabilities, self.probabilities = log_probabilities, np.exp(log_probabilities)
+        self.predicted = self.probabilities.argmax(axis=1)
+        self.confidence = self.probabilities.max(axis=1)
         self.right = self.predicted == labels
         self.matrix = confusion(labels, self.predicted, len(classes))
         self.by_class = class_scores(np.diag(self.matrix), self.matrix.sum(axis=1), self.matrix.sum(axis=0), classes)

@@ -15,7 +15,7 @@ from data_pipeline.common.errors import require
 from data_pipeline.config import DataConfig
 from data_pipeline.sources.folder_walk import holds_below, look_into
 from data_pipeline.sources.held_out import divided
-from data_pipeline.sources.listing import LeftOut, Listing, Taken, counted, is_foreign, is_image
+from data_pipeline.sources.listing import LeftOut, Listing, Taken, counted, hidden_note, is_foreign, is_image
 from data_pipeline.sources.published.archived_folders import Halves, Tree, classes_in, find_halves, labelled
 from data_pipeline.sources.published.kaggle_imagenet import INSIDE, SOLUTION, solution
 from data_pipeline.sources.published.zip_members import Member, inflated, members
@@ -50,7 +50,13 @@ def zip_archives(root: Path, cfg: DataConfig, split: str, classes: list[str] | N
     inside = f"/{folder}".rstrip("/") if len(files) == 1 else f", {folder}/"
     name = files[0].name if len(files) == 1 else counted(len(files), "zip file")
     val_from = f"{halves.val}/{f' by {SOLUTION}' * flat}" if halves.val is not None else ""
-    notes = [*halves.notes, *notes, *_left_out(places, folder), *_hidden([*all_places]), *_deflated(places, rows)]
+    notes = [
+        *halves.notes,
+        *notes,
+        *_left_out(places, folder),
+        *hidden_note(_hidden([*all_places])),
+        *_deflated(places, rows),
+    ]
     listing = replace(listing, taken=Taken(f"class folders in {name}{inside}", val_from, notes=notes))
     return divided(listing, cfg, split)
 
@@ -153,11 +159,10 @@ def _left_out(places: _Places, base: str) -> list[str]:
 
 
 def _hidden(paths: list[str]) -> list[str]:
-    """Say in a line which hidden folders have images: a class may be called .net."""
+    """List the hidden folders with images in them."""
     images = (path for path in paths if is_image(path) and not is_foreign(posixpath.basename(path)))
     folders = {posixpath.dirname(path) for path in images}
-    hidden = sorted(f"{folder}/" for folder in folders if posixpath.basename(folder).startswith("."))
-    return [f"hidden, so left out: {', '.join(hidden[:5])}"] if hidden else []
+    return sorted(folder for folder in folders if posixpath.basename(folder).startswith("."))
 
 
 def _deflated(places: _Places, rows: list[tuple[str, int]]) -> list[str]:
