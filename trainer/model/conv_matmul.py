@@ -48,18 +48,18 @@ class Convolution(nn.Conv2d):
         """
         count, channels, height, width = images.shape
         tiles = -(-height // 4) * -(-width // 4)
+        share = -(-count // torch.get_num_threads())
         return (
             self.training
             and images.device.type == "cpu"
             and images.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()  # a compiler sees no way through
-            and torch.get_num_threads() == 1  # several wait for each other: three times as long beside other work
             and self.kernel_size == (3, 3)
             and self.stride == (1, 1)
             and channels % 8 == self.out_channels % 8 == 0
             and 8 * tiles <= height * width
-            and 16 * count * tiles >= channels
+            and 16 * share * tiles >= channels
         )
 
 

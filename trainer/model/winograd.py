@@ -6,7 +6,11 @@ product of matrices over the channels; transformed back, each is a tile of 4 x 4
 The transforms are compiled by Numba.
 """
 
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier, local
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,10 @@ if config.DISABLE_JIT:
 
 TILE = 4  # results along a side
 LANES = 8  # channels in a vector
-_LINE = 16  # floats in a line of the processor's cache
+FLOATS = 2 << 20  # of transformed images and results at a time, so that they stay in the processor's cache
+_LINE = 16  # floats in a line of that cache
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
 
 # Where the polynomials are evaluated, beside infinity. The paper's 0, 1, -1, 2, -2 round three times as coarsely; powers of these
 # are exact, too. For the choice see Barabasz et al. 2020 (arXiv 1803.10986).
@@ -63,21 +70,75 @@ class Winograd(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_images = _convolve(gradient, weight.flip(2, 3).transpose(0, 1))
         if ctx.needs_input_grad[1]:
-            products = torch.bmm(_transformed(gradient, _GRADIENT).transpose(1, 2), _transformed(images, _PIXELS))
+            products = _correlate(gradient, images)
             taps = _filter_matrix().T @ products.flatten(1)
             of_weight = taps.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1)
         return of_images, of_weight
 
 
 def _convolve(images: Tensor, weight: Tensor) -> Tensor:
-    (count, height, width, _), outputs = images.shape, len(weight)
-    filters = _filter_matrix() @ weight.permute(2, 3, 0, 1).reshape(9, -1)
-    tiles = _transformed(images, _PIXELS)
-    products = _planes(tiles.shape[1], outputs)
-    torch.bmm(tiles, filters.view(_SIDE**2, *weight.shape[:2]).transpose(1, 2), out=products)
+    (count, height, width, inputs), outputs = images.shape, len(weight)
+    filters = _memory("filters", _SIDE**2, weight.numel() // 9)
+    torch.mm(_filter_matrix(), weight.permute(2, 3, 0, 1).reshape(9, -1), out=filters)
+    filters = filters.view(_SIDE**2, outputs, inputs).transpose(1, 2)
     results = images.new_empty(count, height + -height % TILE, width + -width % TILE, outputs)
-    _run(_PRODUCTS, products, results)
+
+    def convolve(pairs: Pairs) -> None:
+        for pixels, result in pairs:
+            tiles = _transformed(pixels, _PIXELS)
+            products = _planes("products", tiles.shape[1], outputs)
+            torch.bmm(tiles, filters, out=products)
+            _run(_PRODUCTS, products, result)
+
+    _in_threads(convolve, _shares(images, results))
     return results[:, :height, :width].contiguous()
+
+
+def _correlate(gradient: Tensor, images: Tensor) -> Tensor:
+    """[36,outputs,inputs]: the products of gradients of results [B,H,W,outputs] and of images, summed over all tiles."""
+    shares = _shares(gradient, images)
+    totals = _memory("totals", len(shares), _SIDE**2, gradient.shape[3], images.shape[3])
+
+    def correlate(pairs: Pairs, total: Tensor) -> None:
+        total.zero_()
+        for result, pixels in pairs:
+            total.baddbmm_(_transformed(result, _GRADIENT).transpose(1, 2), _transformed(pixels, _PIXELS))
+
+    _in_threads(correlate, shares, totals)
+    for total in totals[1:]:
+        totals[0] += total
+    return totals[0]
+
+
+def _shares(first: Tensor, second: Tensor) -> list[Pairs]:
+    """Give each thread its share of the images [B,H,W,C] of both, in pairs of groups whose transforms fit into the cache.
+
+    The groups depend on the shapes and the number of threads alone, so sums over them round the same each time.
+    """
+    (count, height, width, channels), others = first.shape, second.shape[3]
+    tiles, share = -(-height // TILE) * -(-width // TILE), -(-count // torch.get_num_threads())
+    floats = max(FLOATS, _SIDE**2 * channels * others)  # the filters are read once a group
+    group = max(1, floats // (_SIDE**2 * tiles * (channels + others)))
+    return [
+        list(zip(ours.split(group), theirs.split(group), strict=True))
+        for ours, theirs in zip(first.split(share), second.split(share), strict=True)
+    ]
+
+
+def _in_threads(work: Callable[..., None], shares: list[Pairs], *more: Iterable[Tensor]) -> None:
+    """Call `work` for each share, all at the same time."""
+    threads = torch.get_num_threads()
+    for _ in (map if threads == 1 else _pool(threads).map)(torch.no_grad()(work), shares, *more):
+        pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Start threads in which torch computes with one thread each. While they wait they take no time from other programs."""
+    pool, all_there = ThreadPoolExecutor(threads, "winograd", torch.set_num_threads, (1,)), Barrier(threads)
+    list(pool.map(lambda _: all_there.wait(), range(threads)))
+    torch.set_num_threads(threads)  # for threads that start later: they take the number that was set last
+    return pool
 
 
 def _transformed(images: Tensor, kind: int) -> Tensor:
@@ -86,14 +147,26 @@ def _transformed(images: Tensor, kind: int) -> Tensor:
     below, right = -height % TILE, -width % TILE
     if edge or below or right:
         images = F.pad(images, (0, 0, edge, edge + right, edge, edge + below))
-    planes = _planes(count * (height + below) // TILE * (width + right) // TILE, channels)
+    planes = _planes(f"{kind}", count * (height + below) // TILE * (width + right) // TILE, channels)
     _run(kind, planes, images)
     return planes
 
 
-def _planes(tiles: int, channels: int) -> Tensor:
+def _planes(use: str, tiles: int, channels: int) -> Tensor:
     """Memory for [36,tiles,C]. Planes lie a line apart, as a cache holds few lines whose addresses end alike."""
-    return torch.empty(_SIDE**2, tiles * channels + _LINE)[:, :-_LINE].view(-1, tiles, channels)
+    return _memory(use, _SIDE**2, tiles * channels + _LINE)[:, :-_LINE].view(-1, tiles, channels)
+
+
+def _memory(use: str, *shape: int) -> Tensor:
+    """Give floats of this thread that hold nothing, the same ones for the same use: the kernel need not clear new ones."""
+    kept, size = _kept.__dict__, math.prod(shape)
+    if use not in kept or len(kept[use]) < size:
+        kept[use] = torch.empty(size)
+    floats: Tensor = kept[use][:size]
+    return floats.view(shape)
+
+
+_kept = local()
 
 
 @cache

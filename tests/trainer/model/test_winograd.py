@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.model import conv_matmul
+from trainer.model import conv_matmul, winograd
 from trainer.model.conv_matmul import Convolution
 
 ROUNDING = 5e-6  # of the largest; torch's own convolutions in fp32 come to 2e-6
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
@@ -34,6 +34,7 @@ def images(count: int, channels: int, height: int, width: int) -> Tensor:
 def results(layer: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the gradients of pixels and weights for a fixed gradient of the output."""
     pixels = pixels.clone().requires_grad_()
+    layer.zero_grad()
     output = layer(pixels)
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
     assert pixels.grad is not None and layer.weight.grad is not None
@@ -51,8 +52,12 @@ def assert_equal(got: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 3), (8, 4), (7, 6), (12, 16), (13, 15)])
-@pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (64, 64)])
-def test_output_and_gradients_are_torchs_within_rounding(inputs: int, outputs: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (32, 64)])
+@pytest.mark.parametrize("floats", [winograd.FLOATS, 1], ids=["all_images_at_once", "few_at_a_time"])
+def test_output_and_gradients_are_torchs_within_rounding(
+    inputs: int, outputs: int, size: tuple[int, int], floats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "FLOATS", floats)
     ours, pixels = convolution(inputs, outputs), images(5, inputs, *size)
     assert ours._takes_winograd(pixels)
     theirs = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).double()
@@ -60,6 +65,8 @@ def test_output_and_gradients_are_torchs_within_rounding(inputs: int, outputs: i
     mine = results(ours, pixels)
     for got, wanted in zip(mine, results(theirs, pixels.double()), strict=True):
         assert_equal(got, wanted)
+    for got, again in zip(mine, results(ours, pixels), strict=True):
+        assert torch.equal(got, again)
     output, _, weight = mine
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -79,9 +86,6 @@ def test_only_training_in_fp32_on_images_that_fill_the_tiles_takes_it() -> None:
     assert not layer._takes_winograd(images(4, 16, 8, 8).double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not layer._takes_winograd(pixels)
-    torch.set_num_threads(2)
-    assert not layer._takes_winograd(pixels)
-    torch.set_num_threads(1)
     assert not layer.eval()._takes_winograd(pixels)
     assert not Convolution(16, 16, 3, 2, padding=1, bias=False)._takes_winograd(pixels)
     assert not Convolution(12, 16, 3, padding=1, bias=False)._takes_winograd(images(4, 12, 8, 8))
