@@ -22,7 +22,7 @@ class Convolution(nn.Conv2d):
     product: of whole images, where the kernel at each output position reaches all of the image, else of the windows around
     the output positions, gathered as rows. At 2 x 2 five ninths of a window would be padding.
 
-    In fp32 and one thread a kernel of 3 x 3 takes a quarter of the products, at most sizes (see `winograd`).
+    In fp32 a kernel of 3 x 3 takes a quarter of the products, at most sizes (see `winograd`).
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ class Convolution(nn.Conv2d):
         return products.view(len(images), height, width, -1).permute(0, 3, 1, 2)
 
     def _takes_winograd(self, images: Tensor) -> bool:
-        """True for training in fp32 in one thread of a CPU, on images that fill the tiles and are many enough.
+        """True for training in fp32 on a CPU, on images that fill the tiles and are many enough for each thread.
 
-        Tiles are of 4 x 4 positions, and each transformed filter must be used often enough to pay for itself.
+        Tiles are of 4 x 4 positions, and each thread must use a transformed filter often enough for it to pay for itself.
         """
         count, channels, height, width = images.shape
         tiles = -(-height // 4) * -(-width // 4)
