@@ -135,10 +135,15 @@ def _in_threads(work: Callable[..., None], shares: list[Pairs], *more: Iterable[
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Start threads in which torch computes with one thread each. While they wait they take no time from other programs."""
-    pool, all_there = ThreadPoolExecutor(threads, "winograd", torch.set_num_threads, (1,)), Barrier(threads)
+    pool, all_there = ThreadPoolExecutor(threads, "winograd", _compute_alone), Barrier(threads, timeout=60)
     list(pool.map(lambda _: all_there.wait(), range(threads)))
-    torch.set_num_threads(threads)  # for threads that start later: they take the number that was set last
+    torch.set_num_threads(threads)  # threads that start later take the number that was set last
     return pool
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # takes the number that was set last; later it would undo what comes next
+    torch.set_num_threads(1)
 
 
 def _transformed(images: Tensor, kind: int) -> Tensor:

@@ -58,7 +58,7 @@ def test_output_and_gradients_are_torchs_within_rounding(
     inputs: int, outputs: int, size: tuple[int, int], floats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "FLOATS", floats)
-    ours, pixels = convolution(inputs, outputs), images(5, inputs, *size)
+    ours, pixels = convolution(inputs, outputs), images(7, inputs, *size)
     assert ours._takes_winograd(pixels)
     theirs = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).double()
     theirs.load_state_dict(ours.state_dict())
@@ -70,6 +70,21 @@ def test_output_and_gradients_are_torchs_within_rounding(
     output, _, weight = mine
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_each_of_several_threads_computes_alone() -> None:
+    threads = torch.get_num_threads()
+    results(convolution(16, 16), images(6, 16, 9, 9))
+    if threads > 1:
+        pool = winograd._pool(threads)
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
+    assert torch.get_num_threads() == threads
+
+
+def test_a_compiler_sees_one_graph() -> None:
+    layer, pixels = convolution(16, 16), images(4, 16, 8, 8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pixels), layer(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_finite_stays_so() -> None:
