@@ -64,3 +64,17 @@ def test_a_mistake_that_nobody_reads() -> None:
         variables = {**environment(), "PYTHONIOENCODING": "ascii"}
         ended = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
         assert (ended.returncode, ended.stderr) == (2, said)
+
+
+def test_torchs_threads_spin_briefly_unless_a_user_wants_otherwise() -> None:
+    program = "from data_pipeline.common.entry_point import run_command; run_command(lambda: __import__('torch'))"
+    for wanted, said in (
+        ({}, "GOMP_SPINCOUNT = '10000'"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+    ):
+        variables = {
+            name: value for name, value in environment().items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        }
+        variables |= {"OMP_DISPLAY_ENV": "VERBOSE", **wanted}
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=variables, cwd=ROOT)
+        assert said in ended.stderr and ("GOMP_SPINCOUNT = '10000'" in ended.stderr) == (not wanted), ended.stderr
