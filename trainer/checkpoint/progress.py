@@ -1,6 +1,7 @@
 """Position of a run, as a checkpoint holds it."""
 
 import json
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +102,8 @@ def read_progress(checkpoint: Path) -> Progress:
 
 def read_json(file: Path) -> Any:
     """Read a small file of a checkpoint. Raises OSError, and ValueError for anything but JSON that we may have written."""
-    if file.exists() and (not file.is_file() or file.stat().st_size > _MOST_BYTES):
+    found = file.stat()  # once: it may be removed at any time, which does not make it a damaged one
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
         raise ValueError(f"{file} is none of ours")
     try:
         return json.loads(file.read_text())
