@@ -152,7 +152,7 @@ def _transformed(images: Tensor, kind: int) -> Tensor:
     below, right = -height % TILE, -width % TILE
     if edge or below or right:
         images = F.pad(images, (0, 0, edge, edge + right, edge, edge + below))
-    planes = _planes(f"{kind}", count * (height + below) // TILE * (width + right) // TILE, channels)
+    planes = _planes(str(kind), count * (height + below) // TILE * (width + right) // TILE, channels)
     _run(kind, planes, images)
     return planes
 
